@@ -1,0 +1,263 @@
+"""The typed tree of a run's configuration: one dataclass a TOML section, one field a key.
+
+Names, types and defaults are the ones users of TOML-configured PyTorch trainers already know.
+A key of a feature dtron lacks is declared with `lacks=`: it is accepted at its default and
+refused by name otherwise, so that an old file never seems to take effect when it does not.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Config", "key"]
+
+
+def key(default: Any, help: str, *, lacks: str | None = None, minimum: float | None = None) -> Any:
+    """A config key: default, one-line meaning with units, and what is refused.
+
+    `lacks`: why any value but the default is refused. `minimum`: the least legal number.
+    """
+    meta = {"help": help, "lacks": lacks, "minimum": minimum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class Job:
+    config_file: str | None = key(None, "TOML file of the run (command line only)")
+    dump_folder: str = key("./outputs", "folder that receives one run folder per run")
+    description: str = key("default job", "free text, shown in the log and in TensorBoard")
+    print_config: bool = key(False, "print the resolved configuration at start")
+    save_config_file: str | None = key(
+        None, "", lacks="the resolved configuration always lies in the run folder as config.toml"
+    )
+    custom_import: list[str] = key([], "modules imported first: they register models, datasets, losses, optimizers")
+    cache_folder: str = key("./.cache", "tokenizers and tokenized corpora, keyed by a hash of their sources")
+
+
+@dataclass
+class Profiling:
+    enable_profiling: bool = key(False, "write torch.profiler traces")
+    save_traces_folder: str = key("profile_traces", "folder of the traces, inside the run folder")
+    profile_freq: int = key(10, "steps from one trace to the next", minimum=1)
+    profiler_active: int = key(1, "steps a trace records", minimum=1)
+    profiler_warmup: int = key(3, "steps of profiler warm-up before each trace", minimum=0)
+    enable_memory_snapshot: bool = key(False, "", lacks="memory snapshots are not built yet")
+    save_memory_snapshot_folder: str = key("memory_snapshot", "", lacks="memory snapshots are not built yet")
+
+
+@dataclass
+class Metrics:
+    log_freq: int = key(10, "steps between logged rows; step 1 and the last step are always logged", minimum=1)
+    enable_tensorboard: bool = key(True, "write TensorBoard events with a ready-made dashboard")
+    disable_color_printing: bool = key(False, "plain console lines")
+    save_tb_folder: str = key("tb", "folder of the TensorBoard events, inside the run folder")
+    save_for_all_ranks: bool = key(False, "", lacks="metrics are reduced over all ranks and written once")
+    enable_wandb: bool = key(False, "", lacks="Weights & Biases needs a network; use TensorBoard")
+
+
+@dataclass
+class Model:
+    name: str = key("llama3", "model family: llama2, llama3, llama3.1, llama3.2, smollm, or a registered one")
+    flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
+    hf_assets_path: str | None = key(None, "local folder with the tokenizer; unset: the dataset's own tokenizer")
+    hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
+    converters: list[str] = key([], "registered model converters, applied to the meta model in order")
+    n_layers: int | None = key(None, "overrides the flavor: transformer blocks", minimum=1)
+    dim: int | None = key(None, "overrides the flavor: hidden size", minimum=1)
+    n_heads: int | None = key(None, "overrides the flavor: query heads", minimum=1)
+    n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1)
+    ffn_dim: int | None = key(None, "overrides the flavor: hidden size of the feed-forward", minimum=1)
+    vocab_size: int | None = key(None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1)
+    tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
+    rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies")
+
+
+@dataclass
+class Optimizer:
+    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer")
+    lr: float = key(8e-4, "peak learning rate", minimum=0)
+    beta1: float = key(0.9, "Adam's first decay", minimum=0)
+    beta2: float = key(0.95, "Adam's second decay", minimum=0)
+    eps: float = key(1e-8, "Adam's epsilon", minimum=0)
+    weight_decay: float = key(0.1, "decoupled weight decay", minimum=0)
+    weight_decay_exclude: list[str] = key([], 'parameter-name patterns without decay, for example ["*norm*"]')
+    implementation: Literal["for-loop", "foreach", "fused"] = key("fused", "how the optimizer loops over tensors")
+    early_step_in_backward: bool = key(False, "", lacks="the gradient is clipped by its global norm before the step")
+
+
+@dataclass
+class LRScheduler:
+    warmup_steps: int = key(200, "steps of linear warm-up", minimum=0)
+    total_steps: int | None = key(None, "steps of the whole schedule; unset: training.steps", minimum=1)
+    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", minimum=0)
+    decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay")
+    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0)
+
+
+@dataclass
+class DataLoader:
+    num_workers: int = key(0, "worker processes a rank; never changes the order of the data", minimum=0)
+    persistent_workers: bool = key(False, "keep the workers between iterators (needs num_workers)")
+    pin_memory: bool = key(False, "page-locked host memory for the copies to a GPU")
+    prefetch_factor: int | None = key(None, "steps each worker loads ahead (needs num_workers)", minimum=1)
+
+
+@dataclass
+class Training:
+    dataset: str = key("stdlib", "stdlib (the Python standard library's own sources) or a registered dataset")
+    dataset_path: str | None = key(None, "folder or file the dataset reads")
+    local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
+    global_batch_size: int = key(-1, "sequences an optimizer step; -1: local batch x data-parallel ranks")
+    seq_len: int = key(2048, "tokens a sequence", minimum=1)
+    max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0)
+    steps: int = key(10000, "optimizer steps of the whole run", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU")
+    enable_cpu_offload: bool = key(False, "keep weights, gradients and optimizer state in CPU memory (CUDA only)")
+    dtype: Literal["bfloat16", "float32"] = key(
+        "float32", "dtype of the master weights", lacks="in bfloat16 weights near 1.0 never move; use mixed_precision_param"
+    )
+    mixed_precision_param: Literal["bfloat16", "float32"] = key("bfloat16", "dtype of compute and of gathered weights")
+    mixed_precision_reduce: Literal["float32"] = key("float32", "dtype of gradient reductions")
+    gc_freq: int = key(50, "steps between Python garbage collections, made on all ranks at once", minimum=1)
+    dataloader: DataLoader = field(default_factory=DataLoader)
+
+
+@dataclass
+class Parallelism:
+    data_parallel_replicate_degree: int = key(1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1)
+    data_parallel_shard_degree: int = key(-1, "ranks that shard one copy (FSDP); -1: what is left of the world size")
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = key(
+        "default", "free gathered weights after the forward; default: unless pipeline parallel is on"
+    )
+    gradient_reduce: Literal["every_microbatch", "last_microbatch"] = key(
+        "every_microbatch", "when accumulated gradients are reduce-scattered (ZeRO-3/2 against ZeRO-1 memory)"
+    )
+    tensor_parallel_degree: int = key(1, "ranks that split each matrix, with sequence parallel between them", minimum=1)
+    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks")
+    enable_async_tensor_parallel: bool = key(False, "overlap tensor-parallel communication (CUDA with compile only)")
+    pipeline_parallel_degree: int = key(1, "ranks that each hold a run of layers", minimum=1)
+    module_fqns_per_model_part: list[list[str]] | None = key(None, "the modules of every pipeline stage, by name")
+    pipeline_parallel_first_stage_less_layers: float | None = key(
+        None, "layers the embedding counts for in the split; unset: by its cost", minimum=0
+    )
+    pipeline_parallel_last_stage_less_layers: float | None = key(
+        None, "layers the head counts for in the split; unset: by its cost", minimum=0
+    )
+    pipeline_parallel_layers_per_stage: int | None = key(None, "layers a stage, in place of the schedule's usual stages", minimum=1)
+    pipeline_parallel_schedule: str = key(
+        "1F1B", "GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV"
+    )
+    pipeline_parallel_schedule_csv: str | None = key("", "file with a schedule's compute actions, one row a rank")
+    pipeline_parallel_microbatch_size: int = key(1, "sequences a pipeline microbatch", minimum=1)
+    context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1)
+    context_parallel_load_balancer: str | None = key("headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous")
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", "how keys and values travel")
+    expert_parallel_degree: int = key(1, "", lacks="mixture-of-experts models are not built yet")
+    expert_tensor_parallel_degree: int = key(1, "", lacks="mixture-of-experts models are not built yet")
+
+
+@dataclass
+class Checkpoint:
+    enable: bool = key(False, "save checkpoints, and resume from the newest")
+    folder: str = key("checkpoint", "folder of the checkpoints, inside the run folder")
+    interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
+    initial_load_path: str | None = key(None, "checkpoint folder (.../step-N) whose weights start this run")
+    initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too")
+    initial_load_in_hf: bool = key(False, "", lacks="Hugging Face weights are not read yet")
+    initial_load_in_hf_quantized: bool = key(False, "", lacks="quantized weights are not read yet")
+    last_save_model_only: bool = key(False, "the last checkpoint holds the weights only; such a run cannot be resumed")
+    last_save_in_hf: bool = key(False, "", lacks="Hugging Face weights are not written yet")
+    export_dtype: Literal["float16", "bfloat16", "float32"] = key("float32", "", lacks="checkpoints keep the fp32 master weights")
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = key("disabled", "", lacks="saving is synchronous so far")
+    keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
+    load_step: int = key(-1, "the step to resume from; -1: the newest")
+    exclude_from_loading: list[str] = key([], "", lacks="whole checkpoints are loaded so far")
+    enable_first_step_checkpoint: bool = key(False, "also save after step 1")
+    create_seed_checkpoint: bool = key(False, "", lacks="weights start equal on every layout; no seed checkpoint is needed")
+    load_only: bool = key(False, "load, never save")
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: Literal["selective", "full", "memory_budget", "none"] = key("selective", "what the backward recomputes")
+    selective_ac_option: str = key("2", '"2": every second block (any n); "op": by operation')
+    early_stop: bool = key(False, "", lacks="torch's default of stopping a recomputation early is kept")
+    memory_budget: float = key(0.5, "", lacks="activation_checkpoint.mode = memory_budget is not built")
+    preserve_rng_state: bool = key(True, "", lacks="the models have no random operation in their forward")
+    debug: bool = key(False, "", lacks="use profiling.enable_profiling")
+
+
+@dataclass
+class Compile:
+    enable: bool = key(False, "torch.compile")
+    components: list[str] = key(["model", "loss"], "any of model (block by block, fullgraph) and loss")
+    backend: str = key("inductor", "torch.compile backend")
+
+
+@dataclass
+class Float8:
+    enable_fsdp_float8_all_gather: bool = key(False, "", lacks="float8 is not built yet")
+    precompute_float8_dynamic_scale_for_fsdp: bool = key(False, "", lacks="float8 is not built yet")
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(None, "", lacks="float8 is not built yet")
+    filter_fqns: list[str] = key([], "", lacks="float8 is not built yet")
+    emulate: bool = key(False, "", lacks="float8 is not built yet")
+
+
+@dataclass
+class QuantizeLinear:
+    float8: Float8 = field(default_factory=Float8)
+
+
+@dataclass
+class Quantize:
+    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
+
+
+@dataclass
+class Comm:
+    init_timeout_seconds: int = key(300, "longest wait for other ranks up to the end of the first step", minimum=1)
+    train_timeout_seconds: int = key(100, "longest wait for other ranks after the first step", minimum=1)
+    trace_buf_size: int = key(20000, "", lacks="the flight recorder is not wired yet")
+    save_traces_folder: str = key("comm_traces", "", lacks="the flight recorder is not wired yet")
+    save_traces_file_prefix: str = key("rank_", "", lacks="the flight recorder is not wired yet")
+    mode: Literal["default", "fake_backend", "local_tensor"] = key("default", "", lacks="only real process groups are built")
+
+
+@dataclass
+class Validation:
+    enable: bool = key(False, "evaluate on a validation set")
+    dataset: str = key("stdlib", "dataset of the validation set: its held-out part")
+    dataset_path: str | None = key(None, "folder or file the validation set reads")
+    local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
+    seq_len: int | None = key(None, "tokens a sequence; unset: training.seq_len", minimum=1)
+    freq: int = key(10, "steps between evaluations; the last step is always evaluated", minimum=1)
+    steps: int = key(-1, "batches an evaluation; -1: the whole validation set once")
+    dataloader: DataLoader = field(default_factory=DataLoader)
+
+
+@dataclass
+class Debug:
+    seed: int = key(0, "seed of the weights and of the data order", minimum=0)
+    deterministic: bool = key(False, "deterministic algorithms only")
+
+
+@dataclass
+class Config:
+    """A whole run. `dtron.config.load` makes it; nothing changes it afterwards."""
+
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
+    comm: Comm = field(default_factory=Comm)
+    validation: Validation = field(default_factory=Validation)
+    debug: Debug = field(default_factory=Debug)
