@@ -1,0 +1,31 @@
+# The commands of this repository. Each makes .venv first where it is missing; `make` alone lists them.
+SHELL := bash
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.PHONY: help setup train test test-long lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## make .venv with the tested versions (instant when it is there)
+	@scripts/setup.sh
+
+train: setup  ## train a small model on what this machine has; ARGS="--training.steps 50" overrides keys
+	@scripts/quickstart.sh $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy dtron
+
+test: lint  ## lint, then every test but the long ones
+	$(PYTHON) -m pytest $(ARGS)
+
+test-long: setup  ## the long tests; the log goes to tests/long.log
+	set -o pipefail; $(PYTHON) -m pytest -m long $(ARGS) 2>&1 | tee tests/long.log
+
+clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv/
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache tests/long.log
+	find . \( -path ./.venv -o -path ./.git -o -path ./outputs -o -path ./.cache \) -prune \
+	    -o -type d -name __pycache__ -exec rm -rf {} +
