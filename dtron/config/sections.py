@@ -68,7 +68,9 @@ class Model:
     n_heads: int | None = key(None, "overrides the flavor: query heads", minimum=1)
     n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1)
     ffn_dim: int | None = key(None, "overrides the flavor: hidden size of the feed-forward", minimum=1)
-    vocab_size: int | None = key(None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1)
+    vocab_size: int | None = key(
+        None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1
+    )
     tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
     rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies")
 
@@ -115,7 +117,9 @@ class Training:
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU")
     enable_cpu_offload: bool = key(False, "keep weights, gradients and optimizer state in CPU memory (CUDA only)")
     dtype: Literal["bfloat16", "float32"] = key(
-        "float32", "dtype of the master weights", lacks="in bfloat16 weights near 1.0 never move; use mixed_precision_param"
+        "float32",
+        "dtype of the master weights",
+        lacks="in bfloat16 weights near 1.0 never move; use mixed_precision_param",
     )
     mixed_precision_param: Literal["bfloat16", "float32"] = key("bfloat16", "dtype of compute and of gathered weights")
     mixed_precision_reduce: Literal["float32"] = key("float32", "dtype of gradient reductions")
@@ -125,7 +129,9 @@ class Training:
 
 @dataclass
 class Parallelism:
-    data_parallel_replicate_degree: int = key(1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1)
+    data_parallel_replicate_degree: int = key(
+        1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1
+    )
     data_parallel_shard_degree: int = key(-1, "ranks that shard one copy (FSDP); -1: what is left of the world size")
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = key(
         "default", "free gathered weights after the forward; default: unless pipeline parallel is on"
@@ -144,14 +150,18 @@ class Parallelism:
     pipeline_parallel_last_stage_less_layers: float | None = key(
         None, "layers the head counts for in the split; unset: by its cost", minimum=0
     )
-    pipeline_parallel_layers_per_stage: int | None = key(None, "layers a stage, in place of the schedule's usual stages", minimum=1)
+    pipeline_parallel_layers_per_stage: int | None = key(
+        None, "layers a stage, in place of the schedule's usual stages", minimum=1
+    )
     pipeline_parallel_schedule: str = key(
         "1F1B", "GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV"
     )
-    pipeline_parallel_schedule_csv: str | None = key("", "file with a schedule's compute actions, one row a rank")
+    pipeline_parallel_schedule_csv: str = key("", "file with a schedule's compute actions, one row a rank; empty: none")
     pipeline_parallel_microbatch_size: int = key(1, "sequences a pipeline microbatch", minimum=1)
     context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1)
-    context_parallel_load_balancer: str | None = key("headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous")
+    context_parallel_load_balancer: str | None = key(
+        "headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous"
+    )
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", "how keys and values travel")
     expert_parallel_degree: int = key(1, "", lacks="mixture-of-experts models are not built yet")
     expert_tensor_parallel_degree: int = key(1, "", lacks="mixture-of-experts models are not built yet")
@@ -168,13 +178,19 @@ class Checkpoint:
     initial_load_in_hf_quantized: bool = key(False, "", lacks="quantized weights are not read yet")
     last_save_model_only: bool = key(False, "the last checkpoint holds the weights only; such a run cannot be resumed")
     last_save_in_hf: bool = key(False, "", lacks="Hugging Face weights are not written yet")
-    export_dtype: Literal["float16", "bfloat16", "float32"] = key("float32", "", lacks="checkpoints keep the fp32 master weights")
-    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = key("disabled", "", lacks="saving is synchronous so far")
+    export_dtype: Literal["float16", "bfloat16", "float32"] = key(
+        "float32", "", lacks="checkpoints keep the fp32 master weights"
+    )
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = key(
+        "disabled", "", lacks="saving is synchronous so far"
+    )
     keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
     load_step: int = key(-1, "the step to resume from; -1: the newest")
     exclude_from_loading: list[str] = key([], "", lacks="whole checkpoints are loaded so far")
     enable_first_step_checkpoint: bool = key(False, "also save after step 1")
-    create_seed_checkpoint: bool = key(False, "", lacks="weights start equal on every layout; no seed checkpoint is needed")
+    create_seed_checkpoint: bool = key(
+        False, "", lacks="weights start equal on every layout; no seed checkpoint is needed"
+    )
     load_only: bool = key(False, "load, never save")
 
 
@@ -199,7 +215,9 @@ class Compile:
 class Float8:
     enable_fsdp_float8_all_gather: bool = key(False, "", lacks="float8 is not built yet")
     precompute_float8_dynamic_scale_for_fsdp: bool = key(False, "", lacks="float8 is not built yet")
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(None, "", lacks="float8 is not built yet")
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(
+        None, "", lacks="float8 is not built yet"
+    )
     filter_fqns: list[str] = key([], "", lacks="float8 is not built yet")
     emulate: bool = key(False, "", lacks="float8 is not built yet")
 
@@ -221,7 +239,9 @@ class Comm:
     trace_buf_size: int = key(20000, "", lacks="the flight recorder is not wired yet")
     save_traces_folder: str = key("comm_traces", "", lacks="the flight recorder is not wired yet")
     save_traces_file_prefix: str = key("rank_", "", lacks="the flight recorder is not wired yet")
-    mode: Literal["default", "fake_backend", "local_tensor"] = key("default", "", lacks="only real process groups are built")
+    mode: Literal["default", "fake_backend", "local_tensor"] = key(
+        "default", "", lacks="only real process groups are built"
+    )
 
 
 @dataclass

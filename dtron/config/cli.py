@@ -1,0 +1,146 @@
+"""The command line: `--section.key value` to settings, and the help that lists every key."""
+
+import json
+import textwrap
+from typing import Any, Literal, get_args, get_origin
+
+from dtron.config.keys import COMMAND_LINE, KEYS, SECTIONS, Key, Setting, checked, suggestion
+from dtron.config.toml import toml_value
+from dtron.errors import UserError
+
+__all__ = ["HelpRequested", "SHORT_FORMS", "help_text", "parse_arguments"]
+
+SHORT_FORMS = {
+    "dp": "parallelism.data_parallel_shard_degree",
+    "dp_replicate": "parallelism.data_parallel_replicate_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "pp": "parallelism.pipeline_parallel_degree",
+}
+
+USAGE = """\
+Usage: train.py --job.config_file FILE.toml [--section.key VALUE ...]
+
+A file may begin with base = "other.toml" (relative to itself) and then states only what differs.
+The command line overrides the file:
+  --training.seq_len 128      or --training.seq-len=128; the last one counts
+  --compile.enable            or --compile.enable true; off: --compile.no_enable or --compile.enable false
+  --compile.components a b    or --compile.components=a,b; an empty list: --compile.components=
+  --training.dataset_path=    none, where a key may be unset; the word none does the same
+Lists of lists are written as JSON."""
+
+
+class HelpRequested(Exception):
+    """The command line asked for --help; the message is the text to print."""
+
+
+def parse_arguments(argv: list[str]) -> dict[str, Setting]:
+    """The overrides of the command line by dotted name, checked; the last of a repeated key counts.
+
+    Raises HelpRequested where --help or -h is among them, UserError for anything not understood.
+    """
+    if "--help" in argv or "-h" in argv:
+        raise HelpRequested(help_text())
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python shows bytes that are no UTF-8
+            raise UserError(f"{COMMAND_LINE}: {word!r} is not UTF-8 text; expected names and values in UTF-8")
+    settings: dict[str, Setting] = {}
+    start = 0
+    while start < len(argv):
+        end = start + 1
+        while end < len(argv) and not argv[end].startswith("--"):
+            end += 1
+        key, value = _option(argv[start], argv[start + 1 : end])
+        settings[key.name] = Setting(checked(key, value, COMMAND_LINE), COMMAND_LINE)
+        start = end
+    return settings
+
+
+def _option(token: str, words: list[str]) -> tuple[Key, Any]:
+    """The key `token` names and its value, taken from behind the token's `=` or from the words after it."""
+    if not token.startswith("--") or token == "--":
+        raise _stray(token)
+    option, equals, attached = token.partition("=")
+    if equals and words:
+        raise _stray(words[0])
+    key, negated = _find(option)
+    if negated:
+        if equals or words:
+            raise UserError(f"{COMMAND_LINE}: {option} takes no value; {option} alone sets {key.name} to false")
+        return key, False
+    if key.kind == list[str]:
+        items = attached.split(",") if attached else []
+        if not (equals or words):
+            raise UserError(f"{COMMAND_LINE}: {option} needs one value or more; an empty list is {option}=")
+        return key, items if equals else words
+    if len(words) > 1:
+        raise _stray(words[1])
+    if not (equals or words):
+        if key.kind is bool:
+            return key, True
+        raise UserError(f"{COMMAND_LINE}: {option} needs a value: {option} {type_text(key)}")
+    return key, _from_text(key, attached if equals else words[0])
+
+
+def _stray(word: str) -> UserError:
+    return UserError(f"{COMMAND_LINE}: stray argument {word!r}; expected --section.key value, or --help")
+
+
+def _find(option: str) -> tuple[Key, bool]:
+    """The key of `--section.key`, of a short form, or (True) of a negated boolean `--section.no_key`."""
+    name = option[2:].replace("-", "_")
+    name = SHORT_FORMS.get(name, name)
+    if name in KEYS:
+        return KEYS[name], False
+    section, _, leaf = name.rpartition(".")
+    positive = KEYS.get(f"{section}.{leaf.removeprefix('no_')}")
+    if positive and positive.kind is bool:
+        return positive, True
+    if name in SECTIONS:
+        raise UserError(f"{COMMAND_LINE}: {option} is a section; expected one of its keys: {option}.key value")
+    raise UserError(f'{COMMAND_LINE}: unknown key "{name}"{suggestion(name, KEYS)}')
+
+
+def _from_text(key: Key, text: str) -> Any:
+    """The word as the value it means; a word that means none of the key's type stays text, for `checked` to refuse."""
+    if key.optional and text.lower() in ("", "none", "null"):
+        return None
+    if key.kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        if key.kind in (int, float):
+            return key.kind(text)
+        return json.loads(text) if key.kind == list[list[str]] else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def type_text(key: Key) -> str:
+    """The key's type for the help: `int>=1`, `linear|sqrt|cosine`, `str|none`."""
+    if get_origin(key.kind) is Literal:
+        text = "|".join(get_args(key.kind))
+    else:
+        text = str(key.kind) if get_origin(key.kind) else key.kind.__name__
+    least = "" if key.minimum is None else f">={key.minimum}"
+    return text + least + ("|none" if key.optional else "")
+
+
+def help_text() -> str:
+    """Usage, short forms, and every section and key with type, default and meaning, 120 columns wide."""
+    lines = [USAGE, "", "Short forms:"]
+    lines += [f"  --{short.replace('_', '-') + ' N':<17} --{name} N" for short, name in SHORT_FORMS.items()]
+    section = ""
+    for key in KEYS.values():
+        its_section, _, leaf = key.name.rpartition(".")
+        if its_section != section:
+            section = its_section
+            lines += ["", f"[{section}]"]
+        default = "none" if key.default is None else toml_value(key.default)
+        left = f"  {leaf}: {type_text(key)} = {default}"
+        meaning = f"(not supported: {key.lacks}; only {default} accepted)" if key.lacks else key.help
+        right = textwrap.wrap(meaning, 68)
+        if len(left) > 50:  # too long for its column: the meaning starts below
+            lines.append(left)
+            left = ""
+        lines += [f"{a:<50}  {b}" for a, b in zip([left] + [""] * len(right), right, strict=False)]
+    return "\n".join(lines)

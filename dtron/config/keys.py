@@ -1,0 +1,150 @@
+"""Every key of the configuration by its dotted name: its type, its default and what it accepts."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from dtron.config.sections import Config
+from dtron.config.toml import toml_type, toml_value
+from dtron.errors import UserError
+
+__all__ = [
+    "COMMAND_LINE",
+    "KEYS",
+    "SECTIONS",
+    "Key",
+    "Setting",
+    "alternatives",
+    "checked",
+    "not_supported",
+    "suggestion",
+]
+
+COMMAND_LINE = "command line"
+
+
+class Setting(NamedTuple):
+    """A checked value and where it was given: a file's path or COMMAND_LINE."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key. `name` is dotted; `kind` is its annotation without `| None`, which is `optional`."""
+
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    help: str
+    lacks: str | None
+    minimum: float | None
+
+
+def _collect(section: Any, prefix: str = "") -> dict[str, Key | None]:
+    """Keys below a section's default instance in order of declaration; None marks a section."""
+    found: dict[str, Key | None] = {}
+    hints = get_type_hints(type(section))
+    for field in fields(section):
+        name, default = prefix + field.name, getattr(section, field.name)
+        if is_dataclass(default):
+            found |= {name: None, **_collect(default, name + ".")}
+            continue
+        union = [kind for kind in get_args(hints[field.name]) if kind is not NoneType]
+        optional = NoneType in get_args(hints[field.name])
+        kind = union[0] if optional else hints[field.name]
+        found[name] = Key(name, kind, optional, default, **field.metadata)
+    return found
+
+
+_COLLECTED = _collect(Config())
+KEYS = {name: key for name, key in _COLLECTED.items() if key is not None}
+SECTIONS = [name for name, key in _COLLECTED.items() if key is None]
+
+
+def checked(key: Key, value: Any, source: str) -> Any:
+    """`value` in the key's own type; raises UserError naming source, key, value and what was expected.
+
+    An integer becomes a float where a float is asked for; "" is None where None is legal.
+    """
+    if value is None or (key.optional and value == ""):
+        return None
+    if key.kind is float and type(value) is int and abs(value) < 2**1023:  # more overflows float()
+        value = float(value)
+    if _matches(key.kind, value) and (key.minimum is None or value >= key.minimum):
+        return value
+    if key.lacks:
+        raise UserError(not_supported(key, value, source))
+    given = _shown(value) + ("" if source == COMMAND_LINE else f" ({toml_type(value)})")
+    near = difflib.get_close_matches(str(value), _choices(key.kind), n=1)
+    hint = f"; did you mean {toml_value(near[0])}?" if near else ""
+    raise UserError(f"{source}: {key.name} = {given}: expected {_expected(key)}{hint}")
+
+
+def not_supported(key: Key, value: Any, source: str) -> str:
+    """The refusal of a key that takes its default only."""
+    accepted = "leaving it out" if key.default is None else toml_value(key.default)
+    return f"{source}: {key.name} = {_shown(value)} is not supported: {key.lacks}; only {accepted} is accepted"
+
+
+def _choices(kind: Any) -> list[str]:
+    return list(get_args(kind)) if get_origin(kind) is Literal else []
+
+
+def _matches(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_matches(get_args(kind)[0], item) for item in value)
+    return type(value) is kind and (kind is not float or math.isfinite(value))  # `is`: a bool is no integer
+
+
+def _expected(key: Key) -> str:
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    if get_origin(key.kind) is list:
+        text = "a list of strings" if key.kind == list[str] else "a list of lists of strings"
+    else:
+        text = names.get(key.kind) or alternatives(_choices(key.kind))
+    least = "" if key.minimum is None else f" of at least {key.minimum}"
+    return text + least + (', or "" for none' if key.optional else "")
+
+
+def alternatives(words: Iterable[str]) -> str:
+    """'"a", "b" or "c"'."""
+    *first, last = map(toml_value, words)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _shown(value: Any) -> str:
+    text = toml_value(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown dotted name: the known names nearest to it.
+
+    The same last part under another section counts most, then a similar one in the same section,
+    then a similar one anywhere.
+    """
+    section, _, leaf = name.rpartition(".")
+    leaves: dict[str, list[str]] = {}
+    siblings: dict[str, list[str]] = {}
+    for candidate in known:
+        its_section, _, its_leaf = candidate.rpartition(".")
+        leaves.setdefault(its_leaf, []).append(candidate)
+        if its_section == section:
+            siblings[its_leaf] = [candidate]
+    near = leaves.get(leaf) or _closest(leaf, siblings, 0.6) or _closest(leaf, leaves, 0.75)
+    if not near:
+        return "; --help lists every section and key"
+    near = sorted(near, key=lambda full: difflib.SequenceMatcher(None, name, full).ratio(), reverse=True)
+    return f"; did you mean {alternatives(near[:3])}?"
+
+
+def _closest(leaf: str, names: dict[str, list[str]], cutoff: float) -> list[str]:
+    return [full for near in difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff) for full in names[near]]
