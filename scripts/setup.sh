@@ -40,7 +40,7 @@ make_venv() { # $1: the Python; the rest: options of venv
     "$python" -m venv "$@" "$venv" || die "'$python -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv"
 }
 
-pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip() { "$venv/bin/python" -m pip -qq --disable-pip-version-check "$@"; }
 
 install_torch() { # without its dependencies: they come with dtron's, under the same pins
     if [ "$kind" = cpu ] && [ "$(uname -s)" = Linux ]; then # elsewhere the plain build is the CPU build
