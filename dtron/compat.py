@@ -1,0 +1,190 @@
+"""Every private torch API and version difference dtron uses, each with the versions it was checked on.
+
+An entry is deleted when its public counterpart, named beside it, exists in all supported versions.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed.tensor.experimental._context_parallel._attention as cp_impl
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    _Action,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+__all__ = [
+    "CsvSchedule",
+    "checkpoint_wrapper",  # 2.11, 2.13; waits for a public module wrapper in torch.utils.checkpoint
+    "clean_name",
+    "cpu_flash_attention",
+    "csv_actions",
+    "dynamo_disable",
+    "enable_async_tensor_parallel",
+    "enable_ring_attention",
+    "keep_forward_only",
+    "ring_attention_style",
+    "stages_of_rank",
+    "warn_about_torch_version",
+]
+
+OLDEST, NEWEST = (2, 11), (2, 13)
+
+
+def warn_about_torch_version() -> str | None:
+    """A line to print when the installed torch is outside the claimed range 2.11 to 2.13."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    if OLDEST <= (major, minor) <= NEWEST:
+        return None
+    age = "newer than" if (major, minor) > NEWEST else "older than"
+    return f"warning: torch {torch.__version__} is {age} the versions dtron was checked on (2.11 to 2.13)"
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the plain model, without the parts wrappers put in."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+# --- ring attention: torch's own, 2.13 (2.11: same module path); waits for a public module style and a CPU handler.
+# The public manager context_parallel() shards buffers and patches F.scaled_dot_product_attention for the
+# whole process, and its gradients are silently wrong when the backward runs outside of it; the module
+# style below is the same ring without the patch.
+
+cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_SEQUENCE = 2  # dimension of q, k, v [B, H, S, D]
+
+
+def ring_attention_style() -> Any:
+    """The ParallelStyle that makes a module's q, k, v sequence shards of one attention."""
+    return cp_impl._ContextParallel(_SEQUENCE, cp_impl._ContextParallel.AttentionType.SDPA)
+
+
+def enable_ring_attention(rotate_method: str, load_balance: bool) -> None:
+    """Route DTensor attention to torch's ring. Process-wide in torch; a run has one setting."""
+    cp_impl.set_rotate_method(rotate_method)
+    cp_impl._cp_options.enable_load_balance = load_balance
+    if cpu_flash_attention not in cp_impl.custom_ops:
+        _register_cpu_ring()
+    cp_impl._enable_context_parallel_dispatcher()
+
+
+def _register_cpu_ring() -> None:
+    """Give the CPU flash operators the sharding rule and ring handler that the CUDA ones have."""
+    shard = Shard(_SEQUENCE)
+    register_sharding(cpu_flash_attention)(lambda *args, **kwargs: [([shard] * 2, [shard] * 3)])
+    register_sharding(_CPU_BACKWARD)(lambda *args, **kwargs: [([shard] * 3, [shard] * 6)])
+    cp_impl.custom_ops[cpu_flash_attention] = _cpu_ring
+    cp_impl.custom_ops[_CPU_BACKWARD] = _cpu_ring
+
+
+def _cpu_ring(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Handler of both CPU operators: unwrap the DTensors, run torch's ring on the shards, wrap the results."""
+    dispatcher = DTensor._op_dispatcher
+    info = dispatcher.unwrap_to_op_info(op, args, kwargs)
+    dispatcher.sharding_propagator.propagate(info)
+    ring = _ring_forward if op is cpu_flash_attention else _ring_backward
+    local = ring(info.compute_mesh, *info.local_args, **info.local_kwargs)
+    return dispatcher.wrap(local, info.output_sharding.output_spec)
+
+
+def _ring_forward(mesh, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):  # type: ignore[no-untyped-def]
+    if attn_mask is not None or dropout_p:
+        raise NotImplementedError("ring attention has no mask and no dropout")
+    return cp_impl._templated_ring_attention(
+        mesh.get_group(), _SEQUENCE, cpu_flash_attention, q, k, v, is_causal=is_causal, scale=scale
+    )
+
+
+def _ring_backward(  # type: ignore[no-untyped-def]
+    mesh, grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None
+):
+    return cp_impl._templated_ring_attention_backward(
+        mesh.get_group(), _SEQUENCE, _CPU_BACKWARD, grad, "grad_out", q, k, v, out, lse, is_causal,
+        dropout_p=dropout_p, scale=scale,
+    )  # fmt: skip
+
+
+# --- pipelining, 2.13; waits for public custom schedules and a public evaluation of every schedule.
+
+
+def stages_of_rank(pp: int, n_stages: int, v_shape: bool) -> list[tuple[int, ...]]:
+    """Stage indices of each pipeline rank: round robin, or (r, 2*pp-1-r) for the V-shaped schedules."""
+    mapping = generate_rank_to_stage_mapping(pp, n_stages, "v" if v_shape else "loop")
+    return [tuple(mapping[rank]) for rank in range(pp)]
+
+
+_FORWARD = {
+    _ComputationType.FORWARD,
+    _ComputationType.SEND_F,
+    _ComputationType.RECV_F,
+    _ComputationType.UNSHARD,
+    _ComputationType.RESHARD,
+}
+
+
+def keep_forward_only(schedule: Any) -> None:
+    """Strip every backward action of a multi-stage schedule, so that V-shaped ones can evaluate too."""
+    if isinstance(schedule, PipelineScheduleMulti):
+        order = schedule.pipeline_order_with_comms
+        schedule.pipeline_order_with_comms = {
+            rank: [leaf for action in actions for leaf in _leaves(action) if leaf.computation_type in _FORWARD]
+            for rank, actions in order.items()
+        }
+
+
+def _leaves(action: _Action) -> list[_Action]:
+    """An action, or those an overlapped pair consists of."""
+    return [leaf for sub in action.sub_actions for leaf in _leaves(sub)] if action.sub_actions else [action]
+
+
+def csv_actions(rows: Sequence[Sequence[str]]) -> list[list[tuple[int, str, int]]]:
+    """Each rank's (stage, kind, microbatch) from cells such as 0F3; ValueError on a cell that is none."""
+    parsed = [[_Action.from_str(cell.strip()) for cell in row if cell.strip()] for row in rows]
+    flat = [[leaf for action in row if action is not None for leaf in _leaves(action)] for row in parsed]
+    return [[(a.stage_index, a.computation_type.value, a.microbatch_index) for a in row] for row in flat]
+
+
+class CsvSchedule(_PipelineScheduleRuntime):
+    """A schedule whose compute actions are rows of cells, one row a pipeline rank."""
+
+    def __init__(
+        self, stages: list[PipelineStage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any
+    ) -> None:
+        super().__init__(stages, n_microbatches, **kwargs)
+        self.pipeline_order = {
+            rank: [_Action.from_str(cell.strip()) for cell in row if cell.strip()] for rank, row in enumerate(rows)
+        }
+        self._prepare_schedule_with_comms(self.pipeline_order)
+
+
+# --- async tensor parallel, 2.13 (CUDA only: not run here); waits for a public switch.
+
+
+def enable_async_tensor_parallel(tp_mesh: DeviceMesh) -> None:
+    """Let inductor split tensor-parallel matmuls and overlap them with their collectives."""
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+
+
+# --- torch.compile, 2.11 and 2.13.
+
+
+def dynamo_disable(module: nn.Module) -> None:
+    """Keep a module's forward out of the graphs of a compiled caller."""
+    module.forward = torch._dynamo.disable(module.forward)  # type: ignore[method-assign]

@@ -1,0 +1,111 @@
+"""Degrees -> process groups. The only place that makes a mesh.
+
+World ranks are laid out row by row as (pp, dp_replicate, dp_shard, cp, tp): tensor parallel, which
+talks most, is innermost and stays inside a node; pipeline parallel, which talks least, is outermost.
+One 4-D DeviceMesh carries the parameters: FSDP shards over the data-parallel and context ranks
+together, because both hold different tokens and the same weights. Context parallel itself needs one
+group more. That is at most 6 groups a rank, the world included, whatever the layout: the data-parallel
+coordinates of the loader are arithmetic and need no group.
+An expert dimension would split the same world a second time, as context parallel does here.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dtron.config.sections import Parallelism
+from dtron.errors import UserError
+
+__all__ = ["Degrees", "Mesh", "resolve_degrees"]
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks each dimension has; their product is the world size."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.stage
+
+    @property
+    def stage(self) -> int:
+        """Ranks that hold one pipeline stage."""
+        return self.dp * self.cp * self.tp
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    def __str__(self) -> str:
+        parts = {
+            "pp": self.pp,
+            "dp_replicate": self.dp_replicate,
+            "dp_shard": self.dp_shard,
+            "cp": self.cp,
+            "tp": self.tp,
+        }
+        return " x ".join(f"{name} {degree}" for name, degree in parts.items() if degree > 1) or "one rank"
+
+
+def resolve_degrees(p: Parallelism, world: int) -> Degrees:
+    """The configured degrees, with the shard degree -1 filled in. UserError where they do not make the world."""
+    pp, replicate, shard = p.pipeline_parallel_degree, p.data_parallel_replicate_degree, p.data_parallel_shard_degree
+    cp, tp = p.context_parallel_degree, p.tensor_parallel_degree
+    others = pp * replicate * cp * tp
+    arithmetic = f"pp {pp} x dp_replicate {replicate} x cp {cp} x tp {tp} = {others}"
+    if shard == -1:
+        if world % others:
+            raise UserError(
+                f"{arithmetic} does not divide the world size {world}, so no data_parallel_shard_degree fits; "
+                f"change a degree or start a multiple of {others} ranks"
+            )
+        shard = world // others
+    elif shard < 1:
+        raise UserError(
+            f"parallelism.data_parallel_shard_degree is {shard}; expected -1 (what is left) or a positive degree"
+        )
+    degrees = Degrees(pp, replicate, shard, cp, tp)
+    if degrees.world != world:
+        raise UserError(
+            f"pp {pp} x dp_replicate {replicate} x dp_shard {shard} x cp {cp} x tp {tp} = {degrees.world}, "
+            f"but the world size is {world}; start torchrun with {degrees.world} ranks or change a degree"
+        )
+    return degrees
+
+
+class Mesh:
+    """The process groups of one layout and this rank's coordinates in it.
+
+    pp, tp, cp: 1-D meshes. fsdp: what `fully_shard` takes, 1-D (dp_shard_cp), or 2-D
+    (dp_replicate, dp_shard_cp) for HSDP.
+    """
+
+    def __init__(self, degrees: Degrees, device_type: str) -> None:
+        d = self.degrees = degrees
+        names = ("pp", "dp_replicate", "dp_shard_cp", "tp")
+        dense = init_device_mesh(device_type, (d.pp, d.dp_replicate, d.dp_shard * d.cp, d.tp), mesh_dim_names=names)
+        self.pp, self.tp = dense["pp"], dense["tp"]
+        self.fsdp = dense["dp_shard_cp"] if d.dp_replicate == 1 else dense["dp_replicate", "dp_shard_cp"]
+        self.cp = _context_mesh(d, device_type)
+        rank = dist.get_rank()
+        self.tp_rank = rank % d.tp
+        self.cp_rank = rank // d.tp % d.cp
+        self.dp_rank = rank // (d.tp * d.cp) % d.dp
+        self.pp_rank = rank // d.stage
+
+
+def _context_mesh(d: Degrees, device_type: str) -> DeviceMesh | None:
+    """The ranks that share this rank's sequences: the inner part of dp_shard_cp, which the dense mesh cannot name."""
+    if d.cp == 1:
+        return None
+    outer = range(d.world // (d.cp * d.tp))
+    ranks = [[(o * d.cp + c) * d.tp + t for c in range(d.cp)] for o in outer for t in range(d.tp)]
+    group, _ = dist.new_subgroups_by_enumeration(ranks)
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=("cp",))

@@ -1,0 +1,29 @@
+"""Floating-point operations a token: what MFU, the pipeline split and the benches count.
+
+PaLM's convention (arXiv 2204.02311, appendix B): forward and backward cost 6 operations a matmul
+parameter (the head once, the embedding look-up none) plus 12 * n_layers * n_heads * head_size *
+seq_len for attention, counted in full although half of it is masked; recomputation is not counted.
+"""
+
+from torch import nn
+
+from dtron.models.llama import LlamaConfig
+
+__all__ = ["attention_flops_per_token", "flops_per_token", "matmul_parameters"]
+
+FORMULA = "6 x matmul parameters + 12 x n_layers x n_heads x head_size x seq_len, a token (full attention)"
+
+
+def matmul_parameters(module: nn.Module) -> int:
+    """Weights that multiply activations: every Linear, counted where it is used, tied or not."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+    """One block's attention scores and values, forward and backward."""
+    return 12 * config.n_heads * config.head_size * seq_len
+
+
+def flops_per_token(model: nn.Module, config: LlamaConfig, seq_len: int) -> float:
+    """Forward and backward of the whole model; `model` may be on meta, before any split."""
+    return 6 * matmul_parameters(model) + config.n_layers * attention_flops_per_token(config, seq_len)

@@ -1,0 +1,59 @@
+"""Initial weights as a pure function of (seed, parameter name, row): the same on every layout.
+
+A tensor is cut into blocks of whole rows and each block has its own generator, seeded by a hash of
+(seed, name, block). A rank makes the blocks that hold its rows and no others: at 405B on 16,384
+ranks that is the rank's own share, times the tensor-parallel degree for the two matrices split by
+columns, and at most two blocks more a tensor. CPU and CUDA generators differ, so weights agree
+across layouts of one device type.
+"""
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dtron.models.llama import LlamaConfig
+
+__all__ = ["initial_rows", "llama_init_std"]
+
+BLOCK_ELEMENTS = 2**18  # large enough that seeding costs nothing, small enough that a shard wastes little
+
+InitStd = Callable[[str, LlamaConfig], float | None]
+
+
+def llama_init_std(name: str, config: LlamaConfig) -> float | None:
+    """Standard deviation of a parameter's initial values; None: all ones (the norms).
+
+    Projections into the residual stream are scaled by 1/sqrt(2 n_layers) (GPT-2, section 2.3).
+    """
+    if fnmatch.fnmatch(name, "*norm.weight"):
+        return None
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return config.init_std / math.sqrt(2 * config.n_layers)
+    return config.init_std
+
+
+def initial_rows(
+    name: str, shape: torch.Size, first: int, last: int, std: float | None, seed: int, device: torch.device
+) -> Tensor:
+    """Rows [first, last) of parameter `name` of the whole shape `shape`, in fp32."""
+    row_shape = shape[1:]
+    if std is None:
+        return torch.ones(last - first, *row_shape, device=device)
+    per_block = max(1, BLOCK_ELEMENTS // max(1, row_shape.numel()))
+    generator = torch.Generator(device)
+    blocks = []
+    for block in range(first // per_block, -(-last // per_block)):
+        start, stop = block * per_block, min(shape[0], (block + 1) * per_block)
+        generator.manual_seed(_seed(seed, name, block))
+        rows = torch.empty(stop - start, *row_shape, device=device).normal_(0.0, std, generator=generator)
+        blocks.append(rows[max(first - start, 0) : last - start])
+    return torch.cat(blocks) if blocks else torch.empty(0, *row_shape, device=device)
+
+
+def _seed(seed: int, name: str, block: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # a generator takes 63 bits

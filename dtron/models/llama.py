@@ -1,0 +1,153 @@
+"""Llama in plain PyTorch: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Single-device code that knows nothing of parallelism. Two properties make it easy to split from
+outside: a child that is None is skipped (a pipeline stage keeps its own children only), and
+positions are an argument (a context-parallel rank holds a part of the sequence).
+Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM without the
+`model.` prefix, so weights need no permutation. Sources: Touvron et al. 2023 (arXiv 2302.13971),
+Su et al. 2021 (RoPE, arXiv 2104.09864), Dubey et al. 2024 (arXiv 2407.21783).
+
+Shape letters: B sequences, S tokens, E hidden size, H query heads, K key/value heads, D head size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Llama", "LlamaConfig", "RopeScaling", "rope_frequencies"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies (arXiv 2407.21783, HF `rope_type = "llama3"`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Dimensions of a Llama-like model."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    ffn_dim: int
+    head_dim: int | None = None  # dim / n_heads where not given
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+
+def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
+    """Rotary angular frequencies, radians a token: [D/2] in fp32."""
+    d = config.head_size
+    freq = config.rope_theta ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    if (s := config.rope_scaling) is None:
+        return freq
+    # Wavelengths beyond the trained context are stretched by `factor`, short ones kept, those between blended.
+    turns = s.original_max_position * freq / (2 * math.pi)
+    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return freq * (blend + (1 - blend) / s.factor)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, S, heads, D] by cos, sin [B, S, 1, D/2]; in fp32, back in x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class CausalAttention(nn.Module):
+    """softmax(QK^T / sqrt(D)) V with a causal mask: a module, so that context parallel can wrap just this."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, S, D], k and v [B, K, S, D] -> [B, H, S, D]."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaConfig) -> None:
+        super().__init__()
+        self.head_size = c.head_size
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_size, bias=False)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
+        self.core = CausalAttention()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # The number of heads is read from the projection: under tensor parallel it is this rank's share.
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, H, D]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, c: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.mlp = FeedForward(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The whole model; a pipeline stage is the same object with the other stages' children set to None or removed."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layers)})
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids [B, S] (or a stage's hidden states [B, S, E]) -> logits [B, S, V] (or hidden states).
+
+        positions: [B, S] places of the tokens in their sequence; 0..S-1 where not given.
+        """
+        if positions is None:
+            positions = torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
+        angle = positions[..., None, None].float() * rope_frequencies(self.config, positions.device)  # [B, S, 1, D/2]
+        cos, sin = angle.cos(), angle.sin()
+        h = x if self.embed_tokens is None else self.embed_tokens(x)
+        for block in self.layers.values():
+            h = block(h, cos, sin)
+        h = h if self.norm is None else self.norm(h)
+        return h if self.lm_head is None else self.lm_head(h)

@@ -1,0 +1,29 @@
+"""What the trainer must know of a model besides its code: the seam for models from outside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["ModelSpec"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model family.
+
+    flavors: name -> config, a frozen dataclass with at least vocab_size, dim, n_layers, n_heads and n_kv_heads.
+    build: config -> module. Its children are, in this order, those before the layers, `layers` (an
+        nn.ModuleDict keyed "0", "1", ...) and those after; forward(x, positions) skips children that are None and
+        takes token ids or, on a later pipeline stage, hidden states. No buffers: they would not survive meta.
+    init_std: (parameter name, config) -> standard deviation of its initial values; None: ones.
+    attention_flops: (config, seq_len) -> FLOPs a token of one layer's attention, forward and backward.
+    tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
+    """
+
+    flavors: dict[str, Any]
+    build: Callable[[Any], nn.Module]
+    init_std: Callable[[str, Any], float | None]
+    attention_flops: Callable[[Any, int], float]
+    tensor_plan: Callable[[bool], dict[str, Any]] | None = None

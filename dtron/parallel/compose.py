@@ -1,0 +1,177 @@
+"""The order in which the dimensions compose, and the only caller of the files beside this one.
+
+    mesh -> meta model -> pipeline split -> converters -> tensor -> context -> recompute, compile -> FSDP -> init
+
+The split comes first, so that no rank parallelises what it does not hold. Tensor parallel turns
+parameters into DTensors, which FSDP then shards further. Recomputation by operation goes inside the
+compiled region, where its policy is compiled with the block; of whole blocks outside, where it calls the
+compiled block again (inside, with tensor parallel, torch raises). FSDP is last: it must see the
+module that is really called.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from dtron import compat
+from dtron.config.sections import Config
+from dtron.mesh import Mesh
+from dtron.models.flops import matmul_parameters
+from dtron.models.spec import ModelSpec
+from dtron.parallel.context import apply_context_parallel
+from dtron.parallel.data import apply_data_parallel, reduce_gradients_now
+from dtron.parallel.materialize import initialize
+from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_loss, plan_stages
+from dtron.parallel.recompute import apply_recompute
+from dtron.parallel.tensor import apply_tensor_parallel, tied_parameters
+
+__all__ = ["ParallelModel", "TokenMean", "meta_model", "parallelize", "stage_plan"]
+
+Converter = Callable[[nn.Module, Config], nn.Module]
+
+
+class TokenMean:
+    """Loss of a microbatch as its share of the mean over all valid tokens of the global batch.
+
+    `valid_tokens`, a tensor on the device, is set before a step's first forward. Dividing here makes
+    gradients plain sums over ranks and microbatches, whatever the masks.
+    """
+
+    def __init__(self, token_loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
+        self.token_loss = token_loss
+        self.valid_tokens = torch.ones((), device=device)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.token_loss(logits, labels) / self.valid_tokens
+
+
+@dataclass
+class ParallelModel:
+    """This rank's part of the model, ready to train.
+
+    parts: one module without pipeline parallel, one a stage with it. aliases: names of second copies
+    of tied parameters -> the first name, by which they are initialised and saved.
+    """
+
+    parts: list[nn.Module]
+    pipeline: Pipeline | None
+    loss: TokenMean
+    aliases: dict[str, str]
+    every_microbatch: bool
+    sharded_loss: bool
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under their names in the plain model; the second copy of a tied one under its own name."""
+        for part in self.parts:
+            for name, p in part.named_parameters():
+                yield compat.clean_name(name), p
+
+    def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor, last: bool) -> Tensor:
+        """Add a batch's gradients [B, S / cp]; returns this rank's share of the loss. last: the step's last batch."""
+        with self._loss_context():
+            if self.pipeline:
+                return self.pipeline.forward_backward(tokens, labels, positions)
+            reduce_gradients_now(self.parts[0], self.every_microbatch, last)
+            loss = self.loss(self.parts[0](tokens, positions), labels)
+            loss.backward()
+        return plain_loss(loss)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """This rank's share of a batch's loss, without gradients."""
+        with self._loss_context():
+            if self.pipeline:
+                return self.pipeline.evaluate(tokens, labels, positions)
+            return plain_loss(self.loss(self.parts[0](tokens, positions), labels))
+
+    def finish_gradients(self) -> None:
+        """After a step's last backward: sum the gradients of the two copies of a tied matrix."""
+        if self.pipeline and self.aliases:
+            parameters = dict(self.named_parameters())
+            ((copy, first),) = self.aliases.items()
+            self.pipeline.sum_tied_gradients(parameters.get(first), parameters.get(copy))
+
+    def _loss_context(self) -> contextlib.AbstractContextManager[Any]:
+        return loss_parallel() if self.sharded_loss else contextlib.nullcontext()
+
+
+def meta_model(spec: ModelSpec, model_config: Any) -> nn.Module:
+    """The whole model without memory. ValueError if it has buffers."""
+    with torch.device("meta"):
+        model = spec.build(model_config)
+    if names := [name for name, _ in model.named_buffers()]:
+        raise ValueError(
+            f"the model has buffers ({', '.join(names)}); compute them in forward, meta loses their values"
+        )
+    return model
+
+
+def stage_plan(spec: ModelSpec, model_config: Any, config: Config) -> StagePlan:
+    """The pipeline split of a whole model by FLOPs a token; the look-up costs none."""
+    model = meta_model(spec, model_config)
+    block = next(iter(model.layers.values()))  # type: ignore[operator,union-attr]
+    attention = spec.attention_flops(model_config, config.training.seq_len)
+    head = 6 * (matmul_parameters(model) - len(model.layers) * matmul_parameters(block))  # type: ignore[arg-type]
+    return plan_stages(config.parallelism, model, 6 * matmul_parameters(block) + attention, head, 0.0)
+
+
+def parallelize(
+    spec: ModelSpec, model_config: Any, config: Config, mesh: Mesh, device: torch.device,
+    token_loss: Callable[[Tensor, Tensor], Tensor], converters: list[Converter],
+) -> ParallelModel:  # fmt: skip
+    """Build this rank's part of the model on `device` with its initial weights."""
+    p = config.parallelism
+    sharded_loss = mesh.degrees.tp > 1 and not p.disable_loss_parallel
+    if config.compile.enable and "loss" in config.compile.components:
+        token_loss = torch.compile(token_loss, backend=config.compile.backend, fullgraph=True)
+    loss = TokenMean(token_loss, device)
+    aliases = {copy: first for first, copy in tied_parameters(meta_model(spec, model_config))}
+    plan = stage_plan(spec, model_config, config) if mesh.degrees.pp > 1 else None
+    parts = []
+    for stage in plan.of_rank[mesh.pp_rank] if plan else (None,):
+        part = meta_model(spec, model_config)
+        if plan and stage is not None:
+            part = keep_modules(part, plan.modules[stage])
+        for converter in converters:
+            part = converter(part, config)
+        parts.append(_parallelize_part(part, spec, config, mesh, sharded_loss))
+    for part in parts:
+        part.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
+    n_microbatches = config.training.local_batch_size // p.pipeline_parallel_microbatch_size
+    pipeline = Pipeline(parts, plan, p, mesh.pp, n_microbatches, device, loss) if plan else None
+    model = ParallelModel(parts, pipeline, loss, aliases, p.gradient_reduce == "every_microbatch", sharded_loss)
+    canonical = ((aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
+    initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)
+    return model
+
+
+def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Mesh, sharded_loss: bool) -> nn.Module:
+    """Everything between the split and the initial values, on meta."""
+    p, recompute = config.parallelism, config.activation_checkpoint
+    if mesh.degrees.tp > 1:
+        assert spec.tensor_plan is not None
+        apply_tensor_parallel(part, mesh.tp, spec.tensor_plan(sharded_loss))
+    if mesh.cp is not None:
+        apply_context_parallel(part, mesh.cp, p.context_parallel_rotate_method, bool(p.context_parallel_load_balancer))
+    if p.enable_async_tensor_parallel:
+        compat.enable_async_tensor_parallel(mesh.tp)
+    wrap = partial(apply_recompute, mode=recompute.mode, option=recompute.selective_ac_option)
+    by_operation = recompute.mode == "selective" and recompute.selective_ac_option == "op"
+    compiled = config.compile.enable and "model" in config.compile.components
+    for name, block in part.layers.items():  # type: ignore[operator,union-attr]
+        block = wrap(block, int(name)) if by_operation else block
+        if compiled:
+            block.compile(fullgraph=True, backend=config.compile.backend)
+        part.layers[name] = block if by_operation else wrap(block, int(name))  # type: ignore[operator,index]
+    reshard = p.fsdp_reshard_after_forward == "always" or (
+        p.fsdp_reshard_after_forward == "default" and mesh.degrees.pp == 1
+    )
+    dtype = getattr(torch, config.training.mixed_precision_param)
+    apply_data_parallel(part, mesh.fsdp, dtype, reshard, config.training.enable_cpu_offload)
+    return part

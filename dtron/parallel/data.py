@@ -1,0 +1,53 @@
+"""Data parallel: FSDP2, HSDP and plain replication through one call, `fully_shard`.
+
+Each block is a unit: its weights are gathered just before use, its gradients reduce-scattered just
+after (Zhao et al. 2023, arXiv 2304.11277). The mesh decides the kind: dp_shard_cp alone is FSDP;
+with dp_replicate it is HSDP, and with a shard degree of 1 plain data parallel. It is applied on meshes of size 1 too, so that
+mixed precision and every parameter's mesh are the same on one rank as on a thousand.
+
+The loss is already divided by the tokens of the global batch, so gradients are summed, never averaged.
+
+Which ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054) a setting is, and what a rank holds, in bytes a
+parameter of the model with bf16 compute, fp32 state and N shards (u: 2 or 4, the unreduced gradient):
+
+| fsdp_reshard_after_forward | gradient_reduce   | ZeRO | weights   | gradients | optimizer |
+|----------------------------|-------------------|------|-----------|-----------|-----------|
+| always                     | every_microbatch  | 3    | 4/N       | 4/N       | 8/N       |
+| never                      | every_microbatch  | 2    | 4/N + 2   | 4/N       | 8/N       |
+| never                      | last_microbatch   | 1    | 4/N + 2   | 4/N + u   | 8/N       |
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+__all__ = ["apply_data_parallel", "reduce_gradients_now"]
+
+
+def apply_data_parallel(
+    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool, offload: bool
+) -> None:
+    """Shard `model` (a stage, with `layers`) in place over `mesh`; compute in `compute_dtype`, reduce in fp32."""
+    # Inputs are not cast: cos and sin stay fp32, and hidden states already have the compute dtype.
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    offload_policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+
+    def shard(module: nn.Module, reshard: bool) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy, reshard_after_forward=reshard)
+
+    for block in model.layers.values():  # type: ignore[operator,union-attr]
+        shard(block, reshard_after_forward)
+    shard(model, False)  # the root's weights are needed by the first and the last operation alike
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -> None:
+    """Set before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(every_microbatch or last)
+    model.set_requires_all_reduce(last)
+    model.set_is_last_backward(last)

@@ -1,0 +1,269 @@
+"""Pipeline parallel: the layers cut into stages, microbatches flowing through torch's schedules.
+
+A stage is the whole meta model with the other stages' children removed, so parameter names stay
+those of the model. Rules that make torch's silent traps impossible:
+gradients are never rescaled (`scale_grads=False`: the loss is already divided by the tokens of the
+global batch); evaluation has stages and a schedule of its own (the training schedule's `eval()` drops
+accumulated gradients under FSDP, and V-shaped ones have none); shapes and dtypes are found by
+running the stages once, never declared; receives are never deferred; a tied matrix has a copy on
+the first and on the last stage, whose gradients are summed before clipping.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from dtron import compat
+from dtron.config.sections import Parallelism
+from dtron.errors import UserError
+
+__all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "schedule_stages", "split_by_cost"]
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """What a schedule asks for: see `SCHEDULES`."""
+
+    multi: bool = False  # several stages a rank
+    v_shape: bool = False  # exactly two a rank: r and 2*pp-1-r
+    zero_bubble: bool = False  # splits the backward in two
+    at_least_stages: bool = False  # n_microbatches >= stages
+    in_rounds: bool = False  # n_microbatches divisible by max(1, n_microbatches // pp)
+
+
+SCHEDULES = {
+    "GPipe": ScheduleKind(),
+    "1F1B": ScheduleKind(at_least_stages=True),
+    "LoopedBFS": ScheduleKind(multi=True),
+    "Interleaved1F1B": ScheduleKind(multi=True, in_rounds=True),
+    "InterleavedZeroBubble": ScheduleKind(multi=True, in_rounds=True, zero_bubble=True),
+    "ZBVZeroBubble": ScheduleKind(multi=True, v_shape=True, zero_bubble=True),
+    "DualPipeV": ScheduleKind(multi=True, v_shape=True, zero_bubble=True, at_least_stages=True),
+}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Which modules every stage keeps and which stages every pipeline rank holds."""
+
+    modules: list[list[str]]
+    of_rank: list[tuple[int, ...]]
+    rows: list[list[str]] | None = None  # cells of a CSV schedule
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.modules)
+
+
+# --- the split
+
+
+def schedule_stages(p: Parallelism, n_layers: int) -> tuple[list[tuple[int, ...]], list[list[str]] | None]:
+    """Stage indices of every pipeline rank, and the rows of the CSV schedule if there is one."""
+    pp = p.pipeline_parallel_degree
+    if p.pipeline_parallel_schedule_csv:
+        rows = read_schedule(p.pipeline_parallel_schedule_csv, pp)
+        return [tuple(sorted({stage for stage, _, _ in row})) for row in compat.csv_actions(rows)], rows
+    kind = SCHEDULES[p.pipeline_parallel_schedule]
+    per_rank = 2 if kind.multi else 1
+    if p.module_fqns_per_model_part:
+        per_rank = max(1, len(p.module_fqns_per_model_part) // pp)
+    elif p.pipeline_parallel_layers_per_stage:
+        per_rank = max(1, math.ceil(n_layers / p.pipeline_parallel_layers_per_stage) // pp)
+    return compat.stages_of_rank(pp, pp * per_rank, kind.v_shape), None
+
+
+def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: float, embed_cost: float) -> StagePlan:
+    """Split a whole meta model. Costs are in any one unit, FLOPs a token for example."""
+    layers = list(model.layers)  # type: ignore[arg-type]
+    of_rank, rows = schedule_stages(p, len(layers))
+    n_stages = sum(len(stages) for stages in of_rank)
+    if p.module_fqns_per_model_part:
+        return StagePlan(p.module_fqns_per_model_part, of_rank, rows)
+    first, last = p.pipeline_parallel_first_stage_less_layers, p.pipeline_parallel_last_stage_less_layers
+    embed_cost = embed_cost if first is None else first * block_cost
+    head_cost = head_cost if last is None else last * block_cost
+    counts = split_by_cost(len(layers), n_stages, block_cost, embed_cost, head_cost)
+    before, after = _outer_modules(model)
+    parts, at = [], 0
+    for stage, count in enumerate(counts):
+        names = [f"layers.{i}" for i in layers[at : at + count]]
+        at += count
+        parts.append((before if stage == 0 else []) + names + (after if stage == n_stages - 1 else []))
+    return StagePlan(parts, of_rank, rows)
+
+
+def split_by_cost(n_layers: int, n_stages: int, block: float, first: float, last: float) -> list[int]:
+    """Layers of each stage so that the dearest stage is as cheap as can be; `first`, `last`: extra cost of the ends.
+
+    Every stage gets at least one layer. Among equals, the sum of squares is least.
+    """
+    inner = max(0, n_stages - 2)
+    if n_stages == 1:
+        return [n_layers]
+    best: tuple[float, float] | None = None
+    chosen: list[int] = []
+    for head in range(1, n_layers - inner):
+        for tail in range(1, n_layers - inner - head + 1):
+            rest = n_layers - head - tail
+            if (rest == 0) != (inner == 0):
+                continue
+            quotient, left = divmod(rest, inner) if inner else (0, 0)
+            middle = [quotient + (i < left) for i in range(inner)]
+            costs = [first + head * block, *(count * block for count in middle), last + tail * block]
+            score = (max(costs), sum(cost * cost for cost in costs))
+            if best is None or score < best:
+                best, chosen = score, [head, *middle, tail]
+    return chosen
+
+
+def _outer_modules(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Children that come before and after `layers` in the model's definition."""
+    names = [name for name, _ in model.named_children()]
+    at = names.index("layers")
+    return names[:at], names[at + 1 :]
+
+
+def keep_modules(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Turn a whole meta model into a stage: children not named become None, layers not named are removed."""
+    for name, _ in list(model.named_children()):
+        if name != "layers" and name not in names:
+            setattr(model, name, None)
+    kept = {name.removeprefix("layers.") for name in names if name.startswith("layers.")}
+    for index in list(model.layers):  # type: ignore[arg-type]
+        if index not in kept:
+            del model.layers[index]  # type: ignore[operator,union-attr,arg-type]
+    return model
+
+
+def read_schedule(path: str, pp: int) -> list[list[str]]:
+    """The rows of a CSV schedule, one a pipeline rank, checked cell by cell."""
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except OSError as error:
+        raise UserError(f"parallelism.pipeline_parallel_schedule_csv: cannot read {path}: {error.strerror}") from None
+    if len(rows) != pp:
+        raise UserError(f"{path} has {len(rows)} rows; expected one a pipeline rank, {pp}")
+    try:
+        actions = compat.csv_actions(rows)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{path}: {error}; a cell is STAGE ACTION MICROBATCH, for example 0F3, 1B0, 2I1 or 2W1"
+        ) from None
+    _check_schedule(path, actions)
+    return rows
+
+
+def _check_schedule(path: str, actions: list[list[tuple[int, str, int]]]) -> None:
+    """Every stage on one rank, and every microbatch once forward and once backward through every stage."""
+    owners: dict[int, set[int]] = {}
+    done: dict[str, set[tuple[int, int]]] = {"F": set(), "B": set(), "I": set(), "W": set()}
+    for rank, row in enumerate(actions):
+        for stage, kind, microbatch in row:
+            owners.setdefault(stage, set()).add(rank)
+            if (stage, microbatch) in done.setdefault(kind, set()):
+                raise UserError(f"{path}: {stage}{kind}{microbatch} stands twice")
+            done[kind].add((stage, microbatch))
+    if sorted(owners) != list(range(len(owners))) or any(len(ranks) > 1 for ranks in owners.values()):
+        raise UserError(f"{path}: stages are {sorted(owners)}; expected 0, 1, 2, ..., each on one row only")
+    microbatches = {m for _, m in done["F"]}
+    whole = {(stage, m) for stage in owners for m in microbatches}
+    if done["F"] != whole or done["B"] | done["I"] != whole or done["B"] & done["I"] or done["I"] != done["W"]:
+        raise UserError(
+            f"{path}: every microbatch needs F and either B or both I and W at each of {len(owners)} stages"
+        )
+
+
+# --- the schedule
+
+LossFn = Callable[[Any, Tensor], Tensor]
+
+
+class Pipeline:
+    """This rank's stages of one model and the schedules that train and evaluate them."""
+
+    def __init__(
+        self, parts: Sequence[nn.Module], plan: StagePlan, p: Parallelism, pp: DeviceMesh, n_microbatches: int,
+        device: torch.device, loss_fn: LossFn,
+    ) -> None:  # fmt: skip
+        self.indices = plan.of_rank[pp.get_local_rank()]
+        self.has_first, self.has_last = 0 in self.indices, plan.n_stages - 1 in self.indices
+        self._ends = [next(r for r, s in enumerate(plan.of_rank) if end in s) for end in (0, plan.n_stages - 1)]
+        self._group = pp.get_group()
+
+        def make(microbatches: int) -> Any:
+            stages = [
+                PipelineStage(part, index, plan.n_stages, device, group=self._group)
+                for part, index in zip(parts, self.indices, strict=True)
+            ]
+            if plan.rows:
+                return compat.CsvSchedule(stages, microbatches, plan.rows, loss_fn=loss_fn, scale_grads=False)
+            cls = get_schedule_class(p.pipeline_parallel_schedule)
+            single = issubclass(cls, PipelineScheduleSingle)
+            return cls(stages[0] if single else stages, microbatches, loss_fn=loss_fn, scale_grads=False)  # type: ignore[arg-type]
+
+        self._train, self._evaluate = make(n_microbatches), make(n_microbatches)
+        compat.keep_forward_only(self._evaluate)
+
+    def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Run all microbatches of tokens [B, S]; the summed loss where the last stage is, 0 elsewhere. Fills gradients."""
+        losses: list[Tensor] = []
+        self._run(self._train.step, tokens, labels, positions, losses)
+        return self._sum(losses, tokens.device)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """The summed loss of a batch without gradients; leaves accumulated gradients alone."""
+        losses: list[Tensor] = []
+        self._run(self._evaluate.eval, tokens, labels, positions, losses)
+        return self._sum(losses, tokens.device)
+
+    def _run(
+        self, run: Callable[..., Any], tokens: Tensor, labels: Tensor, positions: Tensor, losses: list[Tensor]
+    ) -> None:
+        inputs = (tokens,) if self.has_first else ()
+        target = labels if self.has_last else None
+        run(*inputs, target=target, losses=losses if self.has_last else None, return_outputs=False, positions=positions)
+
+    @staticmethod
+    def _sum(losses: list[Tensor], device: torch.device) -> Tensor:
+        return torch.stack([plain_loss(loss) for loss in losses]).sum() if losses else torch.zeros((), device=device)
+
+    def sum_tied_gradients(self, embedding: nn.Parameter | None, head: nn.Parameter | None) -> None:
+        """Add the gradients of the two copies of a tied matrix; a rank passes the copies it holds, local tensors of one shape."""
+        copies = [p for p in (embedding, head) if p is not None]
+        if len(copies) == 2:
+            total = _local_gradient(copies[0]) + _local_gradient(copies[1])
+            for p in copies:
+                _local_gradient(p).copy_(total)
+        elif copies:
+            mine = _local_gradient(copies[0])
+            other = torch.empty_like(mine)
+            peer = dist.get_global_rank(self._group, self._ends[1] if self.has_first else self._ends[0])
+            # A pair of point-to-point messages in the pipeline's own group: no group more for tied models.
+            for work in dist.batch_isend_irecv(
+                [dist.P2POp(dist.isend, mine, peer, self._group), dist.P2POp(dist.irecv, other, peer, self._group)]
+            ):
+                work.wait()
+            mine.add_(other)
+
+
+def _local_gradient(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+
+
+def plain_loss(loss: Tensor) -> Tensor:
+    """A loss as an ordinary detached tensor; sharded logits give a DTensor."""
+    loss = loss.detach()
+    return loss.full_tensor() if hasattr(loss, "full_tensor") else loss

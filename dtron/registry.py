@@ -1,0 +1,89 @@
+"""Names in a config -> the code they stand for. Modules in job.custom_import add to it.
+
+from dtron.registry import register
+register("dataset", "mine", my_dataset)
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtron.errors import UserError
+from dtron.models.families import FAMILIES
+from dtron.models.flops import attention_flops_per_token
+from dtron.models.init import llama_init_std
+from dtron.models.llama import Llama
+from dtron.models.spec import ModelSpec
+from dtron.parallel.tensor import llama_plan
+
+__all__ = ["Kind", "cross_entropy", "import_custom", "look_up", "register"]
+
+Kind = Literal["model", "dataset", "loss", "optimizer", "converter"]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of -log p(label), in fp32; logits [B, S, V], labels [B, S], label -100 counts for nothing."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _adam(cls: Any) -> Callable[..., torch.optim.Optimizer]:
+    def make(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
+        loop = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+        return cls(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, **loop[c.implementation])
+
+    return make
+
+
+def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
+    loop = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, **loop[c.implementation])
+
+
+# kind -> name -> code. Signatures: model: ModelSpec. dataset: (section, seq_len, config, split) -> SequenceDataset.
+# loss: (logits, labels) -> sum over tokens. optimizer: (param groups, optimizer section) -> torch Optimizer.
+# converter: (meta model, config) -> model, before any parallelism.
+_REGISTRY: dict[Kind, dict[str, Any]] = {
+    "model": {
+        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan)
+        for name, flavors in FAMILIES.items()
+    },
+    "dataset": {},
+    "loss": {"cross_entropy": cross_entropy},
+    "optimizer": {"AdamW": _adam(torch.optim.AdamW), "Adam": _adam(torch.optim.Adam), "SGD": _sgd},
+    "converter": {},
+}
+
+
+def register(kind: Kind, name: str, code: Any) -> None:
+    """Make `name` usable in a config. ValueError if another piece of code has the name."""
+    known = _REGISTRY[kind].setdefault(name, code)
+    if known is not code:
+        raise ValueError(f"a {kind} named {name!r} is registered already: {known}")
+
+
+def look_up(kind: Kind, name: str, key: str) -> Any:
+    """The code behind `name`; `key` is the config key that named it, for the message."""
+    names = _REGISTRY[kind]
+    if name not in names:
+        near = get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{key} = {name!r} is unknown; {hint}known: {', '.join(sorted(names)) or 'none'}")
+    return names[name]
+
+
+def import_custom(modules: list[str]) -> None:
+    """Import the modules of job.custom_import; the working directory counts as a place to find them."""
+    if modules and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"job.custom_import: cannot import {name!r}: {error}") from error

@@ -1,0 +1,91 @@
+"""Optimizers, the learning-rate schedule and clipping by the true global norm."""
+
+import fnmatch
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dtron import registry
+from dtron.config.sections import LRScheduler
+from dtron.config.sections import Optimizer as OptimizerSection
+from dtron.parallel.compose import ParallelModel
+
+__all__ = ["build_optimizers", "learning_rate_factor", "scale_gradients", "squared_gradient_norm"]
+
+
+def build_optimizers(model: ParallelModel, c: OptimizerSection) -> list[torch.optim.Optimizer]:
+    """One optimizer a pipeline stage held here, each with a decayed and an undecayed group of parameters."""
+    make = registry.look_up("optimizer", c.name, "optimizer.name")
+    optimizers = []
+    for part in model.parts:
+        here = {id(p) for p in part.parameters()}
+        named = [(model.aliases.get(name, name), p) for name, p in model.named_parameters() if id(p) in here]
+        exempt = [p for name, p in named if any(fnmatch.fnmatch(name, pattern) for pattern in c.weight_decay_exclude)]
+        ids = {id(p) for p in exempt}
+        groups = [
+            {"params": [p for _, p in named if id(p) not in ids], "weight_decay": c.weight_decay},
+            {"params": exempt, "weight_decay": 0.0},
+        ]
+        optimizers.append(make([group for group in groups if group["params"]], c))
+    return optimizers
+
+
+def learning_rate_factor(c: LRScheduler, step: int, steps: int) -> float:
+    """Share of the peak learning rate at optimizer step `step` (from 1) of `steps`: warm-up, stable, decay."""
+    total = c.total_steps or steps
+    decay = total - c.warmup_steps if c.decay_ratio is None else round(total * c.decay_ratio)
+    last_stable = total - decay + 1  # the decay leaves its peak after this step, and has not reached its end at `total`
+    if step <= c.warmup_steps:
+        return step / c.warmup_steps
+    if step <= last_stable:
+        return 1.0
+    progress = min(1.0, (step - last_stable) / decay)
+    shapes = {
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }
+    return c.min_lr_factor + (1 - c.min_lr_factor) * shapes[c.decay_type]
+
+
+@torch.no_grad()
+def squared_gradient_norm(
+    parameters: Iterable[tuple[str, nn.Parameter]], aliases: dict[str, str], stage_ranks: int, device: torch.device
+) -> Tensor:
+    """This rank's share of the squared global gradient norm; the sum over the world is the whole, exactly once.
+
+    Works on local shards: DTensors of different meshes, or of different pipeline stages, cannot be added up otherwise.
+    A shard held by several ranks of its mesh counts for 1/copies on each; second copies of tied parameters, whose
+    gradients equal the first's, count for nothing. ValueError where a mesh does not span its stage.
+    """
+    shares: dict[int, list[Tensor]] = {}
+    for name, p in parameters:
+        if name in aliases or p.grad is None:
+            continue
+        grad = p.grad
+        if not isinstance(grad, DTensor) or grad.device_mesh.size() != stage_ranks:
+            raise ValueError(f"{name}: the gradient's mesh does not span the {stage_ranks} ranks of its stage")
+        if any(place.is_partial() for place in grad.placements):
+            raise ValueError(f"{name}: the gradient is not reduced: {grad.placements}")
+        sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+        copies = math.prod(size for size, place in sizes if place.is_replicate())
+        shares.setdefault(copies, []).append(grad.to_local())
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for copies, grads in shares.items():
+        norms = torch.stack(torch._foreach_norm(grads))
+        total += norms.to(total).square().sum() / copies
+    return total
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients in place so that their global norm is at most `max_norm`."""
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    by_device = {grad.device for grad in grads}
+    for device in by_device:
+        same = [grad for grad in grads if grad.device == device]
+        torch._foreach_mul_(same, factor.to(device, torch.float32))

@@ -1,0 +1,98 @@
+"""Ranks for tests: forked once after torch is imported, kept, and given one job after the other.
+
+Importing torch and its distributed parts costs seconds a process; a fork costs milliseconds. After a failure or a
+timeout the whole pool is killed, because the failed rank's peers may sit in a collective for ever.
+"""
+
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+
+def _serve(rank: int, jobs: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        fn, world, store, args = jobs.recv()
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        try:
+            timeout = timedelta(seconds=120)
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+            answer = (True, fn(*args))
+            dist.barrier()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _forget_groups()
+        jobs.send(answer)
+
+
+def _forget_groups() -> None:
+    """Drop what torch caches by mesh shape: the next job's equal mesh would find the last job's process groups."""
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
+    torch._dynamo.reset()
+
+
+class RankError(AssertionError):
+    """A rank raised; the text is its traceback."""
+
+
+class Ranks:
+    """A pool that grows to the largest world asked for."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+        """fn(*args) on each of `world` gloo ranks; the list of their results. RankError with the first failure's traceback."""
+        self._grow(world)
+        pipes = [pipe for _, pipe in self._workers[:world]]
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in pipes:
+                pipe.send((fn, world, os.path.join(folder, "store"), args))
+            return self._collect(pipes, time.monotonic() + timeout)
+
+    def _grow(self, world: int) -> None:
+        context = mp.get_context("fork")
+        for rank in range(len(self._workers), world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def _collect(self, pipes: list[Connection], end: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < len(pipes):
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                self.close()
+                raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang")
+            for pipe in ready:
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                good, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                if not good:
+                    self.close()
+                    raise RankError(f"rank {rank}:\n{results[rank]}")
+        return [results[rank] for rank in range(len(pipes))]
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
