@@ -1,0 +1,214 @@
+"""Batches for one data-parallel rank, and the one number that says where the run stands in its data.
+
+Step k of the run trains on the global samples [consumed, consumed + global_batch_size), whatever the
+layout; rank r of dp takes the r-th contiguous block of those rows. The order of the samples comes from
+`dtron.data.order`, so neither the number of ranks nor that of worker processes changes a global batch,
+and a checkpoint needs to hold `consumed` only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.utils.data
+
+from dtron.config.sections import Config, DataLoader
+from dtron.data.order import sample_indices
+from dtron.errors import UserError
+
+__all__ = ["IGNORE_INDEX", "SequenceDataset", "StepLoader", "ValidationLoader", "check_dataloader"]
+
+IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
+PADDING = -1  # stands for a row without a sample, where a data-set index is expected
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class SequenceDataset(Protocol):
+    """What a data set provides: sequences of one length, reachable by number in any order."""
+
+    vocab_size: int  # one more than the largest token id
+    tokenizer_json: str | None  # path of a Hugging Face tokenizer.json, where there is one
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs [S], labels [S]), both int64; label IGNORE_INDEX: no loss at this position."""
+
+
+def check_dataloader(cfg: Config) -> None:
+    """Refuse data-loader options that could have no effect. Raises UserError."""
+    for section, options in (("training", cfg.training.dataloader), ("validation", cfg.validation.dataloader)):
+        name = f"{section}.dataloader"
+        if options.num_workers == 0:
+            for option in ("persistent_workers", "prefetch_factor"):
+                if value := getattr(options, option):
+                    raise UserError(
+                        f"{name}.{option} = {value} has no effect with {name}.num_workers = 0: "
+                        f"set num_workers to 1 or more, or leave {option} out"
+                    )
+        if options.pin_memory and cfg.training.device == "cpu":
+            raise UserError(f'{name}.pin_memory = true has no effect with training.device = "cpu": leave it out')
+
+
+def rows_of(global_batch_size: int, dp_rank: int, dp_size: int) -> range:
+    """The rows of a global batch that data-parallel rank `dp_rank` takes: one contiguous block."""
+    if global_batch_size % dp_size:
+        raise UserError(
+            f"a global batch of {global_batch_size} sequences cannot be split evenly over {dp_size} "
+            "data-parallel ranks: make training.global_batch_size a multiple of them"
+        )
+    rows = global_batch_size // dp_size
+    return range(dp_rank * rows, (dp_rank + 1) * rows)
+
+
+class _PaddedDataset:
+    """A data set with one more row, PADDING: right in shape and without loss."""
+
+    def __init__(self, dataset: SequenceDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if i != PADDING:
+            return self.dataset[i]
+        inputs, labels = self.dataset[0]
+        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX)
+
+
+# The two batch samplers below refer to no loader: an iterator in a reference cycle would shut its
+# worker processes down only when Python's garbage collector finds it, and then by a timeout.
+
+
+@dataclass
+class _StreamRows:
+    """Batch sampler of the endless stream: this rank's indices of the global batches from `start` on."""
+
+    n_samples: int
+    global_batch_size: int
+    rows: range
+    seed: int
+    shuffle: bool
+    start: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in count(self.start, self.global_batch_size):
+            block = first + self.rows.start
+            yield sample_indices(block, len(self.rows), self.n_samples, self.seed, self.shuffle).tolist()
+
+
+@dataclass(frozen=True)
+class _PassRows:
+    """Batch sampler of one pass in the data's own order, the last global batch filled up with PADDING."""
+
+    n_samples: int
+    global_batch_size: int
+    rows: range
+    n_batches: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for k in range(self.n_batches):
+            samples = (k * self.global_batch_size + row for row in self.rows)
+            yield [sample if sample < self.n_samples else PADDING for sample in samples]
+
+
+def _collate(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    inputs, labels = zip(*rows, strict=True)
+    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels))  # [rows, S] each
+
+
+def _torch_loader(dataset: Any, batch_sampler: Any, options: DataLoader) -> torch.utils.data.DataLoader:
+    """torch's loader over lists of indices; page-locks memory only where there is a GPU to copy to."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=_collate,
+        num_workers=options.num_workers,
+        persistent_workers=options.persistent_workers,
+        prefetch_factor=options.prefetch_factor,
+        pin_memory=options.pin_memory and torch.cuda.is_available(),
+        # By default every new iterator would draw from the global generator, which a resumed run
+        # would then find at another place than a run that was never interrupted.
+        generator=torch.Generator(),
+    )
+
+
+class StepLoader:
+    """One item an optimizer step, without end: this rank's (inputs, labels), int64 [rows, S] each.
+
+    rows = global_batch_size / dp_size (UserError unless it divides). `consumed` counts the global
+    samples of the batches handed out; those that workers merely loaded ahead do not count.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        *,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        options: DataLoader,
+        consumed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        rows = rows_of(global_batch_size, dp_rank, dp_size)
+        self._sampler = _StreamRows(len(dataset), global_batch_size, rows, seed, shuffle, consumed)
+        self._loader = _torch_loader(dataset, self._sampler, options)
+        self.seek(consumed)
+
+    @property
+    def consumed(self) -> int:
+        """Global samples trained on so far: the whole state of the data, for any later layout."""
+        return self._consumed
+
+    def seek(self, consumed: int) -> None:
+        """Go on from global sample `consumed`, on resume; O(1)."""
+        self._consumed = self._sampler.start = consumed
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> "StepLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        self._consumed += self._sampler.global_batch_size
+        return batch
+
+
+class ValidationLoader:
+    """One pass over a data set in its own order: every sequence once, or `steps` batches (-1: all).
+
+    Items are those of `StepLoader`. The last batch is filled up with rows whose labels are all
+    IGNORE_INDEX: every rank takes the same number of batches of the same shape, and the mean over
+    the labels that count is that of the data set alone. A rank may get a batch without any such
+    label, so sums of losses and of labels are to be reduced, not means.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        *,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        options: DataLoader,
+        steps: int = -1,
+    ) -> None:
+        rows = rows_of(global_batch_size, dp_rank, dp_size)
+        whole_pass = -(-len(dataset) // global_batch_size)
+        self._n_batches = whole_pass if steps < 0 else min(steps, whole_pass)
+        sampler = _PassRows(len(dataset), global_batch_size, rows, self._n_batches)
+        self._loader = _torch_loader(_PaddedDataset(dataset), sampler, options)
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return self._n_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)

@@ -1,0 +1,69 @@
+"""The order of the training data: a seekable shuffle with no state but a position.
+
+The stream of global samples 0, 1, 2, ... is cut into epochs of n samples; each epoch is its own
+permutation of the data set, computed index by index. So any position is reached at once, no list of
+n indices is held, and every rank of every layout finds the same sample at the same position.
+"""
+
+import numpy as np
+
+__all__ = ["Permutation", "sample_indices"]
+
+ROUNDS = 8  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); domains of a few bits need more
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer (Steele, Lea & Flood 2014): uint64 -> uint64, every bit depends on every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Permutation:
+    """A pseudo-random permutation of [0, n), fixed by (n, seed, epoch), in O(1) memory.
+
+    A Feistel network permutes [0, 4^h), the least such range that holds n; an index that lands
+    outside [0, n) is sent through again until it lands inside (cycle walking, Black & Rogaway 2002):
+    fewer than 4 passes on average, since 4^h < 4 n.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int = 0) -> None:
+        if n < 1:
+            raise ValueError(f"a permutation needs at least one element, got n = {n}")
+        self.n = n
+        self._half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
+        # Unlike seed + epoch, a spawn key keeps (seed 0, epoch 1) apart from (seed 1, epoch 0).
+        self._keys = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(ROUNDS, np.uint64)
+
+    def _feistel(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self._half_bits, x & self._mask
+        for round_key in self._keys:
+            left, right = right, left ^ (_mix(right + round_key) & self._mask)
+        return (left << self._half_bits) | right
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Images of `indices` (any shape, each in [0, n)), as int64 of the same shape."""
+        indices = np.asarray(indices)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.n):
+            raise IndexError(f"indices from {indices.min()} to {indices.max()} are not all in [0, {self.n})")
+        image = self._feistel(indices.astype(np.uint64).ravel())
+        while (outside := image >= self.n).any():
+            image[outside] = self._feistel(image[outside])
+        return image.astype(np.int64).reshape(indices.shape)
+
+
+def sample_indices(start: int, count: int, n_samples: int, seed: int, shuffle: bool = True) -> np.ndarray:
+    """Data-set indices [count] (int64) of the global samples start .. start + count - 1.
+
+    Global sample g is element g % n_samples of epoch g // n_samples; with `shuffle` every epoch has
+    a permutation of its own.
+    """
+    samples = np.arange(start, start + count, dtype=np.int64)
+    if not shuffle:
+        return samples % n_samples
+    indices = np.empty_like(samples)
+    for epoch in range(start // n_samples, -(-(start + count) // n_samples)):
+        here = samples // n_samples == epoch
+        indices[here] = Permutation(n_samples, seed, epoch)(samples[here] % n_samples)
+    return indices

@@ -1,0 +1,185 @@
+"""Every layout, worker count and resume point sees the same global batches."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from dtron.config.sections import Config, DataLoader
+from dtron.data.corpus import TokenDataset
+from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader, check_dataloader, rows_of
+from dtron.data.order import sample_indices
+from dtron.errors import UserError
+
+S = 4
+
+
+def numbered(n):
+    """n sequences; the first token of sequence i is i * S."""
+    return TokenDataset(np.arange(n * S + 1, dtype=np.uint32), S, vocab_size=n * S + 1)
+
+
+class WithWorker:
+    """Sequences that carry the id of the process that read them."""
+
+    vocab_size, tokenizer_json = 1, None
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        info = torch.utils.data.get_worker_info()
+        pid = torch.multiprocessing.current_process().pid
+        return np.full(S, i), np.full(S, pid if info else 0)
+
+
+def steps(dataset, n_steps, dp=1, workers=0, consumed=0, gbs=16, **kwargs):
+    """The global batches of `n_steps` steps, put together from all ranks: [steps, gbs, 2, S]."""
+    kwargs |= {"global_batch_size": gbs, "options": DataLoader(num_workers=workers), "seed": 5}
+    loaders = [StepLoader(dataset, dp_rank=r, dp_size=dp, consumed=consumed, **kwargs) for r in range(dp)]
+    taken = []
+    for _ in range(n_steps):
+        batches = [next(loader) for loader in loaders]
+        assert all(x.shape == y.shape == (gbs // dp, S) and x.dtype == y.dtype == torch.int64 for x, y in batches)
+        taken.append(torch.cat([torch.stack(batch, 1) for batch in batches]))
+    assert {loader.consumed for loader in loaders} == {consumed + n_steps * gbs}
+    return torch.stack(taken)
+
+
+@pytest.mark.parametrize("dp,workers", [(2, 0), (4, 0), (8, 0), (1, 2), (4, 2)])
+def test_global_batches_do_not_depend_on_the_layout(dp, workers):
+    dataset = numbered(50)  # 16 does not divide 50: epochs end inside batches
+    reference = steps(dataset, 8)
+    assert torch.equal(steps(dataset, 8, dp, workers), reference)
+    for done in (1, 3, 7):
+        assert torch.equal(steps(dataset, 8 - done, dp, workers, consumed=16 * done), reference[done:])
+
+
+def test_batches_hold_the_samples_of_the_order():
+    n, gbs = 50, 16
+    batches = steps(numbered(n), 10, gbs=gbs)
+    indices = batches[:, :, 0, 0].flatten() // S
+    assert indices.tolist() == sample_indices(0, 10 * gbs, n, seed=5).tolist()
+    assert sorted(indices[:n].tolist()) == list(range(n))  # an epoch that ends inside the fourth batch
+    assert torch.equal(batches[..., 1, :], batches[..., 0, :] + 1)  # labels: the next token
+
+
+def test_another_global_batch_size_goes_on_where_the_old_one_stopped():
+    dataset = numbered(50)
+    small = steps(dataset, 3, gbs=8).flatten(0, 1)
+    large = steps(dataset, 2, consumed=24, gbs=16).flatten(0, 1)
+    assert torch.equal(torch.cat([small, large]), steps(dataset, 7, gbs=8).flatten(0, 1))
+
+
+def test_without_shuffle_the_order_is_that_of_the_data():
+    indices = steps(numbered(50), 4, shuffle=False)[:, :, 0, 0].flatten() // S
+    assert indices.tolist() == [g % 50 for g in range(64)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seek_drops_what_was_loaded_ahead(workers):
+    dataset = numbered(50)
+    options = DataLoader(num_workers=workers, persistent_workers=workers > 0)
+    loader = StepLoader(dataset, global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
+    reference = steps(dataset, 6)
+    for start in (0, 4, 1):
+        loader.seek(16 * start)
+        assert loader.consumed == 16 * start
+        for k in (start, start + 1):
+            assert torch.equal(torch.stack(next(loader), 1), reference[k])
+            assert loader.consumed == 16 * (k + 1)
+
+
+def test_workers_end_with_their_loader():
+    options = DataLoader(num_workers=2)
+    loader = StepLoader(numbered(50), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
+    next(loader)
+    assert len(torch.multiprocessing.active_children()) == 2
+    gc.disable()
+    try:
+        del loader
+        assert torch.multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_loading_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    steps(numbered(50), 1)
+    list(ValidationLoader(numbered(5), global_batch_size=4, dp_rank=0, dp_size=1, options=DataLoader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_uneven_split_is_refused():
+    assert [list(rows_of(6, r, 3)) for r in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    for make in (StepLoader, ValidationLoader):
+        extra = {"seed": 0} if make is StepLoader else {}
+        with pytest.raises(UserError, match="10 sequences .* 4 data-parallel ranks"):
+            make(numbered(50), global_batch_size=10, dp_rank=0, dp_size=4, options=DataLoader(), **extra)
+
+
+@pytest.mark.parametrize(
+    "n,dp,workers", [(17, 4, 2), *((n, dp, 0) for n in (1, 15, 16, 17, 50) for dp in (1, 2, 4, 8))]
+)
+def test_validation_takes_every_sequence_once(n, dp, workers):
+    options = DataLoader(num_workers=workers)
+    loaders = [
+        ValidationLoader(numbered(n), global_batch_size=16, dp_rank=r, dp_size=dp, options=options) for r in range(dp)
+    ]
+    ranks = [list(loader) for loader in loaders]
+    assert {len(batches) for batches in ranks} == {len(loader) for loader in loaders} == {-(-n // 16)}
+    seen = []
+    for batches in zip(*ranks, strict=True):
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert inputs.shape == labels.shape == (16, S)
+        real = (labels != IGNORE_INDEX).all(1)
+        assert (labels[~real] == IGNORE_INDEX).all()
+        assert torch.equal(labels[real], inputs[real] + 1)
+        seen += (inputs[real][:, 0] // S).tolist()
+    assert seen == list(range(n))
+
+
+def test_validation_steps_limit_the_batches_and_every_pass_is_the_same():
+    def loader(steps):
+        layout = {"global_batch_size": 16, "dp_rank": 0, "dp_size": 1}
+        return ValidationLoader(numbered(50), **layout, options=DataLoader(), steps=steps)
+
+    assert [len(loader(steps)) for steps in (-1, 1, 3, 4, 99)] == [4, 1, 3, 4, 4]
+    two = loader(2)
+    first, second = list(two), list(two)
+    assert len(first) == len(second) == 2
+    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_persistent_workers_outlive_a_pass(persistent):
+    options = DataLoader(num_workers=2, persistent_workers=persistent)
+    loader = ValidationLoader(WithWorker(), global_batch_size=8, dp_rank=0, dp_size=1, options=options)
+    passes = [{int(labels[0, 0]) for _, labels in loader} for _ in range(2)]
+    assert all(len(pids) == 2 and 0 not in pids for pids in passes)
+    assert (passes[0] == passes[1]) == persistent
+
+
+def test_prefetch_factor_and_pin_memory_reach_torch(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda dataset, **options: seen.update(options))
+    options = DataLoader(num_workers=3, prefetch_factor=7, pin_memory=True)
+    StepLoader(numbered(50), global_batch_size=8, dp_rank=0, dp_size=1, seed=0, options=options)
+    assert (seen["num_workers"], seen["prefetch_factor"], seen["pin_memory"]) == (3, 7, True)
+
+
+@pytest.mark.parametrize("section", ["training", "validation"])
+@pytest.mark.parametrize("option,value", [("persistent_workers", True), ("prefetch_factor", 2), ("pin_memory", True)])
+def test_options_without_effect_are_refused(section, option, value):
+    cfg = Config()
+    check_dataloader(cfg)
+    cfg.training.device = "cpu"
+    options = getattr(cfg, section).dataloader
+    setattr(options, option, value)
+    with pytest.raises(UserError, match=rf"{section}\.dataloader\.{option} = (?i:{value}) has no effect"):
+        check_dataloader(cfg)
+    options.num_workers = 1
+    cfg.training.device = "auto"
+    check_dataloader(cfg)
