@@ -1,0 +1,177 @@
+"""A run's metrics: one JSON object a line in metrics.jsonl, and the same in TensorBoard.
+
+The rows are written by one rank. A row holds any of the keys of `TAGS`, `step` (from 1) and
+`attempt` (1, and one more after each resume); other numbers are kept too. Units are in the
+keys: `_s` seconds, `_bytes` bytes, `mfu` a share (0.41 is 41%).
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dtron.config.sections import Metrics
+from dtron.errors import UserError
+
+__all__ = ["LAYOUT", "TAGS", "MetricsWriter", "Tag", "read_metrics", "tag_of"]
+
+
+class Tag(NamedTuple):
+    """Where a metric is drawn: its TensorBoard name and what its value is multiplied by."""
+
+    name: str
+    factor: float = 1.0
+
+
+TAGS: dict[str, Tag] = {
+    "loss": Tag("loss/train"),
+    "validation_loss": Tag("loss/validation"),
+    "validation_perplexity": Tag("loss/validation_perplexity"),
+    "grad_norm": Tag("optim/grad_norm"),
+    "lr": Tag("optim/lr"),
+    "mfu": Tag("perf/mfu_percent", 100.0),
+    "tokens_per_s": Tag("perf/tokens_per_s"),
+    "tokens_per_s_per_gpu": Tag("perf/tokens_per_s_per_gpu"),
+    "step_s": Tag("time/step_s"),
+    "data_s": Tag("time/data_s"),
+    "max_memory_bytes": Tag("memory/max_gib", 1 / 2**30),
+    "tokens": Tag("tokens"),
+}
+_NOT_DRAWN = {"step", "attempt", "nonfinite"}
+
+# The dashboard: category -> chart -> kind and patterns of tags. One category, as TensorBoard opens only the first.
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "Training run": {
+        "MFU (% of the dense bf16 peak)": ["Multiline", ["^perf/mfu_percent$"]],
+        "Speed of a GPU (tokens/s/GPU)": ["Multiline", ["^perf/tokens_per_s_per_gpu$"]],
+        "Speed of the run (tokens/s)": ["Multiline", ["^perf/tokens_per_s$"]],
+        "Loss (nats/token): train and validation": ["Multiline", ["^loss/(train|validation)$"]],
+        "Gradient norm (before clipping)": ["Multiline", ["^optim/grad_norm$"]],
+        "Learning rate": ["Multiline", ["^optim/lr$"]],
+        "Step time (s): whole step and its parts": ["Multiline", ["^time/.*$"]],
+        "Peak memory (GiB)": ["Multiline", ["^memory/max_gib$"]],
+        "Tokens seen (all ranks)": ["Multiline", ["^tokens$"]],
+    }
+}
+
+
+def tag_of(key: str) -> Tag | None:
+    """The tag of a row's key; None: not drawn. Other seconds go under time/, other numbers under other/."""
+    if key in _NOT_DRAWN:
+        return None
+    return TAGS.get(key) or Tag(f"time/{key}" if key.endswith("_s") else f"other/{key}")
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, one a step, sorted by step.
+
+    Of a step that was replayed after a resume, the last attempt's row counts; rows of one step
+    and attempt are merged. A line cut short by a kill (one an attempt at most) is passed over.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        old = rows.get(row["step"], {})
+        rows[row["step"]] = _merge(old, row) if old.get("attempt") == row.get("attempt") else row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    nonfinite = sorted({*old.get("nonfinite", []), *new.get("nonfinite", [])})
+    return {**old, **new, **({"nonfinite": nonfinite} if nonfinite else {})}
+
+
+def _to_json(row: dict[str, Any]) -> bytes:
+    """One line of valid JSON, which has no NaN: such a value is null and its key named in `nonfinite`."""
+    bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    clean = {key: None if key in bad else value for key, value in row.items()}
+    if bad:
+        clean["nonfinite"] = bad
+    return json.dumps(clean, allow_nan=False).encode() + b"\n"
+
+
+class MetricsWriter:
+    """Appends rows to `run_folder/metrics.jsonl` and to TensorBoard. Make it on one rank only.
+
+    `config_text`: the resolved configuration as TOML, shown in TensorBoard. `hparams`: name ->
+    bool, number or string, for TensorBoard's HPARAMS page (other values are shown as text).
+    `attempt`: 1 for a fresh run, one more after each resume.
+    Raises UserError if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self, run_folder: Path | str, config_text: str, hparams: dict[str, Any], config: Metrics, attempt: int
+    ) -> None:
+        folder = Path(run_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.attempt = attempt
+        self._board: _Board | None = None
+        if config.enable_tensorboard:
+            self._board = _Board(folder / config.save_tb_folder, config_text, hparams)
+        # Unbuffered: one write a row, so that a kill cuts the last line at worst. Such a stump stays, ended.
+        self._file = (folder / "metrics.jsonl").open("a+b", buffering=0)
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._file.write(b"\n")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row; it must hold `step`. `attempt` is added. None: not known here (MFU on a CPU)."""
+        row = {**row, "attempt": self.attempt}
+        self._file.write(_to_json(row))
+        if self._board is not None:
+            self._board.draw(row)
+
+    def close(self) -> None:
+        """Finish both files. A run that is killed loses nothing but TensorBoard's mark of its end."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class _Board:
+    """The TensorBoard side: scalars, the ready-made dashboard, the configuration, hyper-parameters."""
+
+    def __init__(self, folder: Path, config_text: str, hparams: dict[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import hparams as hparams_summaries
+        except ImportError as error:
+            raise UserError(
+                f"metrics.enable_tensorboard = true needs the package tensorboard, which cannot be imported ({error}). "
+                "Install it (pip install tensorboard) or set metrics.enable_tensorboard = false."
+            ) from error
+        self._make = SummaryWriter
+        self._folder = folder
+        self._config_text = config_text
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hparams.items()}
+        shown = {TAGS[k].name: 0.0 for k in ("loss", "validation_loss", "tokens_per_s_per_gpu", "mfu")}
+        self._begin, self._start, self._end = hparams_summaries(plain, shown)
+        self._writer: Any = None
+
+    def draw(self, row: dict[str, Any]) -> None:
+        if self._writer is None:
+            self._open(row["step"])
+        for key, value in row.items():
+            tag = tag_of(key)
+            if tag is not None and isinstance(value, (int, float)):
+                self._writer.add_scalar(tag.name, value * tag.factor, row["step"])
+        self._writer.flush()
+
+    def _open(self, first_step: int) -> None:
+        # purge_step hides what an earlier attempt drew from here on, so that no replayed step is drawn twice.
+        self._writer = self._make(str(self._folder), purge_step=first_step)
+        self._writer.add_custom_scalars(LAYOUT)
+        self._writer.add_text("config", f"```toml\n{self._config_text}\n```")
+        # What SummaryWriter.add_hparams(run_name=".") does, but in this file: it would open a second one in
+        # the same folder, and TensorBoard's Python reader leaves a file for good once a later one has data.
+        self._writer.file_writer.add_summary(self._begin)
+        self._writer.file_writer.add_summary(self._start)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.file_writer.add_summary(self._end)
+            self._writer.close()
