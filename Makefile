@@ -26,6 +26,6 @@ test-long: setup  ## the long tests; the log goes to tests/long.log
 	set -o pipefail; $(PYTHON) -m pytest -m long $(ARGS) 2>&1 | tee tests/long.log
 
 clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv/
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache tests/long.log
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . \( -path ./.venv -o -path ./.git -o -path ./outputs -o -path ./.cache \) -prune \
 	    -o -type d -name __pycache__ -exec rm -rf {} +
