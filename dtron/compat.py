@@ -5,11 +5,12 @@ An entry is deleted when its public counterpart, named beside it, exists in all 
 
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed.tensor.experimental._context_parallel._attention as cp_impl
-from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
@@ -29,11 +30,11 @@ __all__ = [
     "clean_name",
     "cpu_flash_attention",
     "csv_actions",
-    "dynamo_disable",
     "enable_async_tensor_parallel",
     "enable_ring_attention",
     "keep_forward_only",
     "ring_attention_style",
+    "set_timeout",
     "stages_of_rank",
     "warn_about_torch_version",
 ]
@@ -182,9 +183,10 @@ def enable_async_tensor_parallel(tp_mesh: DeviceMesh) -> None:
         enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
-# --- torch.compile, 2.11 and 2.13.
+# --- timeouts, 2.11 and 2.13; waits for a public setter.
 
 
-def dynamo_disable(module: nn.Module) -> None:
-    """Keep a module's forward out of the graphs of a compiled caller."""
-    module.forward = torch._dynamo.disable(module.forward)  # type: ignore[method-assign]
+def set_timeout(seconds: int) -> None:
+    """Let collectives of every group this rank is in fail after `seconds`. gloo's point-to-point keeps its first timeout."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.config import Config
+from dtron.data.corpus import load_stdlib
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token
@@ -25,12 +27,25 @@ from dtron.parallel.tensor import llama_plan
 
 __all__ = ["Kind", "cross_entropy", "import_custom", "look_up", "register"]
 
+Log = Callable[[str], None]
+IGNORED = -100  # a label that counts for nothing
 Kind = Literal["model", "dataset", "loss", "optimizer", "converter"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log p(label), in fp32; logits [B, S, V], labels [B, S], label -100 counts for nothing."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    """Sum over tokens of -log p(label), in fp32; logits [B, S, V], labels [B, S], label IGNORED counts for nothing."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def stdlib(
+    config: Config, section: Any, split: Literal["train", "validation"], seq_len: int, vocab_size: int, log: Log
+) -> Any:
+    """The embedded corpus; its own tokenizer has 4096 tokens, or fewer for a model with a smaller vocabulary.
+
+    section: [training] or [validation], with the dataset's options. log prints progress.
+    """
+    size = min(4096, vocab_size)
+    return load_stdlib(config.job.cache_folder, seq_len, split, config.model.hf_assets_path, size, log=log)
 
 
 def _adam(cls: Any) -> Callable[..., torch.optim.Optimizer]:
@@ -46,7 +61,7 @@ def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, **loop[c.implementation])
 
 
-# kind -> name -> code. Signatures: model: ModelSpec. dataset: (section, seq_len, config, split) -> SequenceDataset.
+# kind -> name -> code. Signatures: model: ModelSpec. dataset: as `stdlib` above, giving a SequenceDataset.
 # loss: (logits, labels) -> sum over tokens. optimizer: (param groups, optimizer section) -> torch Optimizer.
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
@@ -54,7 +69,7 @@ _REGISTRY: dict[Kind, dict[str, Any]] = {
         name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan)
         for name, flavors in FAMILIES.items()
     },
-    "dataset": {},
+    "dataset": {"stdlib": stdlib},
     "loss": {"cross_entropy": cross_entropy},
     "optimizer": {"AdamW": _adam(torch.optim.AdamW), "Adam": _adam(torch.optim.Adam), "SGD": _sgd},
     "converter": {},

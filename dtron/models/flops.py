@@ -11,8 +11,6 @@ from dtron.models.llama import LlamaConfig
 
 __all__ = ["attention_flops_per_token", "flops_per_token", "matmul_parameters"]
 
-FORMULA = "6 x matmul parameters + 12 x n_layers x n_heads x head_size x seq_len, a token (full attention)"
-
 
 def matmul_parameters(module: nn.Module) -> int:
     """Weights that multiply activations: every Linear, counted where it is used, tied or not."""
@@ -24,6 +22,6 @@ def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
     return 12 * config.n_heads * config.head_size * seq_len
 
 
-def flops_per_token(model: nn.Module, config: LlamaConfig, seq_len: int) -> float:
-    """Forward and backward of the whole model; `model` may be on meta, before any split."""
-    return 6 * matmul_parameters(model) + config.n_layers * attention_flops_per_token(config, seq_len)
+def flops_per_token(model: nn.Module, n_layers: int, attention: float) -> float:
+    """Forward and backward of the whole model, which may be on meta; attention: one layer's, a token."""
+    return 6 * matmul_parameters(model) + n_layers * attention

@@ -1,0 +1,1 @@
+"""The training loop and its front door: `from dtron.train.trainer import Trainer`."""

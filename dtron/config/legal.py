@@ -1,0 +1,112 @@
+"""What is refused together: one table, read by the checks and by the documentation.
+
+A feature is a name and a predicate over the configuration; a rule is a pair of features, the reason and
+what to do instead. A pair that is not here composes, and the parity matrix proves it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dtron.config.sections import Config
+from dtron.errors import UserError
+
+__all__ = ["FEATURES", "RULES", "Rule", "as_markdown", "check_legal"]
+
+ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
+def _pipeline(c: Config) -> bool:
+    return c.parallelism.pipeline_parallel_degree > 1
+
+
+def _zero_bubble(c: Config) -> bool:
+    """A schedule that splits the backward into inputs (I) and weights (W), by name or in its CSV file."""
+    p = c.parallelism
+    if not _pipeline(c):
+        return False
+    if not p.pipeline_parallel_schedule_csv:
+        return p.pipeline_parallel_schedule in ZERO_BUBBLE
+    try:
+        with open(p.pipeline_parallel_schedule_csv) as file:
+            return "I" in file.read()
+    except OSError:
+        return False  # said by the check of the file itself
+
+
+FEATURES: dict[str, Callable[[Config], bool]] = {
+    "pipeline parallel": _pipeline,
+    "zero-bubble schedule": _zero_bubble,
+    "compiled blocks": lambda c: c.compile.enable and "model" in c.compile.components,
+    "eager blocks": lambda c: not (c.compile.enable and "model" in c.compile.components),
+    "recompute by operation": lambda c: (
+        c.activation_checkpoint.mode == "selective" and c.activation_checkpoint.selective_ac_option == "op"
+    ),
+    "reshard always": lambda c: c.parallelism.fsdp_reshard_after_forward == "always",
+    "reduce at the last microbatch": lambda c: c.parallelism.gradient_reduce == "last_microbatch",
+    "async tensor parallel": lambda c: c.parallelism.enable_async_tensor_parallel,
+    "no tensor parallel": lambda c: c.parallelism.tensor_parallel_degree == 1,
+    "CPU offload": lambda c: c.training.enable_cpu_offload,
+    "device cpu": lambda c: c.training.device == "cpu",
+}
+
+
+class Rule(NamedTuple):
+    """Two features that are refused together."""
+
+    first: str
+    second: str
+    because: str
+    instead: str
+    test: str
+
+
+_TEST = "tests/config/test_legal.py"
+RULES = [
+    Rule(
+        "zero-bubble schedule", "compiled blocks",
+        "the split backward of compiled blocks gives wrong gradients, or raises",
+        "set compile.enable false, or compile.components = [\"loss\"], or take Interleaved1F1B", _TEST,
+    ),
+    Rule(
+        "zero-bubble schedule", "recompute by operation",
+        "the split backward runs the saved operations out of order and raises",
+        "set activation_checkpoint.mode full or none, or selective_ac_option \"2\"", _TEST,
+    ),
+    Rule(
+        "zero-bubble schedule", "reshard always",
+        "weights freed between the two halves of the backward make gradients wrong",
+        "set parallelism.fsdp_reshard_after_forward default or never", _TEST,
+    ),
+    Rule(
+        "pipeline parallel", "reduce at the last microbatch",
+        "the pipeline runtime reduces gradients once a schedule step by itself",
+        "set parallelism.gradient_reduce every_microbatch", _TEST,
+    ),
+    Rule(
+        "async tensor parallel", "eager blocks",
+        "the overlap is made by the compiler",
+        "set compile.enable true with \"model\" in compile.components", _TEST,
+    ),
+    Rule(
+        "async tensor parallel", "no tensor parallel",
+        "there is no tensor-parallel communication to overlap",
+        "set parallelism.tensor_parallel_degree above 1", _TEST,
+    ),
+    Rule("async tensor parallel", "device cpu", "it needs CUDA symmetric memory", "leave it off on CPU", _TEST),
+    Rule("CPU offload", "device cpu", "the weights are in CPU memory already", "leave it off on CPU", _TEST),
+]  # fmt: skip
+
+
+def check_legal(config: Config) -> None:
+    """UserError for the first pair of features in the table that the configuration has both of."""
+    for rule in RULES:
+        if FEATURES[rule.first](config) and FEATURES[rule.second](config):
+            raise UserError(f"{rule.first} with {rule.second} is refused: {rule.because}; {rule.instead}")
+
+
+def as_markdown() -> str:
+    """The table as the documentation shows it."""
+    rows = [f"| {r.first} | {r.second} | {r.because} | {r.instead} | `{r.test}` |" for r in RULES]
+    return (
+        "\n".join(["| Feature | with | is refused because | instead | Test |", "|---|---|---|---|---|", *rows]) + "\n"
+    )

@@ -1,0 +1,109 @@
+"""What a run tells: the clock of its steps, the console, metrics.jsonl, TensorBoard and the summary."""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dtron.config import Config, flatten
+from dtron.observe.console import EtaClock, format_step, format_summary, use_color
+from dtron.observe.metrics import MetricsWriter, read_metrics
+from dtron.train.launch import World
+
+__all__ = ["Report", "StepClock"]
+
+
+class StepClock:
+    """Seconds a step and seconds waiting for data, as means over the steps since the last reading.
+
+    Wall time between readings, without pauses: on a GPU the single steps of a loop that runs ahead mean nothing.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._data_s, self._paused_s, self._since = 0, 0.0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """Around the wait for a step's batch."""
+        began = time.perf_counter()
+        yield
+        self._data_s += time.perf_counter() - began
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step: validation, checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    def read(self) -> tuple[float, float]:
+        """(seconds a step, of which waiting for data), and start over."""
+        now = time.perf_counter()
+        step_s = (now - self._since - self._paused_s) / self._steps
+        data_s = self._data_s / self._steps
+        self._steps, self._data_s, self._paused_s, self._since = 0, 0.0, 0.0, now
+        return step_s, data_s
+
+
+class Report:
+    """Writes on rank 0, does nothing elsewhere. flops: a token; peak: FLOP/s a GPU or None; entropy: nats a token or None."""
+
+    def __init__(
+        self, world: World, config: Config, config_text: str, run_folder: Path, attempt: int,
+        flops: float, peak: float | None, entropy: float | None,
+    ) -> None:  # fmt: skip
+        self._world, self._config, self._folder = world, config, run_folder
+        self._flops, self._peak, self._entropy = flops, peak, entropy
+        self._eta = EtaClock(config.training.steps)
+        self._color = use_color(sys.stdout, config.metrics.disable_color_printing)
+        self._writer = None
+        if world.rank == 0:
+            (run_folder / _config_name(attempt)).write_text(config_text)
+            self._writer = MetricsWriter(run_folder, config_text, flatten(config), config.metrics, attempt)
+
+    def step(self, row: dict[str, Any], clock: StepClock) -> None:
+        """Complete a row with its times and rates, and write it everywhere."""
+        step_s, data_s = clock.read()
+        tokens_per_s = self._config.training.global_batch_size * self._config.training.seq_len / step_s
+        per_gpu = tokens_per_s / self._world.size
+        mfu = per_gpu * self._flops / self._peak if self._peak else None
+        rates = {"tokens_per_s": tokens_per_s, "tokens_per_s_per_gpu": per_gpu, "mfu": mfu}
+        row = {**row, "step_s": step_s, "data_s": data_s, **rates}
+        self._eta.tick(step_s)
+        if self._writer:
+            self._writer.log(row)
+            left = self._eta.seconds_left(row["step"])
+            print(format_step(row, self._config.training.steps, left, self._color), flush=True)
+
+    def validation(self, step: int, loss: float) -> None:
+        row = {"step": step, "validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+        if self._writer:
+            self._writer.log(row)
+            beside = f" (unigram entropy of this set {self._entropy:.4f} nats)" if self._entropy else ""
+            print(f"step {step}: validation loss {loss:.4f} nats a token{beside}", flush=True)
+
+    def end(self) -> None:
+        """Close the files and print the summary."""
+        if not self._writer:
+            return
+        self._writer.close()
+        rows = read_metrics(self._folder / "metrics.jsonl")
+        more = {"unigram_entropy": self._entropy, "flops_per_token": self._flops, "peak_flops": self._peak}
+        print(format_summary(rows, self._folder, self._resume_command(), **more), flush=True)
+
+    def _resume_command(self) -> str:
+        """The command line of this run; run again it goes on from the newest checkpoint."""
+        arguments = " ".join(sys.argv[1:])
+        if not self._config.checkpoint.enable:
+            return "nothing: checkpoint.enable is false"
+        return f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', '1')} {sys.argv[0]} {arguments}"
+
+
+def _config_name(attempt: int) -> str:
+    """The first attempt's resolved configuration is config.toml; a resume never overwrites it."""
+    return "config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"

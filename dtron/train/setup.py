@@ -1,0 +1,249 @@
+"""Every check that needs the world size, the device or the model's dimensions; then a run is known to be possible."""
+
+import dataclasses
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from dtron import registry
+from dtron.config import Config
+from dtron.config.legal import check_legal
+from dtron.data.loader import check_dataloader
+from dtron.errors import UserError
+from dtron.mesh import Degrees, resolve_degrees
+from dtron.models.families import from_hf_config
+from dtron.models.spec import ModelSpec
+from dtron.parallel.compose import meta_model, stage_plan
+from dtron.parallel.pipeline import SCHEDULES, StagePlan, schedule_stages
+
+__all__ = ["Setup", "check_batch", "resolve"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A checked run: what is needed to build it on any rank."""
+
+    config: Config
+    degrees: Degrees
+    device_type: str
+    spec: ModelSpec
+    model_config: Any
+
+
+def resolve(config: Config, world: int) -> Setup:
+    """Check a configuration for `world` ranks. UserError with the first thing that cannot work."""
+    registry.import_custom(config.job.custom_import)
+    device_type = _device_type(config)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
+    _check_values(config)
+    check_dataloader(config)
+    degrees = resolve_degrees(config.parallelism, world)
+    check_legal(config)
+    spec, model_config = _model(config)
+    _check_model(model_config)
+    _check_tensor(config, spec, model_config, degrees)
+    _check_context(config, degrees)
+    if degrees.pp > 1:
+        _check_pipeline(config, spec, model_config, degrees)
+    check_batch(config, degrees, config.training.global_batch_size)
+    return Setup(config, degrees, device_type, spec, model_config)
+
+
+def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:
+    """The global batch in sequences, -1 resolved. UserError unless it is a whole number of local batches."""
+    local = config.training.local_batch_size
+    unit = local * degrees.dp
+    if global_batch == -1:
+        return unit
+    if global_batch < 1 or global_batch % unit:
+        raise UserError(
+            f"the global batch of {global_batch} sequences is not a positive multiple of training.local_batch_size "
+            f"{local} x {degrees.dp} data-parallel ranks = {unit}; change training.global_batch_size or "
+            "training.local_batch_size"
+        )
+    return global_batch
+
+
+def _device_type(config: Config) -> str:
+    asked = config.training.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"training.device = cuda, but torch {torch.__version__} finds no GPU here; "
+            "set training.device cpu or auto, or install a CUDA build of torch on a GPU machine"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def _check_values(c: Config) -> None:
+    """Single values whose legal range is more than a type and a minimum."""
+    ac, schedule, sched = c.activation_checkpoint, c.parallelism.pipeline_parallel_schedule, c.lr_scheduler
+    if ac.mode == "memory_budget":
+        raise UserError("activation_checkpoint.mode = memory_budget is not built; expected selective, full or none")
+    option = ac.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) > 0):
+        raise UserError(
+            f'activation_checkpoint.selective_ac_option is {option!r}; expected "op" or n >= 1 for every n-th block'
+        )
+    if unknown := set(c.compile.components) - {"model", "loss"}:
+        raise UserError(f"compile.components has {', '.join(sorted(unknown))}; expected any of model, loss")
+    if schedule not in SCHEDULES:
+        near = get_close_matches(schedule, SCHEDULES, 1, 0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"parallelism.pipeline_parallel_schedule {schedule!r} is unknown{hint} Known: {', '.join(SCHEDULES)}"
+        )
+    if c.parallelism.context_parallel_load_balancer not in ("headtail", None, ""):
+        raise UserError(
+            f"parallelism.context_parallel_load_balancer is {c.parallelism.context_parallel_load_balancer!r}; "
+            'expected headtail or "" (contiguous)'
+        )
+    for key in ("beta1", "beta2"):
+        if getattr(c.optimizer, key) >= 1:
+            raise UserError(f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)")
+    total = sched.total_steps or c.training.steps
+    if sched.decay_ratio is not None and sched.warmup_steps + round(total * sched.decay_ratio) > total:
+        raise UserError(
+            f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
+            f"of {total} steps overlap; lower warmup_steps or decay_ratio"
+        )
+    if c.training.dataset == "stdlib" and c.training.dataset_path:
+        raise UserError(
+            "training.dataset_path has no effect with dataset = stdlib; leave it out or name another dataset"
+        )
+    if c.checkpoint.load_step < -1:
+        raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
+
+
+def _model(c: Config) -> tuple[ModelSpec, Any]:
+    """The family and the flavor's dimensions with the overrides applied."""
+    spec: ModelSpec = registry.look_up("model", c.model.name, "model.name")
+    if c.model.hf_config_path:
+        model_config = from_hf_config(c.model.hf_config_path)
+    elif c.model.flavor in spec.flavors:
+        model_config = spec.flavors[c.model.flavor]
+    else:
+        raise UserError(
+            f"model.flavor {c.model.flavor!r} is unknown for {c.model.name}; known: {', '.join(spec.flavors)}"
+        )
+    names = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings", "rope_theta")
+    given = {name: getattr(c.model, name) for name in names if getattr(c.model, name) is not None}
+    if lacking := [name for name in given if not hasattr(model_config, name)]:
+        raise UserError(f"model.{lacking[0]} cannot be set: {c.model.name} has no such dimension")
+    return spec, dataclasses.replace(model_config, **given)
+
+
+def _check_model(m: Any) -> None:
+    heads, kv_heads, explicit = m.n_heads, m.n_kv_heads, getattr(m, "head_dim", None)
+    if heads % kv_heads:
+        raise UserError(f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+    if explicit is None and m.dim % heads:
+        raise UserError(f"model: dim {m.dim} is not divisible by {heads} heads")
+    if (explicit or m.dim // heads) % 2:
+        raise UserError(f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs")
+
+
+def _check_tensor(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
+    if d.tp == 1:
+        return
+    if spec.tensor_plan is None:
+        raise UserError(f"model.name {c.model.name} has no tensor-parallel plan; set tensor_parallel_degree 1")
+    sizes = {"n_heads": m.n_heads, "n_kv_heads": m.n_kv_heads, "vocab_size": m.vocab_size}
+    sizes |= {"ffn_dim": m.ffn_dim} if hasattr(m, "ffn_dim") else {}
+    for name, size in sizes.items():
+        if size % d.tp:
+            raise UserError(
+                f"tensor_parallel_degree {d.tp} does not divide model.{name} {size}; "
+                f"degrees that do: {', '.join(str(t) for t in range(1, 129) if size % t == 0)}"
+            )
+    if c.training.seq_len // d.cp % d.tp:
+        raise UserError(
+            f"sequence parallel: seq_len {c.training.seq_len} / cp {d.cp} = {c.training.seq_len // d.cp} tokens "
+            f"are not divisible by tensor_parallel_degree {d.tp}"
+        )
+
+
+def _check_context(c: Config, d: Degrees) -> None:
+    chunks = 2 * d.cp if c.parallelism.context_parallel_load_balancer else d.cp
+    lengths = {"training.seq_len": c.training.seq_len}
+    if c.validation.enable:
+        lengths["validation.seq_len"] = c.validation.seq_len or c.training.seq_len
+    for key, length in lengths.items():
+        if d.cp > 1 and length % chunks:
+            raise UserError(
+                f"{key} {length} is not divisible by {chunks} (2 x cp for head-tail, cp else); cp is {d.cp}"
+            )
+        if length // d.cp % d.tp:
+            raise UserError(f"{key} {length} / cp {d.cp} = {length // d.cp} is not divisible by tp {d.tp}")
+
+
+def _check_pipeline(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
+    p, kind = c.parallelism, SCHEDULES[c.parallelism.pipeline_parallel_schedule]
+    name = p.pipeline_parallel_schedule_csv or p.pipeline_parallel_schedule
+    of_rank, rows = schedule_stages(p, m.n_layers)
+    n_stages = sum(map(len, of_rank))
+    if p.module_fqns_per_model_part:
+        _check_module_names(c, spec, m, n_stages)
+    elif p.pipeline_parallel_layers_per_stage and (n_stages != -(-m.n_layers // p.pipeline_parallel_layers_per_stage)):
+        raise UserError(
+            f"{m.n_layers} layers in stages of {p.pipeline_parallel_layers_per_stage} make "
+            f"{-(-m.n_layers // p.pipeline_parallel_layers_per_stage)} stages, no multiple of pp {d.pp}; "
+            "change pipeline_parallel_layers_per_stage"
+        )
+    per_rank = n_stages // d.pp
+    wanted = 2 if kind.v_shape else 1
+    if rows is None and per_rank != wanted and (kind.v_shape or not kind.multi):
+        raise UserError(f"{name} takes exactly {wanted} stage(s) a rank; the split gives {per_rank}")
+    if n_stages > m.n_layers:
+        raise UserError(
+            f"{name} with pp {d.pp} makes {n_stages} stages, but the model has {m.n_layers} layers; lower pp"
+        )
+    _check_microbatches(c, name, "training.local_batch_size", c.training.local_batch_size, n_stages, d.pp, rows)
+    if c.validation.enable:
+        key = "validation.local_batch_size"
+        _check_microbatches(c, name, key, c.validation.local_batch_size, n_stages, d.pp, rows)
+
+
+def _check_microbatches(
+    c: Config, name: str, key: str, local: int, n_stages: int, pp: int, rows: list[list[str]] | None
+) -> None:
+    size = c.parallelism.pipeline_parallel_microbatch_size
+    n, left = divmod(local, size)
+    made = f"{key} {local} / pipeline_parallel_microbatch_size {size} = {n} microbatches"
+    if left:
+        raise UserError(f"{key} {local} is not a multiple of pipeline_parallel_microbatch_size {size}")
+    if rows is not None:
+        written = len({cell.strip().split("F")[1] for cell in rows[0] if "F" in cell})
+        if n != written:
+            raise UserError(f"{name} is written for {written} microbatches, but {made}")
+        return
+    kind = SCHEDULES[name]
+    if kind.at_least_stages and n < n_stages:
+        raise UserError(f"{name} needs at least {n_stages} microbatches (one a stage), but {made}")
+    if kind.in_rounds and n % max(1, n // pp):
+        raise UserError(f"{name} needs microbatches divisible into {max(1, n // pp)} equal rounds, but {made}")
+
+
+def _check_module_names(c: Config, spec: ModelSpec, m: Any, n_stages: int) -> None:
+    parts = c.parallelism.module_fqns_per_model_part or []
+    key = "parallelism.module_fqns_per_model_part"
+    if len(parts) != n_stages:
+        raise UserError(
+            f"{key} has {len(parts)} parts; expected a multiple of the schedule's pipeline ranks, here {n_stages}"
+        )
+    given = [name for part in parts for name in part]
+    expected = []
+    for name, _ in meta_model(spec, m).named_children():
+        expected += [f"layers.{i}" for i in range(m.n_layers)] if name == "layers" else [name]
+    if given != expected:
+        wrong = sorted(set(given) ^ set(expected))
+        reason = f"not in both: {', '.join(wrong)}" if wrong else "the order differs, or a name stands twice"
+        raise UserError(f"{key} must name every module once, in order ({expected[0]}, layers.0, ...); {reason}")
+    if empty := [i for i, part in enumerate(parts) if not any(name.startswith("layers.") for name in part)]:
+        raise UserError(f"{key}: part {empty[0]} has no layer; every stage needs one")
+
+
+def stages_of(setup: Setup) -> StagePlan | None:
+    """The pipeline split of a checked run, for the log; None without pipeline parallel."""
+    return stage_plan(setup.spec, setup.model_config, setup.config) if setup.degrees.pp > 1 else None
