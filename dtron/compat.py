@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
 from torch.distributed.pipelining.schedules import (
-    PipelineScheduleMulti,
     _Action,
     _ComputationType,
     _PipelineScheduleRuntime,
@@ -85,14 +84,14 @@ def _register_cpu_ring() -> None:
     shard = Shard(_SEQUENCE)
     register_sharding(cpu_flash_attention)(lambda *args, **kwargs: [([shard] * 2, [shard] * 3)])
     register_sharding(_CPU_BACKWARD)(lambda *args, **kwargs: [([shard] * 3, [shard] * 6)])
-    cp_impl.custom_ops[cpu_flash_attention] = _cpu_ring
-    cp_impl.custom_ops[_CPU_BACKWARD] = _cpu_ring
+    handlers: dict[Any, Any] = cp_impl.custom_ops  # type: ignore[assignment]
+    handlers[cpu_flash_attention] = handlers[_CPU_BACKWARD] = _cpu_ring
 
 
 def _cpu_ring(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Handler of both CPU operators: unwrap the DTensors, run torch's ring on the shards, wrap the results."""
     dispatcher = DTensor._op_dispatcher
-    info = dispatcher.unwrap_to_op_info(op, args, kwargs)
+    info: Any = dispatcher.unwrap_to_op_info(op, args, kwargs)
     dispatcher.sharding_propagator.propagate(info)
     ring = _ring_forward if op is cpu_flash_attention else _ring_backward
     local = ring(info.compute_mesh, *info.local_args, **info.local_kwargs)
@@ -136,7 +135,7 @@ _FORWARD = {
 
 def keep_forward_only(schedule: Any) -> None:
     """Strip every backward action of a multi-stage schedule, so that V-shaped ones can evaluate too."""
-    if isinstance(schedule, PipelineScheduleMulti):
+    if isinstance(schedule, _PipelineScheduleRuntime):
         order = schedule.pipeline_order_with_comms
         schedule.pipeline_order_with_comms = {
             rank: [leaf for action in actions for leaf in _leaves(action) if leaf.computation_type in _FORWARD]
@@ -153,7 +152,7 @@ def csv_actions(rows: Sequence[Sequence[str]]) -> list[list[tuple[int, str, int]
     """Each rank's (stage, kind, microbatch) from cells such as 0F3; ValueError on a cell that is none."""
     parsed = [[_Action.from_str(cell.strip()) for cell in row if cell.strip()] for row in rows]
     flat = [[leaf for action in row if action is not None for leaf in _leaves(action)] for row in parsed]
-    return [[(a.stage_index, a.computation_type.value, a.microbatch_index) for a in row] for row in flat]
+    return [[(a.stage_index, a.computation_type.value, a.microbatch_index or 0) for a in row] for row in flat]
 
 
 class CsvSchedule(_PipelineScheduleRuntime):

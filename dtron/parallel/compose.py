@@ -25,7 +25,7 @@ from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
 from dtron.models.spec import ModelSpec
 from dtron.parallel.context import apply_context_parallel
-from dtron.parallel.data import apply_data_parallel, reduce_gradients_now
+from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
 from dtron.parallel.materialize import initialize
 from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_loss, plan_stages
 from dtron.parallel.recompute import apply_recompute
@@ -87,8 +87,12 @@ class ParallelModel:
         """This rank's share of a batch's loss, without gradients."""
         with self._loss_context():
             if self.pipeline:
-                return self.pipeline.evaluate(tokens, labels, positions)
-            return plain_loss(self.loss(self.parts[0](tokens, positions), labels))
+                loss = self.pipeline.evaluate(tokens, labels, positions)
+            else:
+                loss = plain_loss(self.loss(self.parts[0](tokens, positions), labels))
+        for part in self.parts:
+            free_gathered_weights(part)
+        return loss
 
     def finish_gradients(self) -> None:
         """After a step's last backward: sum the gradients of the two copies of a tied matrix."""
@@ -168,7 +172,7 @@ def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Me
         block = wrap(block, int(name)) if by_operation else block
         if compiled:
             block.compile(fullgraph=True, backend=config.compile.backend)
-        part.layers[name] = block if by_operation else wrap(block, int(name))  # type: ignore[operator,index]
+        part.layers[name] = block if by_operation else wrap(block, int(name))  # type: ignore[operator,index,assignment]
     reshard = p.fsdp_reshard_after_forward == "always" or (
         p.fsdp_reshard_after_forward == "default" and mesh.degrees.pp == 1
     )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-__all__ = ["apply_data_parallel", "reduce_gradients_now"]
+__all__ = ["apply_data_parallel", "free_gathered_weights", "reduce_gradients_now"]
 
 
 def apply_data_parallel(
@@ -51,3 +51,10 @@ def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -
     model.set_requires_gradient_sync(every_microbatch or last)
     model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)
+
+
+def free_gathered_weights(model: nn.Module) -> None:
+    """Set after a forward without backward, which frees them: else the next forward would use the weights of before."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -66,7 +66,7 @@ def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:
     return global_batch
 
 
-def _device_type(config: Config) -> str:
+def _device_type(config: Config) -> Literal["cpu", "cuda"]:
     asked = config.training.device
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError(

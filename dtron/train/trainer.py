@@ -36,7 +36,8 @@ class Trainer:
 
     def __init__(self, setup: Setup, world: World) -> None:
         self.setup, self.world = setup, world
-        self.device = torch.device(setup.device_type, world.local_rank if setup.device_type == "cuda" else None)
+        cuda = setup.device_type == "cuda"
+        self.device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
         self.run_folder, resume_from, attempt = self._choose_folder()
         self.progress = store.read_progress(resume_from) if resume_from else store.Progress()
         self.progress.attempt = attempt
@@ -197,7 +198,7 @@ class Trainer:
 
     def _build_loaders(self) -> tuple[StepLoader, ValidationLoader | None]:
         c, d = self.config, self.setup.degrees
-        shared = {"dp_rank": self.mesh.dp_rank, "dp_size": d.dp}
+        shared: Any = {"dp_rank": self.mesh.dp_rank, "dp_size": d.dp}
         data = self._dataset(c.training, "train", c.training.seq_len)
         loader = StepLoader(
             data, global_batch_size=c.training.global_batch_size, seed=c.debug.seed, options=c.training.dataloader,
