@@ -57,7 +57,7 @@ class Trainer:
 
     def build_loss(self) -> Any:
         """(logits [B, S, V], labels [B, S]) -> the loss summed over tokens; the trainer divides by their global number."""
-        return registry.look_up("loss", "cross_entropy", "loss")
+        return registry.look_up("loss", self.config.training.loss, "training.loss")
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer for each module in `self.model.parts`."""
