@@ -125,14 +125,17 @@ def test_preparation_is_deterministic_however_many_threads(source, tmp_path):
     assert len(results) == 1 and len(results.pop()) > 1000
 
 
-def test_cache_is_reused_and_keyed(cache, source, monkeypatch):
-    folders = set(os.listdir(cache))
-    assert len(folders) == 1
-    monkeypatch.setattr(corpus, "_build", None)
-    load(cache, source, "validation")
-    monkeypatch.undo()
-    load(cache, source, vocab_size=300)
-    assert len(folders | set(os.listdir(cache))) == 2
+def test_cache_is_reused_and_keyed(source, tmp_path, monkeypatch):
+    first = load(tmp_path, source, "validation")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_build", None)
+        assert load(tmp_path, source, "validation").fingerprint == first.fingerprint
+    load(tmp_path, source, vocab_size=300)
+    assert len(os.listdir(tmp_path)) == 2
+    changed = shutil.copytree(source, tmp_path / "changed")
+    (changed / "zipfile.py").write_text((changed / "zipfile.py").read_text("latin-1").replace("l", "m"), "latin-1")
+    load(tmp_path, changed)  # sources of the same names and sizes
+    assert len(os.listdir(tmp_path)) == 4
 
 
 def test_progress_is_told(source, tmp_path):
@@ -210,12 +213,14 @@ def test_unwritable_cache_is_the_users_error(source, tmp_path):
 
 @pytest.fixture
 def assets(tmp_path):
-    """A folder with a tokenizer whose ids have a hole, that truncates and adds a token in front."""
+    """A folder with a tokenizer whose ids have a hole, that truncates and pads."""
     tokenizer = corpus.train_bpe(["def f(x): return x"] * 9, 300)
     content = json.loads(tokenizer.to_str())
     content["model"]["vocab"]["<s>"] = 70000
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 70000, "content": "<s>"})
     content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 9999}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
     folder = tmp_path / "assets"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(content))
