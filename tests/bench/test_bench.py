@@ -1,0 +1,57 @@
+"""scripts/bench/step.py, run as its README says, on a tiny configuration."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--bench.rounds", "2", "--bench.steps", "1", "--bench.warmup", "1"]
+TINY = ["--job.config_file", "configs/debug.toml", "--training.device", "cpu", "--training.seq_len", "32"]
+
+
+def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, *launcher, "scripts/bench/step.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_one_rank_beside_the_plain_loop(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    batch = ["--training.local_batch_size", "2", "--training.global_batch_size", "4", "--compile.enable"]
+    done = bench(*SHORT, "--bench.out", str(out), *TINY, *batch, "--compile.backend", "aot_eager")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # nothing else is on stdout
+    assert result == json.loads(out.read_text())
+    for name in ("dtron", "plain"):
+        figures = result[name]
+        assert len(figures["step_s"]) == 2 and figures["error"] is None and figures["mfu"] is None
+        step_s = sum(figures["step_s"]) / 2  # the median of two
+        assert figures["tokens_per_s"] == pytest.approx(4 * 32 / step_s)
+        assert 50e6 < figures["max_memory_bytes"] < 4e9
+    # The same weights, the same tokens, the same loss: the two do the same work.
+    assert result["dtron"]["first_loss"] == pytest.approx(result["plain"]["first_loss"], rel=1e-5)
+    assert result["dtron_over_plain"] == result["dtron"]["tokens_per_s"] / result["plain"]["tokens_per_s"]
+    assert result["ranks"] == 1 and result["sequences_a_step"] == 4 and result["torch"] and "CPU" in result["device"]
+
+
+def test_two_ranks_have_no_plain_loop() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = bench(*SHORT, *TINY, "--tp", "2", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["ranks"], result["layout"], result["plain"], result["dtron_over_plain"]) == (2, "tp 2", None, None)
+    assert len(result["dtron"]["step_s"]) == 2
+    assert result["dtron"]["tokens_per_s_per_gpu"] == result["dtron"]["tokens_per_s"] / 2
+
+
+def test_mistakes_are_told_in_one_line() -> None:
+    done = bench(*TINY, "--model.dimm", "3")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and '"model.dimm"' in line
+    done = bench("--bench.steps", "0", *TINY)
+    assert done.returncode == 2 and "are 1 or more" in done.stderr
