@@ -8,16 +8,18 @@ from typing import Any
 
 from dtron.checkpoint import store
 from dtron.config import Config
+from dtron.errors import UserError
 
 __all__ = ["choose_run_folder", "run_identity"]
 
 
 def run_identity(config: Config, model_config: Any) -> str:
-    """Hash of what makes two runs the same training: model, data, optimizer and seed; not layout, length or batch size."""
+    """Hash of what makes two runs the same training: model, data, optimizer, seed; not layout, length or batch size."""
     same = {
         "model": [config.model.name, dataclasses.asdict(model_config), config.model.converters],
         "optimizer": dataclasses.asdict(config.optimizer),
         "schedule": dataclasses.asdict(config.lr_scheduler),
+        "loss": config.training.loss,
         "data": [config.training.dataset, config.training.dataset_path, config.model.hf_assets_path],
         "seq_len": config.training.seq_len,
         "max_norm": config.training.max_norm,
@@ -28,22 +30,35 @@ def run_identity(config: Config, model_config: Any) -> str:
 
 
 def choose_run_folder(config: Config, model_config: Any) -> tuple[Path, Path | None, int]:
-    """The run folder (made), the checkpoint to resume from if an earlier run of the same identity left one, the attempt."""
+    """The run folder (made), the checkpoint to resume from if a run of the same identity left one, and the attempt.
+
+    UserError where checkpoint.load_step names a step that cannot be resumed from.
+    """
     stem = f"{config.model.name}-{config.model.flavor}-{run_identity(config, model_config)}"
-    parent = Path(config.job.dump_folder)
-    if config.checkpoint.enable:
+    parent, c = Path(config.job.dump_folder), config.checkpoint
+    if c.enable:
         for folder in sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True):
-            checkpoint = _checkpoint_in(folder / config.checkpoint.folder, config.checkpoint.load_step)
+            checkpoint = _checkpoint_in(folder / c.folder, c.load_step)
             if checkpoint:
                 return folder, checkpoint, 1 + len(list(folder.glob("config*.toml")))
+        if c.load_step != -1:
+            raise UserError(
+                f"no run of this model, data and optimizer in {parent} has a whole checkpoint of step {c.load_step} "
+                "with optimizer state; set checkpoint.load_step to one that is there, or -1 for the newest"
+            )
     number = 1
-    while (folder := parent / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    folder.mkdir(parents=True)
-    return folder, None, 1
+    while True:
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder, None, 1
+        except FileExistsError:
+            number += 1
 
 
 def _checkpoint_in(folder: Path, load_step: int) -> Path | None:
     if load_step == -1:
         return store.newest(folder)
-    return folder / f"step-{load_step}" if load_step in store.steps_in(folder) else None
+    path = folder / f"step-{load_step}"
+    whole = load_step in store.steps_in(folder) and not store.read_progress(path).model_only
+    return path if whole else None

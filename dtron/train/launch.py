@@ -7,24 +7,28 @@ it are silent. Both reach torchrun's summary as the root cause.
 
 import json
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from dtron import compat
-from dtron.config import Config, HelpRequested, flatten, load
+from dtron.config import Config, HelpRequested, flatten, load, to_toml
 from dtron.errors import UserError
 from dtron.train.setup import Setup, resolve
 
 __all__ = ["World", "main"]
 
 SILENT_WAIT_S = 15.0  # longer than torchrun needs to stop the others after the first rank has exited
+KILLED_WAIT_S = 2.0  # longer than torchrun needs to notice a rank that was killed
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class World:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says; exits the process with a non-zero code on any error."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    signal.signal(signal.SIGINT, _exit_when_interrupted)
     world: World | None = None
     try:
         config = load(sys.argv[1:] if argv is None else argv)
         setup = resolve(config, size)
         world = _join(rank, size, setup.config)
         _compare_configs(world, config)
+        _announce(world, setup.config)
         _start_process_group(world, setup)
         from dtron.train.trainer import Trainer
 
@@ -60,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             print(help_text)
     except UserError as error:
-        _exit_with_message(rank, error)
-    except KeyboardInterrupt:
-        os._exit(130)
+        _exit_with_message(rank, world, error)
     except BaseException as error:
         _exit_with_traceback(rank, world, error)
 
@@ -93,7 +97,24 @@ def _compare_configs(world: World, config: Config) -> None:
     if world.store.add("compared", 1) == world.size:
         world.store.compare_set("verdict", "", "equal")
     if (verdict := world.store.get("verdict").decode()) != "equal":
+        _wait_until_all_know(world)
         raise UserError(f"the ranks have different configurations: {verdict}; start all with one file and command line")
+
+
+def _wait_until_all_know(world: World) -> None:
+    """Without torchrun the store lives in rank 0, which must not end before the others have read the verdict."""
+    known, end = world.store.add("known", 1), time.monotonic() + SILENT_WAIT_S
+    while world.rank == 0 and known < world.size and time.monotonic() < end:
+        time.sleep(0.05)
+        known = world.store.add("known", 0)
+
+
+def _announce(world: World, config: Config) -> None:
+    world.say(f"job: {config.job.description}")
+    if config.job.print_config:
+        world.say(to_toml(config))
+    if line := compat.warn_about_torch_version():
+        world.say(line)
 
 
 def _start_process_group(world: World, setup: Setup) -> None:
@@ -112,38 +133,62 @@ def _start_process_group(world: World, setup: Setup) -> None:
     backend = "cpu:gloo,cuda:nccl" if setup.device_type == "cuda" else "gloo"
     timeout = timedelta(seconds=c.comm.init_timeout_seconds)
     dist.init_process_group(backend, store=world.store, rank=world.rank, world_size=world.size, timeout=timeout)
-    if line := compat.warn_about_torch_version():
-        world.say(line)
 
 
-def _exit_with_message(rank: int, error: UserError) -> NoReturn:
-    """Rank 0 speaks. Another rank speaks only if rank 0 is still running after the wait: the mistake was its own."""
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(error)
-        os._exit(2)
-    time.sleep(SILENT_WAIT_S)
-    print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    _tell_torchrun(error)
+def _exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C, passed on by torchrun. Not a KeyboardInterrupt, which would come up in the middle of any other error."""
+    if os.environ.get("RANK", "0") == "0":
+        print("interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + signum)
+
+
+def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoReturn:
+    """Rank 0 speaks. Another rank speaks only if rank 0 is still there after the wait: the mistake was its own."""
+    _is_first_to_fail(rank, world)  # ranks that lose contact with this one are to be silent
+    where = ""
+    if rank != 0:
+        time.sleep(SILENT_WAIT_S)
+        if not _rank_0_is_there():
+            os._exit(2)
+        where = f" on rank {rank}"
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    error.__cause__, error.__suppress_context__ = None, True  # the summary, too, has the message only
+    _tell_torchrun(error.with_traceback(None))
     os._exit(2)
 
 
 def _exit_with_traceback(rank: int, world: World | None, error: BaseException) -> NoReturn:
     """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped."""
-    mine = f"rank {rank}"
-    first = mine
-    if world is not None:
-        try:
-            first = world.store.compare_set("first_failure", "", mine).decode()
-        except Exception:  # the store died with its host: this rank cannot know better
-            first = mine
-    if first == mine:
+    if _is_first_to_fail(rank, world):
+        # A rank that was killed could not say that it was first. torchrun stops this one before it takes the blame.
+        time.sleep(KILLED_WAIT_S)
         print(traceback.format_exc(), file=sys.stderr)
         print(f"error on rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(error)
         os._exit(1)
     time.sleep(SILENT_WAIT_S)
     os._exit(1)
+
+
+def _is_first_to_fail(rank: int, world: World | None) -> bool:
+    """Ask the store, which remembers the first rank that did. False if it is gone, and with it rank 0 or torchrun."""
+    if world is None:
+        return True
+    mine = f"rank {rank}"
+    try:
+        return world.store.compare_set("first_failure", "", mine).decode() == mine
+    except RuntimeError:  # torch's own errors of a lost store derive from it
+        return False
+
+
+def _rank_0_is_there() -> bool:
+    """Whether the rendezvous store can be reached: it lives in rank 0, or in torchrun, which ends us with rank 0."""
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address, timeout=5).close()
+    except (KeyError, OSError):
+        return False
+    return True
 
 
 def _tell_torchrun(error: BaseException) -> None:

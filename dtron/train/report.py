@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class StepClock:
 
 
 class Report:
-    """Writes on rank 0, does nothing elsewhere. flops: a token; peak: FLOP/s a GPU or None; entropy: nats a token or None."""
+    """Writes on rank 0 only. flops: a token; peak: FLOP/s a GPU, or None; entropy: nats a token, or None."""
 
     def __init__(
         self, world: World, config: Config, config_text: str, run_folder: Path, attempt: int,
@@ -98,10 +99,10 @@ class Report:
 
     def _resume_command(self) -> str:
         """The command line of this run; run again it goes on from the newest checkpoint."""
-        arguments = " ".join(sys.argv[1:])
         if not self._config.checkpoint.enable:
             return "nothing: checkpoint.enable is false"
-        return f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', '1')} {sys.argv[0]} {arguments}"
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        return f"torchrun --nproc_per_node {ranks} {shlex.join(sys.argv)}"
 
 
 def _config_name(attempt: int) -> str:

@@ -38,6 +38,7 @@ def resolve(config: Config, world: int) -> Setup:
     device_type = _device_type(config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
     _check_values(config)
+    _check_names(config)
     check_dataloader(config)
     degrees = resolve_degrees(config.parallelism, world)
     check_legal(config)
@@ -90,9 +91,9 @@ def _check_values(c: Config) -> None:
         raise UserError(f"compile.components has {', '.join(sorted(unknown))}; expected any of model, loss")
     if schedule not in SCHEDULES:
         near = get_close_matches(schedule, SCHEDULES, 1, 0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(
-            f"parallelism.pipeline_parallel_schedule {schedule!r} is unknown{hint} Known: {', '.join(SCHEDULES)}"
+            f"parallelism.pipeline_parallel_schedule = {schedule!r} is unknown; {hint}known: {', '.join(SCHEDULES)}"
         )
     if c.parallelism.context_parallel_load_balancer not in ("headtail", None, ""):
         raise UserError(
@@ -112,8 +113,21 @@ def _check_values(c: Config) -> None:
         raise UserError(
             "training.dataset_path has no effect with dataset = stdlib; leave it out or name another dataset"
         )
+    if c.validation.steps != -1 and c.validation.steps < 1:
+        raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
     if c.checkpoint.load_step < -1:
         raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
+
+
+def _check_names(c: Config) -> None:
+    """Everything a run looks up by name is registered; building it comes later."""
+    registry.look_up("dataset", c.training.dataset, "training.dataset")
+    if c.validation.enable:
+        registry.look_up("dataset", c.validation.dataset, "validation.dataset")
+    registry.look_up("loss", c.training.loss, "training.loss")
+    registry.look_up("optimizer", c.optimizer.name, "optimizer.name")
+    for name in c.model.converters:
+        registry.look_up("converter", name, "model.converters")
 
 
 def _model(c: Config) -> tuple[ModelSpec, Any]:
