@@ -27,6 +27,7 @@ __all__ = [
     "CsvSchedule",
     "checkpoint_wrapper",  # 2.11, 2.13; waits for a public module wrapper in torch.utils.checkpoint
     "clean_name",
+    "compile_without_autograd_cache",
     "cpu_flash_attention",
     "csv_actions",
     "enable_async_tensor_parallel",
@@ -189,3 +190,18 @@ def set_timeout(seconds: int) -> None:
     """Let collectives of every group this rank is in fail after `seconds`. gloo's point-to-point keeps its first timeout."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+# --- torch.compile, 2.13.
+
+
+def compile_without_autograd_cache() -> None:
+    """Turn off the cache of whole compiled functions; inductor's cache of kernels, the dear part, stays on.
+
+    Its key leaves out the names of process groups. They differ from rank to rank and from layout to layout,
+    so a rank could find on disk a function that calls a group it is not in (seen with the compiled loss
+    and tensor parallel). Waits for group names in the key.
+    """
+    import torch._functorch.config as functorch
+
+    functorch.enable_autograd_cache = False

@@ -58,15 +58,16 @@ class Ranks:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-        """fn(*args) on each of `world` gloo ranks; the list of their results. RankError with the first failure's traceback."""
-        self._grow(world)
+        """fn(*args) on each of `world` gloo ranks: their results. RankError with the first failure's traceback."""
+        self.grow(world)
         pipes = [pipe for _, pipe in self._workers[:world]]
         with tempfile.TemporaryDirectory() as folder:
             for pipe in pipes:
                 pipe.send((fn, world, os.path.join(folder, "store"), args))
             return self._collect(pipes, time.monotonic() + timeout)
 
-    def _grow(self, world: int) -> None:
+    def grow(self, world: int) -> None:
+        """Fork workers until there are `world`."""
         context = mp.get_context("fork")
         for rank in range(len(self._workers), world):
             ours, theirs = context.Pipe()

@@ -132,6 +132,8 @@ def parallelize(
     """Build this rank's part of the model on `device` with its initial weights."""
     p = config.parallelism
     sharded_loss = mesh.degrees.tp > 1 and not p.disable_loss_parallel
+    if config.compile.enable:
+        compat.compile_without_autograd_cache()
     if config.compile.enable and "loss" in config.compile.components:
         token_loss = torch.compile(token_loss, backend=config.compile.backend, fullgraph=True)
     loss = TokenMean(token_loss, device)

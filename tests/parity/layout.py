@@ -1,0 +1,200 @@
+"""One rank's work in the parity matrix: train as dtron does and compare every weight with the single process."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, off
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dtron import registry
+from dtron.config.sections import Config
+from dtron.mesh import Degrees, Mesh
+from dtron.parallel.compose import ParallelModel, parallelize
+from dtron.parallel.context import local_positions
+from dtron.train.optimizer import scale_gradients, squared_gradient_norm
+
+CPU = torch.device("cpu")
+Weights = dict[str, np.ndarray]  # arrays, because tensors travel between processes by file descriptors
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, a model and the configuration keys that differ from `base_config`.
+
+    batches: forward_backward calls an optimizer step. evaluate: an evaluation before each of them and
+    another before the optimizer. csv: the text of a pipeline schedule.
+    """
+
+    name: str
+    degrees: Degrees = field(default_factory=Degrees)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "small"
+    batches: int = 1
+    evaluate: bool = False
+    csv: str = ""
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    long: bool = False
+
+
+@dataclass
+class Trained:
+    """What a rank saw: whole-world losses and norms, and its own weights against the single process."""
+
+    losses: list[float]
+    norms: list[float]
+    evaluated: list[float]
+    wrong: dict[str, float]  # name -> largest difference in multiples of the tolerance, where above 1
+    elements: dict[str, int]  # name -> elements compared on this rank
+
+
+def build_config(case: Case) -> Config:
+    """The configuration of a case: fp32, no recomputation, then its own keys."""
+    config, d = Config(), case.degrees
+    p = config.parallelism
+    p.pipeline_parallel_degree, p.tensor_parallel_degree, p.context_parallel_degree = d.pp, d.tp, d.cp
+    p.data_parallel_replicate_degree, p.data_parallel_shard_degree = d.dp_replicate, d.dp_shard
+    config.training.mixed_precision_param = "float32"
+    config.training.local_batch_size = ROWS // d.dp // case.batches
+    config.training.seq_len = SEQ
+    config.activation_checkpoint.mode = "none"
+    for key, value in case.keys.items():
+        section, name = key.split(".")
+        assert hasattr(getattr(config, section), name), key
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def build(case: Case, config: Config) -> tuple[Mesh, ParallelModel]:
+    """The mesh and this rank's part of the case's model."""
+    mesh = Mesh(case.degrees, "cpu")
+    spec = registry.look_up("model", "llama3", "model.name")
+    return mesh, parallelize(spec, MODELS[case.model], config, mesh, CPU, registry.cross_entropy, [])
+
+
+@contextlib.contextmanager
+def csv_file(case: Case, config: Config) -> Any:
+    """The case's CSV schedule as a file, for as long as the model is built."""
+    with tempfile.TemporaryDirectory() as folder:
+        if case.csv:
+            path = config.parallelism.pipeline_parallel_schedule_csv = os.path.join(folder, "schedule.csv")
+            with open(path, "w") as file:
+                file.write(case.csv)
+        yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_batches(step: int, case: Case, mesh: Mesh, head_tail: bool) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """The valid tokens of the global batch; tokens, labels and positions of each of this rank's batches."""
+    tokens, labels = batch(step)
+    positions = local_positions(SEQ, mesh.cp_rank, case.degrees.cp, head_tail)
+    mine = slice(mesh.dp_rank * ROWS // case.degrees.dp, (mesh.dp_rank + 1) * ROWS // case.degrees.dp)
+    pairs = zip(tokens[mine].chunk(case.batches), labels[mine].chunk(case.batches), strict=True)
+    parts = [(x[:, positions], y[:, positions], positions.expand(len(x), -1)) for x, y in pairs]
+    return (labels != -100).sum().float(), parts
+
+
+def train(case: Case, references: Mapping[str, Weights], prepare: Callable[[ParallelModel], None] | None = None) -> Any:
+    """The job of one rank: optimizer name -> Trained. prepare: changes the built model, to break it on purpose."""
+    config = build_config(case)
+    with csv_file(case, config):
+        mesh, model = build(case, config)
+    if prepare:
+        prepare(model)
+    named = list(model.named_parameters())
+    initial = [local(p).detach().clone() for _, p in named]
+    answers = {}
+    for optimizer, expected in references.items():
+        with torch.no_grad():
+            for (_, p), value in zip(named, initial, strict=True):
+                local(p).copy_(value)
+        answers[optimizer] = _train_once(case, config, mesh, model, optimizer)
+        _compare(named, model.aliases, expected, answers[optimizer])
+    return answers
+
+
+def _train_once(case: Case, config: Config, mesh: Mesh, model: ParallelModel, optimizer_name: str) -> Trained:
+    head_tail = bool(config.parallelism.context_parallel_load_balancer)
+    parameters = [p for _, p in model.named_parameters()]
+    # SGD sees plain shards, to save a third of the matrix's time, AdamW the DTensors themselves, as in training.
+    shards = [local(p).detach() for p in parameters]
+    optimizer = OPTIMIZERS[optimizer_name](shards if optimizer_name == "SGD" else parameters)
+    trained = Trained([], [], [], {}, {})
+    for step in range(STEPS):
+        model.loss.valid_tokens, parts = local_batches(step, case, mesh, head_tail)
+        loss, evaluated = torch.zeros(()), torch.zeros(())
+        for i, part in enumerate(parts):
+            evaluated += model.evaluate(*part) if case.evaluate else 0.0
+            loss += model.forward_backward(*part, last=i == len(parts) - 1)
+        if case.evaluate:
+            model.evaluate(*parts[0])
+        model.finish_gradients()
+        square = squared_gradient_norm(model.named_parameters(), model.aliases, case.degrees.stage, CPU)
+        sums = torch.stack([square, loss.double() / case.degrees.tp, evaluated.double() / case.degrees.tp])
+        dist.all_reduce(sums)
+        scale_gradients(parameters, sums[0].sqrt(), CLIP)
+        for shard, p in zip(shards, parameters, strict=True):
+            shard.grad = None if p.grad is None else local(p.grad)
+        optimizer.step()
+        for p in parameters:
+            p.grad = None
+        trained.norms.append(sums[0].sqrt().item())
+        trained.losses.append(sums[1].item())
+        trained.evaluated.append(sums[2].item())
+    return trained
+
+
+@torch.no_grad()
+def _compare(
+    named: list[tuple[str, torch.nn.Parameter]], aliases: dict[str, str], expected: Weights, trained: Trained
+) -> None:
+    """Compare this rank's shard of every parameter with the same shard of the expected one."""
+    for name, p in named:
+        whole = torch.from_numpy(expected[aliases.get(name, name)])
+        shard = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+        trained.elements[name] = shard.numel()
+        if (worst := off(local(p), shard)) > 1:
+            trained.wrong[name] = worst
+
+
+def problems(case: Case, results: list[dict[str, Trained]], references: Mapping[str, Run]) -> list[str]:
+    """Every way in which the ranks' results differ from the single process; empty where they are equal."""
+    found = []
+    for optimizer, expected in references.items():
+        ranks = [result[optimizer] for result in results]
+        pairs = [("loss", ranks[0].losses, expected.losses), ("norm", ranks[0].norms, expected.norms)]
+        if case.evaluate:
+            pairs.append(("evaluated loss", ranks[0].evaluated, expected.losses))
+        for what, got, want in pairs:
+            if not all(abs(g - w) <= 1e-5 * abs(w) for g, w in zip(got, want, strict=True)):
+                found.append(f"{optimizer}: {what} {got}, expected {want}")
+        wrong = {(rank, name): value for rank, r in enumerate(ranks) for name, value in r.wrong.items()}
+        if wrong:
+            rank, name = max(wrong, key=wrong.get)  # type: ignore[arg-type]
+            found.append(f"{optimizer}: {len(wrong)} weights, worst {name} on rank {rank}: {wrong[rank, name]:.3g} x")
+        found += _missing(case, ranks, expected, optimizer)
+    return found
+
+
+def _missing(case: Case, ranks: list[Trained], expected: Run, optimizer: str) -> list[str]:
+    """Parameters that no rank compared, or of which some rank's copies lack a part."""
+    compared: dict[str, int] = {}
+    for r in ranks:
+        for name, count in r.elements.items():
+            compared[name] = compared.get(name, 0) + count
+    copy_of = {"lm_head.weight": "embed_tokens.weight"} if "tied" in case.model else {}
+    names = {copy_of.get(name, name) for name in compared}
+    lost = [name for name in expected.weights if name not in names]
+    partly = [name for name, n in compared.items() if not n or n % expected.weights[copy_of.get(name, name)].numel()]
+    return [f"{optimizer}: not compared: {lost + partly}"] if lost + partly else []

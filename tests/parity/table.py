@@ -1,0 +1,259 @@
+"""The parity matrix as data: every layout and feature that must equal the single process, and what must be in it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from parity.layout import Case
+
+from dtron.mesh import Degrees
+
+Keys = Mapping[str, Any]
+
+
+def schedule(name: str, **more: Any) -> Keys:
+    return {"parallelism.pipeline_parallel_schedule": name} | {f"parallelism.{k}": v for k, v in more.items()}
+
+
+def compiled(backend: str = "aot_eager", *components: str) -> Keys:
+    return {
+        "compile.enable": True,
+        "compile.backend": backend,
+        "compile.components": list(components) or ["model", "loss"],
+    }
+
+
+def recompute(mode: str, option: str = "2") -> Keys:
+    return {"activation_checkpoint.mode": mode, "activation_checkpoint.selective_ac_option": option}
+
+
+FULL, SECOND, OP = recompute("full"), recompute("selective", "2"), recompute("selective", "op")
+ALLTOALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
+CONTIGUOUS = {"parallelism.context_parallel_load_balancer": None}
+ALWAYS, NEVER = ({"parallelism.fsdp_reshard_after_forward": value} for value in ("always", "never"))
+EVERY, LAST = ({"parallelism.gradient_reduce": f"{value}_microbatch"} for value in ("every", "last"))
+OFFLOAD = {"training.enable_cpu_offload": True}
+GATHERED_LOGITS = {"parallelism.disable_loss_parallel": True}
+PAIRS = {"parallelism.pipeline_parallel_microbatch_size": 2}
+
+ONE = Degrees()
+FSDP2, FSDP4, DDP2, HSDP = Degrees(dp_shard=2), Degrees(dp_shard=4), Degrees(dp_replicate=2), Degrees(1, 2, 2)
+TP2, CP2, CP4, PP2, PP4 = Degrees(tp=2), Degrees(cp=2), Degrees(cp=4), Degrees(2), Degrees(4)
+FSDP2_TP2, FSDP2_CP2, TP2_CP2 = Degrees(dp_shard=2, tp=2), Degrees(dp_shard=2, cp=2), Degrees(cp=2, tp=2)
+PP2_FSDP2, PP2_TP2, PP2_CP2 = Degrees(2, dp_shard=2), Degrees(2, tp=2), Degrees(2, cp=2)
+PP2_HSDP = Degrees(2, 2, 2)
+FOUR_D = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
+
+# Every layout with nothing else changed. The last needs 32 processes.
+LAYOUTS = [
+    Case("one", ONE),
+    Case("fsdp2", FSDP2),
+    Case("fsdp4", FSDP4),
+    Case("ddp2", DDP2),
+    Case("hsdp2x2", HSDP),
+    Case("tp2", TP2),
+    Case("cp2", CP2),
+    Case("cp4", CP4),
+    Case("pp2", PP2),
+    Case("pp4", PP4),
+    Case("fsdp2 tp2", FSDP2_TP2),
+    Case("fsdp2 cp2", FSDP2_CP2),
+    Case("tp2 cp2", TP2_CP2),
+    Case("pp2 fsdp2", PP2_FSDP2),
+    Case("pp2 tp2", PP2_TP2),
+    Case("pp2 cp2", PP2_CP2),
+    Case("fsdp2 tp2 cp2", Degrees(dp_shard=2, cp=2, tp=2)),
+    Case("pp2 tp2 cp2", Degrees(2, cp=2, tp=2)),
+    Case("hsdp2x2 tp2", Degrees(1, 2, 2, 1, 2)),
+    Case("hsdp2x2 cp2 tp2", Degrees(1, 2, 2, 2, 2)),
+    Case("pp2 fsdp2 cp2 tp2", FOUR_D),
+    Case("pp2 hsdp2x2 cp2 tp2", Degrees(2, 2, 2, 2, 2), long=True),
+]
+
+ONE_STAGE, LOOPED = ("GPipe", "1F1B"), ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+SCHEDULES = (*ONE_STAGE, *LOOPED, *V_SHAPED)
+# Two stages a rank in V order, both halves of the backward apart on rank 1 only: no schedule of torch's is like it.
+CSV = """0F0,0F1,3F0,3B0,3F1,3B1,0B0,0B1
+1F0,2F0,1F1,2F1,2I0,1B0,2I1,1B1,2W0,2W1
+"""
+BY_NAME = [["embed_tokens", "layers.0"], ["layers.1", "layers.2", "layers.3", "norm", "lm_head"]]
+QUARTERS = {"parallelism.pipeline_parallel_microbatch_size": 4}
+
+PIPELINES = [
+    *[Case(f"pp2 {name}", PP2, schedule(name), evaluate=True, batches=2) for name in SCHEDULES],
+    *[Case(f"pp4 {name}", PP4, schedule(name), "deep") for name in SCHEDULES[3:]],
+    Case("pp4 LoopedBFS", PP4, schedule("LoopedBFS"), "deep", long=True),
+    *[Case(f"pp2 fsdp2 {name}", PP2_FSDP2, schedule(name), evaluate=True, long=name == "GPipe") for name in SCHEDULES],
+    Case("pp2 tp2 ZBVZeroBubble", PP2_TP2, schedule("ZBVZeroBubble")),
+    Case("pp2 tp2 Interleaved1F1B", PP2_TP2, schedule("Interleaved1F1B")),
+    Case("pp2 ddp2 ZBVZeroBubble", Degrees(2, 2), schedule("ZBVZeroBubble")),
+    Case("pp2 cp2 InterleavedZeroBubble", PP2_CP2, schedule("InterleavedZeroBubble")),
+    Case("pp2 cp2 DualPipeV", PP2_CP2, schedule("DualPipeV")),
+    Case("pp2 hsdp2x2", PP2_HSDP),
+    Case("pp2 ddp2 cp2 accumulation", Degrees(2, 2, cp=2), batches=2),
+    Case("pp2 csv", PP2, QUARTERS, csv=CSV),
+    Case("pp2 csv evaluation", PP2, PAIRS, batches=2, evaluate=True, csv=CSV),
+    Case("pp2 three layers a stage", PP2, schedule("1F1B", pipeline_parallel_layers_per_stage=4), "deep"),
+    Case(
+        "pp2 stages by name",
+        PP2,
+        {"parallelism.module_fqns_per_model_part": BY_NAME},
+    ),
+    Case("pp2 reshard always", PP2_FSDP2, ALWAYS),
+    Case("pp2 microbatches of 2", PP2, PAIRS),
+]  # fmt: skip
+
+DATA = [
+    *[
+        Case(f"{name} {mode} {reshard}", degrees, {**reduce, **keep}, batches=4 if degrees.dp < 4 else 2)
+        for name, degrees in (("fsdp2", FSDP2), ("hsdp2x2", HSDP), ("ddp2", DDP2))
+        for mode, reduce in (("every", EVERY), ("last", LAST))
+        for reshard, keep in (("always", ALWAYS), ("never", NEVER))
+    ],
+    Case("one accumulation", ONE, batches=4, evaluate=True),
+    Case("fsdp2 tp2 last", FSDP2_TP2, LAST, batches=2, evaluate=True),
+    Case("fsdp2 cp2 last", FSDP2_CP2, LAST, batches=2),
+    Case("fsdp2 evaluation", FSDP2, EVERY, batches=2, evaluate=True),
+    Case("hsdp2x2 evaluation", HSDP, LAST, batches=2, evaluate=True),
+    Case("tp2 evaluation", TP2, batches=2, evaluate=True),
+    Case("tp2 cp2 evaluation", TP2_CP2, batches=2, evaluate=True, long=True),
+    Case("fsdp2 offload", FSDP2, OFFLOAD, batches=2),
+    Case("fsdp2 tp2 offload", FSDP2_TP2, OFFLOAD, batches=2, long=True),
+]
+
+CONTEXT = [
+    Case("cp2 alltoall", CP2, ALLTOALL),
+    Case("cp2 contiguous", CP2, CONTIGUOUS),
+    Case("cp2 contiguous alltoall", CP2, {**CONTIGUOUS, **ALLTOALL}),
+    Case("cp4 alltoall", CP4, ALLTOALL),
+    Case("pp2 cp2 alltoall", PP2_CP2, ALLTOALL),
+    Case("tp2 cp2 alltoall contiguous", TP2_CP2, {**CONTIGUOUS, **ALLTOALL}),
+    Case("cp2 heads alike", CP2, model="mha"),
+    Case("tp4 heads alike", Degrees(tp=4), model="mha", long=True),
+    Case("rope scaling", ONE, model="scaled"),
+    Case("cp2 rope scaling", CP2, model="scaled"),
+    Case("pp2 rope scaling", PP2, model="scaled"),
+    Case("tp2 rope scaling", TP2, model="scaled"),
+]
+
+TIED = [
+    Case("tied", ONE, model="tied"),
+    Case("fsdp2 tied", FSDP2, model="tied"),
+    Case("tp2 tied", TP2, model="tied"),
+    Case("pp2 tied", PP2, model="tied", batches=2),
+    Case("pp4 tied", PP4, model="tied"),
+    *[Case(f"pp2 tied {name}", PP2, schedule(name), "tied") for name in (*LOOPED[1:], *V_SHAPED)],
+    Case("pp2 fsdp2 tied V", PP2_FSDP2, schedule("ZBVZeroBubble"), "tied", batches=2),
+    Case("pp2 fsdp2 tp2 tied", Degrees(2, dp_shard=2, tp=2), model="tied"),
+    Case("tp2 gathered logits", TP2, GATHERED_LOGITS),
+    Case("tp2 gathered logits compiled loss", TP2, {**GATHERED_LOGITS, **compiled("aot_eager", "loss")}),
+]
+
+RECOMPUTE = [
+    Case(f"{name} recompute {mode}", degrees, keys)
+    for mode, keys in (("full", FULL), ("every second", SECOND), ("op", OP))
+    for name, degrees in (("fsdp2", FSDP2), ("tp2", TP2), ("pp2", PP2), ("cp2", CP2))
+] + [
+    Case("one recompute op", ONE, OP),
+    Case("pp2 recompute full ZBVZeroBubble", PP2_FSDP2, {**FULL, **schedule("ZBVZeroBubble")}),
+    Case("pp2 recompute every second DualPipeV", PP2, {**SECOND, **schedule("DualPipeV")}),
+    Case("pp2 recompute op Interleaved1F1B", PP2, {**OP, **schedule("Interleaved1F1B")}),
+    Case("pp2 tp2 recompute op Interleaved1F1B", PP2_TP2, {**OP, **schedule("Interleaved1F1B")}, long=True),
+]
+
+COMPILE = [
+    Case("one compiled", ONE, compiled()),
+    Case("fsdp2 compiled", FSDP2, compiled(), batches=2),
+    Case("tp2 compiled", TP2, compiled()),
+    Case("fsdp2 tp2 compiled", FSDP2_TP2, compiled()),
+    Case("cp2 compiled", CP2, compiled()),
+    Case("cp2 compiled alltoall", CP2, {**compiled(), **ALLTOALL}),
+    Case("pp2 compiled", PP2, compiled()),
+    Case("pp2 tp2 compiled tied", PP2_TP2, compiled(), "tied"),
+    Case("pp2 compiled Interleaved1F1B", PP2_FSDP2, {**compiled(), **schedule("Interleaved1F1B")}),
+    Case("tp2 compiled model only", TP2, compiled("aot_eager", "model")),
+    Case("tp2 compiled loss only", TP2, compiled("aot_eager", "loss")),
+    Case("fsdp2 compiled full", FSDP2, {**compiled(), **FULL}),
+    Case("fsdp2 compiled every second", FSDP2, {**compiled(), **SECOND}),
+    Case("fsdp2 compiled op", FSDP2, {**compiled(), **OP}),
+    Case("tp2 compiled full", TP2, {**compiled(), **FULL}),
+    Case("tp2 compiled every second", TP2, {**compiled(), **SECOND}),
+    Case("tp2 compiled op", TP2, {**compiled(), **OP}),
+    Case("cp2 compiled op", CP2, {**compiled(), **OP}),
+    Case("pp2 compiled op", PP2, {**compiled(), **OP}),
+    Case("fsdp2 tp2 cp2 compiled op", Degrees(dp_shard=2, cp=2, tp=2), {**compiled(), **OP}, long=True),
+    Case("pp2 fsdp2 cp2 tp2 compiled", FOUR_D, compiled(), long=True),
+    Case("tp2 inductor", TP2, compiled("inductor")),
+    *[
+        Case(f"{name} inductor", degrees, compiled("inductor"), long=True)
+        for name, degrees in (("one", ONE), ("fsdp2", FSDP2), ("fsdp2 tp2", FSDP2_TP2), ("cp2", CP2), ("pp2", PP2))
+    ],
+    Case("fsdp2 tp2 inductor op", FSDP2_TP2, {**compiled("inductor"), **OP}, long=True),
+    Case("fsdp2 tp2 cp2 inductor", Degrees(dp_shard=2, cp=2, tp=2), compiled("inductor"), long=True),
+]
+
+CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *RECOMPUTE, *COMPILE]
+
+# --- what must be in the table
+
+
+def _is(keys: Keys, **more: Any) -> Callable[[Case], bool]:
+    """Cases with these configuration keys; more: fields of their degrees, each a minimum."""
+    return lambda case: (
+        all(case.keys.get(key) == value for key, value in keys.items())
+        and all(getattr(case.degrees, name) >= least for name, least in more.items())
+    )
+
+
+def _model(name: str, keys: Keys | None = None, **more: Any) -> Callable[[Case], bool]:
+    return lambda case: case.model == name and _is(keys or {}, **more)(case)
+
+
+# The layouts of the project's promise, each with nothing else changed; the last may run among the long tests.
+REQUIRED_LAYOUTS = [
+    ONE, FSDP2, HSDP, DDP2, TP2, CP2, CP4, PP2, FSDP2_TP2, FSDP2_CP2, TP2_CP2, PP2_FSDP2, PP2_TP2, PP2_CP2,
+    Degrees(dp_shard=2, cp=2, tp=2), Degrees(2, cp=2, tp=2), Degrees(1, 2, 2, 1, 2), Degrees(1, 2, 2, 2, 2),
+    FOUR_D, Degrees(2, 2, 2, 2, 2),
+]  # fmt: skip
+
+REQUIRED: dict[str, Callable[[Case], bool]] = {
+    **{f"{name} evaluating": lambda c, n=name: _is(schedule(n), pp=2)(c) and c.evaluate for name in SCHEDULES[2:]},
+    **{f"{name} with fsdp": _is(schedule(name), pp=2, dp_shard=2) for name in SCHEDULES[1:]},
+    **{f"{name} with pp4": _is(schedule(name), pp=4) for name in SCHEDULES[3:]},
+    **{f"{name} tied": _model("tied", schedule(name), pp=2) for name in V_SHAPED},
+    "zero bubble with tp": _is(schedule("ZBVZeroBubble"), pp=2, tp=2),
+    "zero bubble with cp": _is(schedule("InterleavedZeroBubble"), pp=2, cp=2),
+    "zero bubble with replicas": _is(schedule("ZBVZeroBubble"), pp=2, dp_replicate=2),
+    "a csv schedule": lambda c: bool(c.csv),
+    **{
+        f"accumulation {reduce} {reshard} {dims}": lambda c, k={**reduce, **reshard}, d=dims: (
+            c.batches > 1 and _is(k, **d)(c)
+        )
+        for reduce in (EVERY, LAST)
+        for reshard in (ALWAYS, NEVER)
+        for dims in ({"dp_shard": 2}, {"dp_shard": 2, "dp_replicate": 2}, {"dp_replicate": 2})
+    },
+    **{
+        f"recompute {keys} {dim}": _is(keys, **{dim: 2})
+        for keys in (FULL, SECOND, OP)
+        for dim in ("dp_shard", "tp", "pp", "cp")
+    },
+    **{f"compiled {dim}": _is(compiled(), **{dim: 2}) for dim in ("dp_shard", "tp", "cp", "pp")},
+    **{f"compiled {keys}": _is({**compiled(), **keys}, **{"tp": 2}) for keys in (FULL, SECOND, OP)},
+    "compiled fsdp and tp": _is(compiled(), dp_shard=2, tp=2),
+    "compiled alltoall": _is({**compiled(), **ALLTOALL}, cp=2),
+    "compiled loss alone": _is(compiled("aot_eager", "loss"), tp=2),
+    "inductor": _is(compiled("inductor")),
+    "alltoall": _is(ALLTOALL, cp=2),
+    "alltoall contiguous": _is({**ALLTOALL, **CONTIGUOUS}, cp=2),
+    "contiguous": _is(CONTIGUOUS, cp=2),
+    "tied, one": _model("tied"),
+    "tied, tp": _model("tied", tp=2),
+    "tied, pp": _model("tied", pp=2),
+    "tied, pp fsdp tp": _model("tied", pp=2, dp_shard=2, tp=2),
+    "rope scaling": _model("scaled"),
+    "rope scaling, cp": _model("scaled", cp=2),
+    "heads alike": _model("mha", cp=2),
+    "offload": _is(OFFLOAD, dp_shard=2),
+    "gathered logits": _is(GATHERED_LOGITS, tp=2),
+}

@@ -1,0 +1,67 @@
+"""Every case of the table equals the single process: loss, gradient norm and every weight, under SGD and AdamW."""
+
+import pytest
+import torch
+from parity.layout import Case, build_config, problems, train
+from parity.single import MODELS, OPTIMIZERS, off, plain_model, single_process
+from parity.table import CASES, LAYOUTS, REQUIRED, REQUIRED_LAYOUTS
+from ranks import Ranks
+
+from dtron.config.legal import check_legal
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] if case.long else []) for case in CASES]
+)
+def test_layout_equals_one_process(case: Case, ranks: Ranks):
+    expected = {optimizer: single_process(case.model, optimizer) for optimizer in case.optimizers}
+    arrays = {name: {n: w.numpy() for n, w in run.weights.items()} for name, run in expected.items()}
+    assert problems(case, ranks.run(case.degrees.world, train, case, arrays), expected) == []
+
+
+def test_no_layout_and_no_optimizer_is_skipped():
+    for degrees in REQUIRED_LAYOUTS:
+        plain = [case for case in LAYOUTS if case.degrees == degrees and not case.keys and case.batches == 1]
+        assert any(set(case.optimizers) == {"SGD", "AdamW"} for case in plain), degrees
+        assert degrees.world > 16 or not all(case.long for case in plain), degrees
+
+
+@pytest.mark.parametrize("feature", REQUIRED)
+def test_every_feature_has_a_case(feature: str):
+    cases = [case for case in CASES if REQUIRED[feature](case) and not case.long]
+    assert any(set(case.optimizers) == set(OPTIMIZERS) == {"SGD", "AdamW"} for case in cases)
+
+
+def test_cases_have_names_of_their_own_and_are_legal():
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        config = build_config(case)
+        config.parallelism.gradient_reduce = "every_microbatch" if case.degrees.pp > 1 else "last_microbatch"
+        config.training.device = "cuda"  # only to allow CPU offload
+        check_legal(config)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_noise_is_far_below_the_tolerance_and_the_weights_move_far_above_it(model: str, optimizer: str):
+    one, four = single_process(model, optimizer), single_process(model, optimizer, microbatches=4)
+    noise = max(off(four.weights[name], weight) for name, weight in one.weights.items())
+    assert noise < 0.25
+    for name, start in plain_model(MODELS[model]).named_parameters():
+        moved = (one.weights[name] - start.detach()).abs() / (1e-4 * one.weights[name].abs() + 1e-6)
+        assert moved.square().mean().sqrt() > 15, name
+
+
+def test_the_usual_eps_lets_rounding_noise_through(monkeypatch):
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+    monkeypatch.setitem(OPTIMIZERS, "AdamW 1e-8", adam)
+    runs = [[single_process(model, "AdamW 1e-8", n).weights for n in (1, 4)] for model in MODELS]
+    assert max(off(four[name], one[name]) for one, four in runs for name in one) > 1
+
+
+def test_a_difference_is_seen():
+    weight = torch.tensor([1.0, -2.0])
+    assert off(weight * (1 + 0.9e-4), weight) < 1 < off(weight * (1 + 1.1e-4), weight)
+    assert off(torch.tensor([float("nan"), -2.0]), weight) == float("inf")

@@ -1,0 +1,395 @@
+"""Every rule that parity rests on is seen to matter: without it the same comparison fails."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import parity.layout as layout
+import pytest
+import torch
+from parity.layout import CPU, Case, build, build_config, local, local_batches, problems, train
+from parity.single import CLIP, MODELS, batch, plain_model, single_process
+from parity.table import (
+    ALWAYS,
+    CP2,
+    FSDP2,
+    FSDP2_TP2,
+    HSDP,
+    ONE,
+    PP2,
+    PP2_FSDP2,
+    TP2,
+    compiled,
+    schedule,
+)  # fmt: skip
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+import dtron.parallel.compose as compose
+import dtron.parallel.pipeline as pipeline
+from dtron import compat, registry
+from dtron.config.legal import check_legal
+from dtron.errors import UserError
+from dtron.parallel.tensor import llama_plan
+from dtron.train.optimizer import squared_gradient_norm
+
+Rule = Callable[[], contextlib.AbstractContextManager[Any]]
+BROKEN: dict[str, Rule] = {}
+
+
+def broken(rule: Rule) -> Rule:
+    """Register a way to leave a rule out: a context manager, entered on every rank around the whole job."""
+    BROKEN[rule.__name__] = rule
+    return rule
+
+
+def train_without(rule: str, case: Case, references: Any) -> Any:
+    """The matrix's job without a rule; the error's text where it raises."""
+    with BROKEN[rule]():
+        try:
+            return train(case, references)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def without(ranks: Ranks, rule: str, case: Case) -> list[str]:
+    """The differences from the single process, or the ranks' errors."""
+    expected = {"SGD": single_process(case.model, "SGD")}
+    arrays = {"SGD": {n: w.numpy() for n, w in expected["SGD"].weights.items()}}
+    results = ranks.run(case.degrees.world, train_without, rule, case, arrays)
+    errors = [r for r in results if isinstance(r, str)]
+    return errors or problems(case, results, expected)
+
+
+# --- the ways to leave a rule out
+
+
+@broken
+def nothing() -> Any:
+    return contextlib.nullcontext()
+
+
+@broken
+@contextlib.contextmanager
+def divide_factor() -> Iterator[None]:
+    """FSDP's own averaging of gradients."""
+    with (
+        patch.object(FSDPModule, "set_gradient_divide_factor", lambda *a: None),
+        patch.object(FSDPModule, "set_force_sum_reduction_for_comms", lambda *a: None),
+    ):
+        yield
+
+
+@broken
+def forced_sum() -> Any:
+    return patch.object(FSDPModule, "set_force_sum_reduction_for_comms", lambda *a: None)
+
+
+def _with_valid_tokens(count: Callable[[list[tuple[Tensor, ...]], Case], Tensor]) -> Any:
+    def batches(step: int, case: Case, *rest: Any) -> Any:
+        _, parts = local_batches(step, case, *rest)
+        return count(parts, case), parts
+
+    return patch.object(layout, "local_batches", batches)
+
+
+@broken
+def tokens_of_all_ranks() -> Any:
+    """The mean over a rank's own tokens, averaged over ranks."""
+    return _with_valid_tokens(lambda parts, case: sum((y != -100).sum() for _, y, _ in parts).float() * case.degrees.dp)
+
+
+@broken
+def tokens_of_all_batches() -> Any:
+    """The mean over the first batch's tokens, as if all batches had as many."""
+    return _with_valid_tokens(lambda parts, case: (parts[0][1] != -100).sum().float() * case.batches)
+
+
+@broken
+def unscaled_gradients() -> Any:
+    """torch's default under pipeline parallel."""
+
+    def scaling(name: str) -> Any:
+        cls = get(name)
+
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            cls.__init__(self, *args, **{**kwargs, "scale_grads": True})
+
+        return type(name, (cls,), {"__init__": init})
+
+    get = pipeline.get_schedule_class
+    return patch.object(pipeline, "get_schedule_class", scaling)
+
+
+@broken
+def global_positions() -> Any:
+    """Rotary positions that start at 0 on every context rank."""
+
+    def batches(*args: Any) -> Any:
+        valid, parts = local_batches(*args)
+        return valid, [(x, y, torch.arange(x.size(1)).expand(len(x), -1)) for x, y, _ in parts]
+
+    return patch.object(layout, "local_batches", batches)
+
+
+def _plan(change: dict[str, Any]) -> Any:
+    """The model family with another tensor-parallel plan; None leaves an entry out."""
+    spec = registry.look_up("model", "llama3", "")
+    plan = {name: style for name, style in {**llama_plan(True), **change}.items() if style is not None}
+    return patch.dict(registry._REGISTRY["model"], {"llama3": replace(spec, tensor_plan=lambda loss_parallel: plan)})
+
+
+@broken
+def norms_in_the_plan() -> Any:
+    return _plan({"layers.*.input_layernorm": None})
+
+
+@broken
+def finished_embedding() -> Any:
+    """The embedding by torch's own style, whose output is an asynchronous tensor."""
+    return _plan({"embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))})
+
+
+@broken
+def sum_of_tied_gradients() -> Any:
+    return patch.object(compose.ParallelModel, "finish_gradients", lambda self: None)
+
+
+@broken
+def tied_counted_once() -> Any:
+    def count_all(parameters: Any, aliases: Any, *rest: Any) -> Tensor:
+        return squared_gradient_norm(parameters, {}, *rest)
+
+    return patch.object(layout, "squared_gradient_norm", count_all)
+
+
+@broken
+def weights_gathered_again() -> Any:
+    """Weights that an evaluation gathered stay, and the next forward uses them after the optimizer's step."""
+    return patch.object(compose, "free_gathered_weights", lambda model: None)
+
+
+@broken
+def own_evaluation_schedule() -> Any:
+    """Evaluation by the training schedule's eval()."""
+    make = pipeline.Pipeline.__init__
+
+    def shared(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self._evaluate = self._train
+
+    return patch.object(pipeline.Pipeline, "__init__", shared)
+
+
+@broken
+def all_reduce_of_replicas_last() -> Any:
+    """Replicas never all-reduced."""
+    return patch.object(FSDPModule, "set_requires_all_reduce", lambda self, value: SET_ALL_REDUCE(self, False))
+
+
+SET_ALL_REDUCE = FSDPModule.set_requires_all_reduce
+
+# rule -> the case that shows it, and a part of what is seen without it
+SEEN = {
+    "divide_factor": (Case("fsdp2", FSDP2), "norm"),
+    "forced_sum": (Case("fsdp2", FSDP2), "PREMUL_SUM"),
+    "tokens_of_all_ranks": (Case("fsdp2", FSDP2), "loss"),
+    "tokens_of_all_batches": (Case("one", ONE, batches=4), "loss"),
+    "unscaled_gradients": (Case("pp2", PP2), "norm"),
+    "global_positions": (Case("cp2", CP2), "loss"),
+    "norms_in_the_plan": (Case("tp2", TP2), "leaves out layers.0.input_layernorm.weight"),
+    "finished_embedding": (Case("fsdp2 tp2", FSDP2_TP2, compiled("aot_eager", "model")), "norm"),
+    "sum_of_tied_gradients": (Case("pp2 V", PP2, schedule("ZBVZeroBubble"), "tied"), "norm"),
+    "tied_counted_once": (Case("pp2", PP2, model="tied"), "norm"),
+    "weights_gathered_again": (Case("fsdp2", FSDP2, evaluate=True), "evaluated loss"),
+    "all_reduce_of_replicas_last": (Case("hsdp", HSDP), "norm"),
+}
+
+
+@pytest.mark.parametrize("rule", SEEN)
+def test_parity_fails_without(rule: str, ranks: Ranks):
+    case, seen = SEEN[rule]
+    found = without(ranks, rule, case)
+    assert any(seen in line for line in found), found
+
+
+def test_the_breaking_harness_is_sound(ranks: Ranks):
+    assert without(ranks, "nothing", Case("fsdp2", FSDP2)) == []
+
+
+@pytest.mark.parametrize("name", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_trap_1_zero_bubble_with_freed_weights_is_wrong_and_refused(name: str, ranks: Ranks):
+    case = Case(name, PP2_FSDP2, {**schedule(name), **ALWAYS})
+    assert without(ranks, "nothing", case)
+    with pytest.raises(UserError, match="reshard"):
+        check_legal(build_config(case))
+
+
+def test_trap_6_scaled_gradients_are_wrong_with_accumulation(ranks: Ranks):
+    assert any("norm" in line for line in without(ranks, "unscaled_gradients", Case("pp2", PP2, batches=2)))
+
+
+@pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B"])
+def test_trap_7_the_training_schedule_cannot_evaluate(name: str, ranks: Ranks):
+    """V-shaped schedules, which hang, are left out here; the matrix evaluates under every schedule."""
+    assert without(ranks, "own_evaluation_schedule", Case(name, PP2_FSDP2, schedule(name), evaluate=True))
+
+
+# --- rules that need a look at more than the comparison
+
+
+def _schedule_facts(name: str, model_name: str) -> dict[str, Any]:
+    """What traps 3, 5 and 8 are about, read from a bf16 model under pipeline parallel."""
+    case = Case(name, PP2, schedule(name), model_name)
+    config = build_config(case)
+    config.training.mixed_precision_param = "bfloat16"
+    mesh, model = build(case, config)
+    assert model.pipeline
+    model.loss.valid_tokens, (part,) = local_batches(0, case, mesh, True)
+    loss = model.forward_backward(*part, last=True)
+    parameters = dict(model.named_parameters())
+    copies = [parameters.get(f"{n}.weight") for n in ("embed_tokens", "lm_head")]
+    return {
+        "deferred": [getattr(s, "_defer_pp_recv", False) for s in (model.pipeline._train, model.pipeline._evaluate)],
+        "loss": loss.item(),
+        "finite": all(bool(local(p.grad).isfinite().all()) for p in parameters.values() if p.grad is not None),
+        "gradients": sum(p.grad is not None for p in parameters.values()),
+        "parameters": len(parameters),
+        "one tensor": copies[0] is not None and copies[0] is copies[1],
+        "both": None not in copies,
+    }
+
+
+@pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+def test_traps_3_5_and_8_no_deferred_receives_bf16_metadata_and_no_shared_parameter(name: str, ranks: Ranks):
+    facts = ranks.run(2, _schedule_facts, name, "tied")
+    assert not any(any(f["deferred"]) for f in facts)
+    assert all(f["finite"] and f["gradients"] == f["parameters"] for f in facts)
+    assert sum(f["loss"] for f in facts) == pytest.approx(single_process("tied", "SGD").losses[0], rel=1e-2)
+    assert not any(f["one tensor"] for f in facts)
+    assert facts[0]["both"] == (name in ("ZBVZeroBubble", "DualPipeV"))  # first and last stage on one rank
+
+
+def _torch_norm(case: Case) -> float:
+    """The gradient norm by torch alone."""
+    config = build_config(case)
+    mesh, model = build(case, config)
+    model.loss.valid_tokens, (part,) = local_batches(0, case, mesh, True)
+    model.forward_backward(*part, last=True)
+    norm = nn.utils.clip_grad_norm_([p for _, p in model.named_parameters()], CLIP)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def test_clip_grad_norm_alone_is_wrong_under_pipeline_parallel(ranks: Ranks):
+    expected = single_process("small", "SGD").norms[0]
+    for norm in ranks.run(2, _torch_norm, Case("pp2", PP2)):
+        assert abs(norm - expected) > 0.05 * expected
+    assert ranks.run(2, _torch_norm, Case("fsdp2", FSDP2))[0] == pytest.approx(expected, rel=1e-5)
+
+
+def _norm_gradient(guarded: bool) -> tuple[Tensor, str]:
+    """The gradient of a norm's weight with tp 2, and the global norm's error; unguarded: outside the plan."""
+
+    def unguarded(model: nn.Module, tp: Any, plan: dict[str, Any]) -> None:
+        parallelize_module(model, tp, {name: s for name, s in plan.items() if name != "layers.*.input_layernorm"})
+
+    case = Case("tp2", TP2)
+    with contextlib.nullcontext() if guarded else patch.object(compose, "apply_tensor_parallel", unguarded):
+        mesh, model = build(case, build_config(case))
+    model.loss.valid_tokens, (part,) = local_batches(0, case, mesh, True)
+    model.forward_backward(*part, last=True)
+    gradient = dict(model.named_parameters())["layers.0.input_layernorm.weight"].grad.full_tensor()
+    try:
+        squared_gradient_norm(model.named_parameters(), model.aliases, 2, CPU)
+    except ValueError as error:
+        return gradient.numpy(), str(error)
+    return gradient.numpy(), ""
+
+
+def test_a_norm_outside_the_plan_would_be_silently_wrong(ranks: Ranks):
+    model = plain_model(MODELS["small"])
+    tokens, labels = batch(0)
+    (registry.cross_entropy(model(tokens), labels) / (labels != -100).sum()).backward()
+    truth = model.layers["0"].input_layernorm.weight.grad
+    right, said = ranks.run(2, _norm_gradient, True)[0]
+    assert torch.allclose(torch.from_numpy(right), truth, rtol=1e-4, atol=1e-6) and not said
+    wrong, said = ranks.run(2, _norm_gradient, False)[0]
+    assert not torch.allclose(torch.from_numpy(wrong), truth, rtol=0.05)
+    assert "does not span" in said  # the second guard
+
+
+def _manually_seeded(case: Case) -> Any:
+    """The first block's weights when ranks fill DTensors from one seed, the usual way."""
+
+    def seeded(parameters: Any, std: Any, seed: int) -> None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for _, p in parameters:
+                local(p).normal_()
+
+    with patch.object(compose, "initialize", seeded):
+        _, model = build(case, build_config(case))
+    return dict(model.named_parameters())["layers.0.mlp.up_proj.weight"].full_tensor().detach().numpy()
+
+
+def test_manual_seed_gives_weights_that_depend_on_the_layout(ranks: Ranks):
+    one, sharded = (torch.from_numpy(ranks.run(d.world, _manually_seeded, Case("", d))[0]) for d in (ONE, FSDP2))
+    assert not torch.equal(one, sharded)
+    assert torch.equal(*sharded.chunk(2))  # and ranks repeat each other's rows
+
+
+def test_rotating_in_fp32_without_casting_back_fails_in_bf16():
+    model = plain_model(MODELS["small"]).bfloat16()
+    tokens, _ = batch(0)
+    model(tokens)
+
+    def uncast(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    with patch("dtron.models.llama.rotate", uncast), pytest.raises(RuntimeError, match="same dtype"):
+        model(tokens)
+
+
+def _compiled_loss_beside_other_groups(rule: str, others: int) -> list[float] | str:
+    """The compiled loss with tp 2 in processes that made `others` groups before: the names of later ones shift."""
+    for _ in range(others):
+        torch.distributed.new_group([0, 1])
+    case = Case("", TP2, compiled("inductor", "loss"))
+    with BROKEN[rule]():
+        mesh, model = build(case, build_config(case))
+        model.loss.valid_tokens, (part,) = local_batches(0, case, mesh, True)
+        try:
+            return [model.forward_backward(*part, last=True).item()]
+        except RuntimeError as error:
+            return str(error)
+
+
+@broken
+@contextlib.contextmanager
+def no_autograd_cache() -> Iterator[None]:
+    import torch._functorch.config as functorch
+
+    with (
+        patch.object(compat, "compile_without_autograd_cache", lambda: None),
+        functorch.patch(enable_autograd_cache=True),
+    ):
+        yield
+
+
+@pytest.mark.long
+def test_the_autograd_cache_would_call_another_layouts_group(ranks: Ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    fresh = Ranks()  # forked with the empty cache folder
+    try:
+        for rule in ("nothing", "no_autograd_cache"):
+            results = [fresh.run(2, _compiled_loss_beside_other_groups, rule, others) for others in (0, 3)]
+            failed = any("process group" in r for r in results[1] if isinstance(r, str))
+            assert failed == (rule == "no_autograd_cache"), results
+    finally:
+        fresh.close()
