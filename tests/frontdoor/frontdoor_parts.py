@@ -1,0 +1,85 @@
+"""What the front-door tests register: data of random tokens, and parts that fail at a chosen rank and step."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtron.errors import UserError
+from dtron.registry import IGNORED, cross_entropy, register
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+@dataclass
+class Uneven:
+    """Sequence i, the same everywhere: skewed random tokens, a random share of them without a label."""
+
+    seq_len: int
+    vocab_size: int
+    first: int
+    length: int
+    tokenizer_json: str | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(self.first + i)
+        text = np.minimum(random.geometric(0.1, self.seq_len + 1), self.vocab_size - 1).astype(np.int64)
+        labels = text[1:].copy()
+        labels[: random.integers(self.seq_len)] = IGNORED  # whole shards of a split sequence have no label
+        return text[:-1], labels
+
+
+class Failing(Uneven):
+    """Does something else than give data, on one rank, from one step on; `dataset_path` is "WHAT RANK STEP"."""
+
+    def arm(self, order: str, rows: int) -> None:
+        self.what, rank, step = order.split()
+        self.left = rows * (int(step) - 1) if int(rank) == RANK else 10**9
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        self.left -= 1
+        if self.left < 0:
+            if self.what == "raise":
+                raise ArithmeticError("the disk is on fire")
+            if self.what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return super().__getitem__(i)
+
+
+def uneven(config: Any, section: Any, split: str, seq_len: int, vocab_size: int, log: Any) -> Uneven:
+    return Uneven(seq_len, vocab_size, *((0, 203) if split == "train" else (10**6, 19)))
+
+
+def failing(config: Any, section: Any, split: str, seq_len: int, vocab_size: int, log: Any) -> Uneven:
+    what, rank, _ = section.dataset_path.split()
+    if what == "refuse" and int(rank) == RANK:
+        raise UserError(f"the data of rank {RANK} is missing; copy it there")
+    data = Failing(seq_len, vocab_size, first=0, length=203)
+    data.arm(section.dataset_path, config.training.local_batch_size)
+    return data
+
+
+class NotANumber:
+    """Cross entropy that is NaN on rank 1 from its third call on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        bad = RANK == 1 and self.calls >= 3
+        return cross_entropy(logits * torch.nan if bad else logits, labels)
+
+
+register("dataset", "uneven", uneven)
+register("dataset", "failing", failing)
+register("loss", "nan_on_rank_1", NotANumber())

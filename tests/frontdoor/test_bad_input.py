@@ -1,0 +1,210 @@
+"""A user's mistake is one message: what was given, what was expected, how to mend it; before any training."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from frontdoor import CONFIG, ROOT, environment, torchrun
+
+from dtron.config import load
+from dtron.errors import UserError
+from dtron.train.setup import resolve
+
+# llama3 debugmodel: 6 layers, 8 heads, 4 key/value heads, vocabulary 4096.
+TINY = '[training]\ndevice = "cpu"\nseq_len = 64\n'
+PP = "--pp 2 --parallelism.pipeline_parallel_schedule"
+
+# What it is about: (ranks, arguments, what the message must say).
+REFUSED = {
+    "world size": (6, "--tp 2 --cp 2", ["cp 2 x tp 2 = 4", "world size 6", "multiple of 4"]),
+    "world size, all given": (2, "--dp 2 --tp 2", ["dp_shard 2 x cp 1 x tp 2 = 4", "world size is 2", "4 ranks"]),
+    "shard degree": (2, "--dp 0", ["data_parallel_shard_degree is 0", "-1"]),
+    "sequence and cp": (2, "--cp 2 --training.seq_len 66", ["seq_len 66", "divisible by 4", "2 x cp"]),
+    "sequence and tp": (4, "--tp 4 --training.seq_len 66", ["66", "tensor_parallel_degree 4"]),
+    "validation sequence": (2, "--cp 2 --validation.enable --validation.seq_len 66", ["validation.seq_len 66", "4"]),
+    "global batch": (
+        2,
+        "--training.local_batch_size 4 --training.global_batch_size 12",
+        ["12 sequences", "4 x 2 data-parallel ranks = 8", "change training.global_batch_size"],
+    ),
+    "layers and stages": (8, "--pp 8", ["8 stages", "6 layers", "lower pp"]),
+    "layers a stage": (2, f"{PP} GPipe --parallelism.pipeline_parallel_layers_per_stage 2", ["3 stages", "pp 2"]),
+    "stages of 1F1B": (2, f"{PP} 1F1B --parallelism.pipeline_parallel_layers_per_stage 1", ["exactly 1", "gives 3"]),
+    "stages of a V": (
+        2,
+        f"{PP} DualPipeV --parallelism.pipeline_parallel_layers_per_stage 3",
+        ["exactly 2", "gives 1"],
+    ),
+    "microbatches of 1F1B": (
+        4,
+        "--pp 4 --training.local_batch_size 3",
+        ["1F1B needs at least 4 microbatches", "training.local_batch_size 3", "= 3 microbatches"],
+    ),
+    "microbatches of DualPipeV": (
+        2,
+        f"{PP} DualPipeV --training.local_batch_size 2",
+        ["at least 4", "= 2 microbatches"],
+    ),
+    "rounds of Interleaved1F1B": (
+        2,
+        f"{PP} Interleaved1F1B --training.local_batch_size 5",
+        ["Interleaved1F1B", "2 equal rounds", "= 5 microbatches"],
+    ),
+    "microbatch size": (
+        2,
+        "--pp 2 --parallelism.pipeline_parallel_microbatch_size 3",
+        ["8 is not a multiple", "size 3"],
+    ),
+    "microbatches of validation": (
+        4,
+        "--pp 4 --validation.enable --validation.local_batch_size 2",
+        ["validation.local_batch_size 2", "at least 4"],
+    ),
+    "schedule file": (2, "--pp 2 --parallelism.pipeline_parallel_schedule_csv no.csv", ["no.csv", "cannot read"]),
+    "heads": (16, "--tp 16", ["tensor_parallel_degree 16", "n_heads 8", "1, 2, 4, 8"]),
+    "kv heads": (8, "--tp 8", ["tensor_parallel_degree 8", "n_kv_heads 4", "1, 2, 4"]),
+    "vocabulary": (2, "--tp 2 --model.vocab_size 4097", ["tensor_parallel_degree 2", "vocab_size 4097"]),
+    "feed-forward": (4, "--tp 4 --model.ffn_dim 770", ["tensor_parallel_degree 4", "ffn_dim 770"]),
+    "head size": (1, "--model.dim 72", ["head size 9", "pairs"]),
+    "heads and width": (1, "--model.dim 100", ["dim 100", "8 heads"]),
+    "query and kv heads": (1, "--model.n_kv_heads 3", ["8 query heads", "3 key/value heads"]),
+    "model": (1, "--model.name lama3", ["'lama3'", "did you mean 'llama3'", "smollm"]),
+    "flavor": (1, "--model.flavor 9B", ["'9B'", "llama3", "debugmodel, 8B"]),
+    "schedule": (2, f"{PP} 1F2B", ["'1F2B'", "did you mean '1F1B'", "GPipe"]),
+    "schedule like no other": (2, f"{PP} x", ["'x' is unknown; known: GPipe"]),
+    "dataset": (1, "--training.dataset stdlb", ["training.dataset", "did you mean 'stdlib'"]),
+    "validation dataset": (1, "--validation.enable --validation.dataset c4", ["validation.dataset", "known: stdlib"]),
+    "optimizer": (1, "--optimizer.name AdmW", ["optimizer.name", "did you mean 'AdamW'"]),
+    "loss": (1, "--training.loss mse", ["training.loss", "known: cross_entropy"]),
+    "converter": (1, "--model.converters float8", ["model.converters", "'float8'", "known: none"]),
+    "custom import": (1, "--job.custom_import no_such_module", ["job.custom_import", "'no_such_module'"]),
+    "hf config": (1, "--model.hf_config_path no.json", ["no.json"]),
+    "warm-up and decay": (
+        1,
+        "--training.steps 10 --lr_scheduler.warmup_steps 6 --lr_scheduler.decay_ratio 0.5",
+        ["6 warm-up steps", "10 steps", "lower"],
+    ),
+    "beta": (1, "--optimizer.beta2 1.0", ["optimizer.beta2 is 1.0", "[0, 1)"]),
+    "recompute": (1, "--activation_checkpoint.selective_ac_option 0", ["selective_ac_option", "'0'", '"op"']),
+    "compile": (1, "--compile.components optimizer", ["compile.components", "optimizer", "model, loss"]),
+    "load balancer": (2, "--cp 2 --parallelism.context_parallel_load_balancer zigzag", ["'zigzag'", "headtail"]),
+    "data workers": (1, "--training.dataloader.prefetch_factor 2", ["prefetch_factor", "num_workers"]),
+    "validation steps": (1, "--validation.steps 0", ["validation.steps is 0", "-1"]),
+    "zero bubble, compiled": (
+        2,
+        f"{PP} InterleavedZeroBubble --compile.enable",
+        ["zero-bubble", "compile.enable false"],
+    ),
+    "missing file": (1, "--job.config_file no.toml", ["no.toml"]),
+    "wrong type": (1, "--training.steps ten", ["training.steps", '"ten"', "an integer"]),
+    "unknown key": (1, "--training.sequence_len 8", ['"training.sequence_len"', "did you mean", "training.seq_len"]),
+    "not supported": (1, "--quantize.linear.float8.emulate", ["quantize.linear.float8.emulate", "not supported"]),
+}
+
+
+def refusal(folder: Path, world: int, arguments: str, text: str = TINY) -> str:
+    (folder / "x.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        resolve(load(["--job.config_file", str(folder / "x.toml"), *arguments.split()]), world)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("about", REFUSED)
+def test_mistake_is_explained(about: str, tmp_path: Path) -> None:
+    world, arguments, says = REFUSED[about]
+    message = refusal(tmp_path, world, arguments)
+    assert [part for part in says if part not in message] == [], message
+    assert "\n" not in message
+
+
+def test_the_same_without_the_mistakes_is_accepted(tmp_path: Path) -> None:
+    """So the refusals above are of what they name."""
+    (tmp_path / "x.toml").write_text(TINY)
+    for world, arguments in ((1, ""), (4, "--tp 2 --cp 2"), (2, f"{PP} DualPipeV"), (4, "--pp 4 --validation.enable")):
+        resolve(load(["--job.config_file", str(tmp_path / "x.toml"), *arguments.split()]), world)
+
+
+def test_syntax_error_has_line_and_column(tmp_path: Path) -> None:
+    message = refusal(tmp_path, 1, "", "[training]\nsteps = = 3\n")
+    assert "x.toml" in message and "line 2, column 9" in message
+
+
+def test_wrong_type_and_unknown_key_in_a_file(tmp_path: Path) -> None:
+    message = refusal(tmp_path, 1, "", '[training]\nsteps = "ten"\n')
+    assert "x.toml" in message and 'training.steps = "ten" (a string)' in message and "an integer" in message
+    message = refusal(tmp_path, 1, "", "[training]\nsequence_len = 3\n")
+    assert "x.toml" in message and "training.seq_len" in message
+
+
+def test_cuda_asked_for_and_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refusal(tmp_path, 1, "--training.device cuda")
+    assert "training.device = cuda" in message and "no GPU" in message and "set training.device cpu or auto" in message
+
+
+# --- the same, as a user sees it
+
+SEEN = {
+    "world size": (3, "--tp 2", "multiple of 2"),
+    "layers": (2, "--pp 2 --model.n_layers 1", "lower pp"),
+    "unknown key": (2, "--training.step 3", "did you mean"),
+    "syntax": (2, None, "line 2, column"),
+}
+
+
+@pytest.mark.parametrize("about", SEEN)
+def test_one_message_from_rank_0(about: str, tmp_path: Path) -> None:
+    ranks, arguments, says = SEEN[about]
+    config = CONFIG if arguments is not None else "[training]\nsteps = = 3\n"
+    run = torchrun(tmp_path, ranks, *(arguments or "").split(), config=config)
+    assert run.code != 0
+    assert run.err[0].startswith("error: ") and run.err[0].count("error") == 1, run.everything()
+    assert says in run.err[0] and "Traceback" not in run.err[0]
+    assert run.err[1:] == [""] * (ranks - 1) and run.out == [""] * ranks, run.everything()
+    summary = run.agent.split("Root Cause (first observed failure):")[1]
+    assert says in summary and "Traceback" not in summary, run.agent
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_mistake_found_late_and_on_rank_0_only(tmp_path: Path) -> None:
+    """When the others wait for rank 0 in a collective already, losing it is not their message."""
+    run = torchrun(tmp_path, 2, "--training.dataset", "failing", "--training.dataset_path", "refuse 0 1",
+                   "--training.local_batch_size", "4")  # fmt: skip
+    assert run.code != 0
+    assert run.err == ["error: the data of rank 0 is missing; copy it there\n", ""], run.everything()
+    assert "the data of rank 0 is missing" in run.agent.split("Root Cause")[1]
+
+
+def test_mistake_of_another_rank_alone_is_told_by_that_rank(tmp_path: Path) -> None:
+    run = torchrun(tmp_path, 2, "--training.dataset", "failing", "--training.dataset_path", "refuse 1 1",
+                   "--training.local_batch_size", "4")  # fmt: skip
+    assert run.code != 0
+    assert run.err == ["", "error on rank 1: the data of rank 1 is missing; copy it there\n"], run.everything()
+
+
+def start(folder: Path, rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+    """One of two ranks without torchrun, as Slurm's srun starts them."""
+    env = environment() | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "train.py"), "--job.config_file", str(folder / "x.toml"), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_with_different_configurations(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(CONFIG + "[comm]\ninit_timeout_seconds = 100\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [
+        start(tmp_path, 0, port, "--training.local_batch_size", "4"),
+        start(tmp_path, 1, port, "--training.local_batch_size", "2"),
+    ]
+    results = [process.communicate(timeout=180) for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], results
+    assert [out for out, _ in results] == ["", ""]
+    said = results[0][1]
+    assert said.startswith("error: the ranks have different configurations") and said.count("\n") == 1
+    assert "training.local_batch_size is 2 on rank 1 and 4 on rank 0" in said
+    assert results[1][1] == ""

@@ -1,0 +1,214 @@
+"""Small parts of the loop: the watch on NaN, the clock, the batch that holds, and every key in use."""
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+from dtron import registry
+from dtron.config import load
+from dtron.config.keys import KEYS
+from dtron.train import finite, report
+from dtron.train.finite import FiniteCheck
+from dtron.train.launch import World
+from dtron.train.report import Report, StepClock
+from dtron.train.setup import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD, NAN, INF = torch.tensor([2.0, 1.0]), torch.tensor([torch.nan, 1.0]), torch.tensor([2.0, torch.inf])
+
+
+# --- a loss that is not finite
+
+
+def watch(stats: torch.Tensor, bad_rank: int) -> str:
+    check = FiniteCheck(torch.device("cpu"), dist.get_world_size())
+    check.watch(6, GOOD, torch.tensor(1.0))
+    try:
+        check.watch(7, stats, torch.tensor(torch.nan if dist.get_rank() == bad_rank else 1.0))
+    except FloatingPointError as error:
+        return str(error)
+    check.finish()
+    return ""
+
+
+def test_finite_check_names_step_and_rank(ranks: Ranks) -> None:
+    loss = ranks.run(2, watch, NAN, 1)
+    assert loss[0] == loss[1] == "step 7: loss nan, gradient norm 1.0: the loss of rank 1 is not finite"
+    norm = ranks.run(2, watch, INF, -1)[0]
+    assert norm == "step 7: loss 2.0, gradient norm inf: the loss is finite on every rank, its gradient is not"
+    assert ranks.run(2, watch, GOOD, -1) == ["", ""]
+
+
+def test_finite_check_on_cuda_looks_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the event: no wait in the step itself, an answer in the next one, and at the end."""
+    waited = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(finite.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
+    check = FiniteCheck(torch.device("cuda"), 1)
+    check.watch(1, GOOD, torch.tensor(1.0))
+    check.watch(2, NAN, torch.tensor(torch.nan))
+    assert len(waited) == 1  # step 1's, while step 2 runs
+    with pytest.raises(FloatingPointError, match="step 2: loss nan.*rank 0"):
+        check.watch(3, GOOD, torch.tensor(1.0))
+    check = FiniteCheck(torch.device("cuda"), 1)
+    check.watch(1, INF, torch.tensor(1.0))
+    with pytest.raises(FloatingPointError, match="step 1: loss 2.0, gradient norm inf"):
+        check.finish()
+    check.finish()  # and then nothing is left to look at
+
+
+# --- the clock
+
+
+class Time:
+    """Stands for time.perf_counter: seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    clock = Time()
+    monkeypatch.setattr(report.time, "perf_counter", clock)
+    return clock
+
+
+def step(clock: StepClock, time: Time, data_s: float, rest_s: float) -> None:
+    with clock.data():
+        time.now += data_s
+    time.now += rest_s
+
+
+def test_clock_divides_by_the_steps_since_the_last_reading(time: Time) -> None:
+    clock = StepClock()
+    step(clock, time, 1.0, 4.0)
+    assert clock.read() == pytest.approx((5.0, 1.0))  # step 1: one step, whatever log_freq is
+    for _ in range(9):
+        step(clock, time, 0.25, 0.75)
+    assert clock.read() == pytest.approx((1.0, 0.25))
+
+
+def test_clock_leaves_pauses_out(time: Time) -> None:
+    clock = StepClock()
+    step(clock, time, 0.5, 0.5)
+    with clock.paused():  # validation, a checkpoint
+        time.now += 60.0
+    step(clock, time, 0.5, 0.5)
+    assert clock.read() == pytest.approx((1.0, 0.5))
+    step(clock, time, 0.5, 1.5)
+    assert clock.read() == pytest.approx((2.0, 0.5))
+
+
+def test_rates_of_a_row(time: Time, tmp_path: Path) -> None:
+    """tokens_per_s, a GPU's share of it, and MFU = tokens/s/GPU x FLOPs a token / peak."""
+    arguments = "--metrics.no_enable_tensorboard --training.global_batch_size 16 --training.seq_len 128"
+    config = load(arguments.split())
+    told = Report(World(0, 0, 4, dist.HashStore()), config, "", tmp_path, 1, flops=6e6, peak=1e9, entropy=None)
+    clock = StepClock()
+    step(clock, time, 0.5, 1.5)
+    told.step({"step": 1, "loss": 3.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 2048}, clock)
+    told.end()
+    (row,) = report.read_metrics(tmp_path / "metrics.jsonl")
+    got = [row[name] for name in ("step_s", "data_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu")]
+    assert got == pytest.approx([2.0, 0.5, 1024.0, 256.0, 256 * 6e6 / 1e9])
+
+
+def test_resume_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(report.sys, "argv", ["train.py", "--job.description", "two words", "--checkpoint.enable"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    told = Report(
+        World(0, 0, 4, dist.HashStore()),
+        load(["--checkpoint.enable", "--metrics.no_enable_tensorboard"]),
+        "", tmp_path, 1, 1.0, None, None,
+    )  # fmt: skip
+    told.end()
+    assert "torchrun --nproc_per_node 4 train.py --job.description 'two words' --checkpoint.enable" in (
+        capsys.readouterr().out
+    )
+
+
+# --- the batch of a run that resumes on another layout
+
+
+class Consecutive:
+    """Sequence i counts from i."""
+
+    vocab_size, tokenizer_json = 96, None
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, i: int) -> Any:
+        text = torch.arange(i, i + 17).numpy() % 96
+        return text[:-1], text[1:]
+
+
+def consecutive(*_: Any) -> Consecutive:
+    return Consecutive()
+
+
+def train(folder: str, steps: int, arguments: str) -> tuple[list[str], int, int]:
+    """What rank 0 says, the global batch, and the forwards of a step."""
+    from dtron.train.trainer import Trainer
+
+    said: list[str] = []
+
+    class Quiet(World):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    registry.register("dataset", "consecutive", consecutive)
+    tiny = "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
+    tiny += "--model.vocab_size 96 --training.dataset consecutive --training.seq_len 16 --training.device cpu "
+    tiny += f"--checkpoint.enable --metrics.no_enable_tensorboard --training.steps {steps} --job.dump_folder {folder} "
+    rank, size = dist.get_rank(), dist.get_world_size()
+    trainer = Trainer(resolve(load((tiny + arguments).split()), size), Quiet(rank, rank, size, dist.HashStore()))
+    trainer.run()
+    config = trainer.config
+    forwards = config.training.global_batch_size // (config.training.local_batch_size * trainer.setup.degrees.dp)
+    return said, trainer.progress.consumed, forwards
+
+
+def test_global_batch_is_resolved_once_and_holds(ranks: Ranks, tmp_path: Path) -> None:
+    """-1 on dp 2 is 4 sequences a step; on dp 1 they stay 4, by accumulation; an explicit change is said."""
+    said, consumed, forwards = ranks.run(2, train, str(tmp_path), 2, "--training.local_batch_size 2")[0]
+    assert (consumed, forwards) == (8, 1) and not any("resuming" in line for line in said)
+    said, consumed, forwards = ranks.run(1, train, str(tmp_path), 4, "--training.local_batch_size 2")[0]
+    assert (consumed, forwards) == (16, 2) and any("resuming from" in line for line in said)
+    explicit = "--training.local_batch_size 2 --training.global_batch_size 6"
+    said, consumed, forwards = ranks.run(1, train, str(tmp_path), 5, explicit)[0]
+    assert (consumed, forwards) == (22, 3)
+    assert "the global batch changes from 4 to 6 sequences, as configured" in said
+
+
+# --- every key takes effect
+
+
+def names_read(path: Path) -> set[str]:
+    """Attributes a module reads, and the strings in it, by which `getattr` reads some."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return attributes | {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_every_supported_key_is_read() -> None:
+    read: set[str] = set()
+    for path in (ROOT / "dtron").rglob("*.py"):
+        if path.name != "sections.py":
+            read |= names_read(path)
+    # A key with one legal value states a fact; there is nothing to read.
+    facts = {name for name, key in KEYS.items() if get_origin(key.kind) is Literal and len(get_args(key.kind)) == 1}
+    chosen = [name for name, key in KEYS.items() if not key.lacks and name not in facts]
+    unread = [name for name in chosen if name.rpartition(".")[2] not in read]
+    assert unread == []
