@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtron.config import Config
 from dtron.data.corpus import load_stdlib
+from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token
@@ -28,13 +29,12 @@ from dtron.parallel.tensor import llama_plan
 __all__ = ["Kind", "cross_entropy", "import_custom", "look_up", "register"]
 
 Log = Callable[[str], None]
-IGNORED = -100  # a label that counts for nothing
 Kind = Literal["model", "dataset", "loss", "optimizer", "converter"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log p(label), in fp32; logits [B, S, V], labels [B, S], label IGNORED counts for nothing."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    """Sum over tokens of -log p(label), in fp32; logits [B, S, V], labels [B, S]; IGNORE_INDEX counts for nothing."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def stdlib(

@@ -38,6 +38,7 @@ class Progress:
     global_batch_size: int = -1  # sequences a step
     attempt: int = 1  # 1 for a fresh run, one more after each resume
     model_only: bool = False
+    data_fingerprint: str = ""  # of the training data, where the dataset has one
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -85,7 +86,7 @@ def save(path: Path, model: ParallelModel, optimizers: list[torch.optim.Optimize
 
 
 def load(path: Path, model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None) -> None:
-    """Read weights, and the optimizers' state unless None, into this layout. UserError if the checkpoint does not fit."""
+    """Read weights, and optimizer state unless None, into this layout. UserError if the checkpoint does not fit."""
     if optimizers:
         _create_state(optimizers)
     tensors = _tensors(model, optimizers)

@@ -101,7 +101,7 @@ def read_sources(source: Path | None = None) -> dict[str, bytes]:
     if not found:
         raise UserError(
             f"no sources of the standard library under {root}: expected a folder with abc.py, json/ and so on; "
-            "set training.dataset_path to one, or use a Python installed with its .py files"
+            "use a Python installed with its .py files, or another dataset"
         )
     return {name: found[name].read_bytes() for name in sorted(found)}
 

@@ -2,8 +2,8 @@
 
 Each block is a unit: its weights are gathered just before use, its gradients reduce-scattered just
 after (Zhao et al. 2023, arXiv 2304.11277). The mesh decides the kind: dp_shard_cp alone is FSDP;
-with dp_replicate it is HSDP, and with a shard degree of 1 plain data parallel. It is applied on meshes of size 1 too, so that
-mixed precision and every parameter's mesh are the same on one rank as on a thousand.
+with dp_replicate it is HSDP, and with a shard degree of 1 plain data parallel. It is applied on meshes
+of size 1 too, so that mixed precision and every parameter's mesh are the same on one rank as on a thousand.
 
 The loss is already divided by the tokens of the global batch, so gradients are summed, never averaged.
 

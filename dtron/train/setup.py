@@ -109,12 +109,11 @@ def _check_values(c: Config) -> None:
             f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
             f"of {total} steps overlap; lower warmup_steps or decay_ratio"
         )
-    if c.training.dataset == "stdlib" and c.training.dataset_path:
-        raise UserError(
-            "training.dataset_path has no effect with dataset = stdlib; leave it out or name another dataset"
-        )
-    if c.validation.steps != -1 and c.validation.steps < 1:
-        raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
+    for section, data in (("training", c.training), ("validation", c.validation)):
+        if data.dataset == "stdlib" and data.dataset_path:
+            raise UserError(
+                f"{section}.dataset_path has no effect with dataset = stdlib; leave it out or name another dataset"
+            )
     if c.checkpoint.load_step < -1:
         raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
 

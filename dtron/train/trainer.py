@@ -13,7 +13,7 @@ import dtron
 from dtron import compat, registry
 from dtron.checkpoint import store
 from dtron.config import to_toml
-from dtron.data.loader import StepLoader, ValidationLoader
+from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
@@ -56,7 +56,7 @@ class Trainer:
     # --- the joints
 
     def build_loss(self) -> Any:
-        """(logits [B, S, V], labels [B, S]) -> the loss summed over tokens; the trainer divides by their global number."""
+        """(logits [B, S, V], labels [B, S]) -> loss summed over tokens; the trainer divides by their global number."""
         return registry.look_up("loss", self.config.training.loss, "training.loss")
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -134,7 +134,7 @@ class Trainer:
         self.model.loss.valid_tokens = torch.ones((), device=self.device)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for tokens, labels in self.validation:
-            total[1] += (labels != registry.IGNORED).sum() / (d.world // d.dp)
+            total[1] += (labels != IGNORE_INDEX).sum() / (d.world // d.dp)
             for batch in self._local_batches(tokens, labels, self.config.validation.local_batch_size):
                 total[0] += self.model.evaluate(*batch) / d.tp
         dist.all_reduce(total)
@@ -144,8 +144,8 @@ class Trainer:
     # --- parts of a step
 
     def _count_valid(self, labels: Tensor) -> Tensor:
-        """Labels that count in the whole global batch, as an exact int64 sum; all ranks of a dp rank hold the same rows."""
-        count = (labels != registry.IGNORED).sum().to(self.device)
+        """Labels that count in the whole global batch: an exact int64 sum, over dp ranks that hold different rows."""
+        count = (labels != IGNORE_INDEX).sum().to(self.device)
         dist.all_reduce(count)
         d = self.setup.degrees
         return (count // (d.world // d.dp)).clamp(min=1).float()
@@ -200,6 +200,7 @@ class Trainer:
         c, d = self.config, self.setup.degrees
         shared: Any = {"dp_rank": self.mesh.dp_rank, "dp_size": d.dp}
         data = self._dataset(c.training, "train", c.training.seq_len)
+        self._check_same_data(getattr(data, "fingerprint", ""))
         loader = StepLoader(
             data, global_batch_size=c.training.global_batch_size, seed=c.debug.seed, options=c.training.dataloader,
             consumed=self.progress.consumed, **shared,
@@ -231,6 +232,23 @@ class Trainer:
             )
         return data
 
+    def _check_same_data(self, fingerprint: str) -> None:
+        """UserError if ranks, or a resumed run and its checkpoint, have other data under the same name."""
+        prints: list[str] = [""] * self.world.size
+        dist.all_gather_object(prints, fingerprint)
+        name, recorded = self.config.training.dataset, self.progress.data_fingerprint
+        if other := [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]:
+            raise UserError(
+                f"rank {other[0]} has other tokens of dataset {name} than rank 0 (another Python version, say); "
+                "use the same sources on every machine, or a shared job.cache_folder"
+            )
+        if recorded and fingerprint != recorded:
+            raise UserError(
+                f"dataset {name} is not the one this run was trained on (another Python version, say): its fingerprint "
+                f"is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring the data back, or start a run of its own"
+            )
+        self.progress.data_fingerprint = fingerprint
+
     def _load(self, resume_from: Path | None) -> None:
         c = self.config.checkpoint
         if resume_from:
@@ -260,7 +278,8 @@ class Trainer:
             f"dtron {dtron.__version__}, torch {torch.__version__}: {d}, on {self.world.size} x {name}\n"
             f"{c.model.name} {c.model.flavor}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
             f"{flops / 1e9:.3g} GFLOP a token\n"
-            f"{c.training.global_batch_size} sequences of {c.training.seq_len} tokens a step, {forwards} forward(s) a rank\n"
+            f"{c.training.global_batch_size} sequences of {c.training.seq_len} tokens a step, "
+            f"{forwards} forward(s) a rank\n"
             f"outputs in {self.run_folder}"
         )
         if plan := stages_of(self.setup):
