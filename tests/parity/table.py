@@ -81,15 +81,18 @@ QUARTERS = {"parallelism.pipeline_parallel_microbatch_size": 4}
 
 PIPELINES = [
     *[Case(f"pp2 {name}", PP2, schedule(name), evaluate=True, batches=2) for name in SCHEDULES],
-    *[Case(f"pp4 {name}", PP4, schedule(name), "deep") for name in SCHEDULES[3:]],
-    Case("pp4 LoopedBFS", PP4, schedule("LoopedBFS"), "deep", long=True),
+    *[Case(f"pp4 {name}", PP4, schedule(name), "deep") for name in ("Interleaved1F1B", "DualPipeV")],
+    *[
+        Case(f"pp4 {name}", PP4, schedule(name), "deep", long=True)
+        for name in ("LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
+    ],
     *[Case(f"pp2 fsdp2 {name}", PP2_FSDP2, schedule(name), evaluate=True, long=name == "GPipe") for name in SCHEDULES],
     Case("pp2 tp2 ZBVZeroBubble", PP2_TP2, schedule("ZBVZeroBubble")),
-    Case("pp2 tp2 Interleaved1F1B", PP2_TP2, schedule("Interleaved1F1B")),
+    Case("pp2 tp2 Interleaved1F1B", PP2_TP2, schedule("Interleaved1F1B"), long=True),
     Case("pp2 ddp2 ZBVZeroBubble", Degrees(2, 2), schedule("ZBVZeroBubble")),
     Case("pp2 cp2 InterleavedZeroBubble", PP2_CP2, schedule("InterleavedZeroBubble")),
     Case("pp2 cp2 DualPipeV", PP2_CP2, schedule("DualPipeV")),
-    Case("pp2 hsdp2x2", PP2_HSDP),
+    Case("pp2 hsdp2x2", PP2_HSDP, long=True),
     Case("pp2 ddp2 cp2 accumulation", Degrees(2, 2, cp=2), batches=2),
     Case("pp2 csv", PP2, QUARTERS, csv=CSV),
     Case("pp2 csv evaluation", PP2, PAIRS, batches=2, evaluate=True, csv=CSV),
@@ -114,7 +117,7 @@ DATA = [
     Case("fsdp2 tp2 last", FSDP2_TP2, LAST, batches=2, evaluate=True),
     Case("fsdp2 cp2 last", FSDP2_CP2, LAST, batches=2),
     Case("fsdp2 evaluation", FSDP2, EVERY, batches=2, evaluate=True),
-    Case("hsdp2x2 evaluation", HSDP, LAST, batches=2, evaluate=True),
+    Case("hsdp2x2 evaluation", HSDP, LAST, batches=2, evaluate=True, long=True),
     Case("tp2 evaluation", TP2, batches=2, evaluate=True),
     Case("tp2 cp2 evaluation", TP2_CP2, batches=2, evaluate=True, long=True),
     Case("fsdp2 offload", FSDP2, OFFLOAD, batches=2),
@@ -125,9 +128,9 @@ CONTEXT = [
     Case("cp2 alltoall", CP2, ALLTOALL),
     Case("cp2 contiguous", CP2, CONTIGUOUS),
     Case("cp2 contiguous alltoall", CP2, {**CONTIGUOUS, **ALLTOALL}),
-    Case("cp4 alltoall", CP4, ALLTOALL),
-    Case("pp2 cp2 alltoall", PP2_CP2, ALLTOALL),
-    Case("tp2 cp2 alltoall contiguous", TP2_CP2, {**CONTIGUOUS, **ALLTOALL}),
+    Case("cp4 alltoall", CP4, ALLTOALL, long=True),
+    Case("pp2 cp2 alltoall", PP2_CP2, ALLTOALL, long=True),
+    Case("tp2 cp2 alltoall contiguous", TP2_CP2, {**CONTIGUOUS, **ALLTOALL}, long=True),
     Case("cp2 heads alike", CP2, model="mha"),
     Case("tp4 heads alike", Degrees(tp=4), model="mha", long=True),
     Case("rope scaling", ONE, model="scaled"),
@@ -155,7 +158,7 @@ RECOMPUTE = [
     for name, degrees in (("fsdp2", FSDP2), ("tp2", TP2), ("pp2", PP2), ("cp2", CP2))
 ] + [
     Case("one recompute op", ONE, OP),
-    Case("pp2 recompute full ZBVZeroBubble", PP2_FSDP2, {**FULL, **schedule("ZBVZeroBubble")}),
+    Case("pp2 recompute full ZBVZeroBubble", PP2, {**FULL, **schedule("ZBVZeroBubble")}),
     Case("pp2 recompute every second DualPipeV", PP2, {**SECOND, **schedule("DualPipeV")}),
     Case("pp2 recompute op Interleaved1F1B", PP2, {**OP, **schedule("Interleaved1F1B")}),
     Case("pp2 tp2 recompute op Interleaved1F1B", PP2_TP2, {**OP, **schedule("Interleaved1F1B")}, long=True),
@@ -169,8 +172,8 @@ COMPILE = [
     Case("cp2 compiled", CP2, compiled()),
     Case("cp2 compiled alltoall", CP2, {**compiled(), **ALLTOALL}),
     Case("pp2 compiled", PP2, compiled()),
-    Case("pp2 tp2 compiled tied", PP2_TP2, compiled(), "tied"),
-    Case("pp2 compiled Interleaved1F1B", PP2_FSDP2, {**compiled(), **schedule("Interleaved1F1B")}),
+    Case("pp2 tp2 compiled tied", PP2_TP2, compiled(), "tied", long=True),
+    Case("pp2 compiled Interleaved1F1B", PP2, {**compiled(), **schedule("Interleaved1F1B")}),
     Case("tp2 compiled model only", TP2, compiled("aot_eager", "model")),
     Case("tp2 compiled loss only", TP2, compiled("aot_eager", "loss")),
     Case("fsdp2 compiled full", FSDP2, {**compiled(), **FULL}),
@@ -219,7 +222,7 @@ REQUIRED_LAYOUTS = [
 REQUIRED: dict[str, Callable[[Case], bool]] = {
     **{f"{name} evaluating": lambda c, n=name: _is(schedule(n), pp=2)(c) and c.evaluate for name in SCHEDULES[2:]},
     **{f"{name} with fsdp": _is(schedule(name), pp=2, dp_shard=2) for name in SCHEDULES[1:]},
-    **{f"{name} with pp4": _is(schedule(name), pp=4) for name in SCHEDULES[3:]},
+    **{f"{name} with pp4": _is(schedule(name), pp=4) for name in ("Interleaved1F1B", "DualPipeV")},
     **{f"{name} tied": _model("tied", schedule(name), pp=2) for name in V_SHAPED},
     "zero bubble with tp": _is(schedule("ZBVZeroBubble"), pp=2, tp=2),
     "zero bubble with cp": _is(schedule("InterleavedZeroBubble"), pp=2, cp=2),
