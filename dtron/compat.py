@@ -187,7 +187,7 @@ def enable_async_tensor_parallel(tp_mesh: DeviceMesh) -> None:
 
 
 def set_timeout(seconds: int) -> None:
-    """Let collectives of every group of this rank fail after `seconds`; gloo's point-to-point keeps its first timeout."""
+    """Let collectives of every group of this rank fail after `seconds`; gloo's point-to-point keeps its first."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 

@@ -216,7 +216,7 @@ class Pipeline:
         compat.keep_forward_only(self._evaluate)
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Add the gradients of tokens [B, S], in microbatches; returns the loss where the last stage is, 0 elsewhere."""
+        """Add the gradients of tokens [B, S], in microbatches; returns the loss, on ranks without the last stage 0."""
         losses: list[Tensor] = []
         self._run(self._train.step, tokens, labels, positions, losses)
         return self._sum(losses, tokens.device)
@@ -240,7 +240,7 @@ class Pipeline:
         return torch.stack([plain_loss(loss) for loss in losses]).sum() if losses else torch.zeros((), device=device)
 
     def sum_tied_gradients(self, embedding: nn.Parameter | None, head: nn.Parameter | None) -> None:
-        """Add up the gradients of the two copies of a tied matrix; a rank passes the copies it holds, None for others."""
+        """Add up the gradients of the two copies of a tied matrix; a rank passes those it holds, None for others."""
         copies = [p for p in (embedding, head) if p is not None]
         if len(copies) == 2:
             total = _local_gradient(copies[0]) + _local_gradient(copies[1])

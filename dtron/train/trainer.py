@@ -245,7 +245,7 @@ class Trainer:
         if recorded and fingerprint != recorded:
             raise UserError(
                 f"dataset {name} is not the one this run was trained on (another Python version, say): its fingerprint "
-                f"is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring the data back, or start a run of its own"
+                f"is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring it back, or start a run of its own"
             )
         self.progress.data_fingerprint = fingerprint
 
