@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
-from dtron.registry import IGNORED, cross_entropy, register
+from dtron.registry import cross_entropy, register
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -33,7 +34,7 @@ class Uneven:
         random = np.random.default_rng(self.first + i)
         text = np.minimum(random.geometric(0.1, self.seq_len + 1), self.vocab_size - 1).astype(np.int64)
         labels = text[1:].copy()
-        labels[: random.integers(self.seq_len)] = IGNORED  # whole shards of a split sequence have no label
+        labels[: random.integers(self.seq_len)] = IGNORE_INDEX  # whole shards of a split sequence have no label
         return text[:-1], labels
 
 

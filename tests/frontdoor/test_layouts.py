@@ -14,8 +14,9 @@ LAYOUTS = {
     "hsdp2, accumulation": (2, "--dp-replicate 2 --training.local_batch_size 2"),
     "dp2 x pp2": (4, "--dp 2 --pp 2 --training.local_batch_size 4"),
     "dp2 x tp2 x cp2": (8, "--dp 2 --tp 2 --cp 2 --training.local_batch_size 4"),
-    "pp2 x dp2 x tp2 x cp2, accumulation": (16, "--pp 2 --dp 2 --tp 2 --cp 2 --training.local_batch_size 2"),
 }
+# One to two minutes on two cores, most of it for 16 processes to start.
+LONG = {"pp2 x dp2 x tp2 x cp2, accumulation": (16, "--pp 2 --dp 2 --tp 2 --cp 2 --training.local_batch_size 2")}
 
 
 def passed(run: Run) -> list[dict[str, Any]]:
@@ -36,9 +37,9 @@ def test_one_rank_learns(single: list[dict[str, Any]]) -> None:
     assert single[-1]["loss"] < single[0]["loss"] - 0.3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_layout_trains_like_one_rank(layout: str, single: list[dict[str, Any]], tmp_path: Path) -> None:
-    ranks, arguments = LAYOUTS[layout]
+    ranks, arguments = (LAYOUTS | LONG)[layout]
     rows = passed(torchrun(tmp_path, ranks, *VALIDATION, *arguments.split()))
     assert [row["step"] for row in rows] == [row["step"] for row in single]
     for row, expected in zip(rows, single, strict=True):
