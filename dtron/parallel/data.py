@@ -8,13 +8,13 @@ of size 1 too, so that mixed precision and every parameter's mesh are the same o
 The loss is already divided by the tokens of the global batch, so gradients are summed, never averaged.
 
 Which ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054) a setting is, and what a rank holds, in bytes a
-parameter of the model with bf16 compute, fp32 state and N shards (u: 2 or 4, the unreduced gradient):
+parameter with bf16 compute, fp32 state and N shards; weights from forward to backward, gradients between microbatches:
 
-| fsdp_reshard_after_forward | gradient_reduce   | ZeRO | weights   | gradients | optimizer |
-|----------------------------|-------------------|------|-----------|-----------|-----------|
-| always                     | every_microbatch  | 3    | 4/N       | 4/N       | 8/N       |
-| never                      | every_microbatch  | 2    | 4/N + 2   | 4/N       | 8/N       |
-| never                      | last_microbatch   | 1    | 4/N + 2   | 4/N + u   | 8/N       |
+| fsdp_reshard_after_forward | gradient_reduce  | ZeRO | weights | gradients | AdamW |
+|----------------------------|------------------|------|---------|-----------|-------|
+| always                     | every_microbatch | 3    | 4/N     | 4/N       | 8/N   |
+| never                      | every_microbatch | 2    | 4/N + 2 | 4/N       | 8/N   |
+| never                      | last_microbatch  | 1    | 4/N + 2 | 4         | 8/N   |
 """
 
 import torch

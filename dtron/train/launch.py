@@ -15,7 +15,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from dtron import compat
 from dtron.config import Config, HelpRequested, flatten, load, to_toml
 from dtron.errors import UserError
 from dtron.train.setup import Setup, resolve
+
+if TYPE_CHECKING:
+    from dtron.train.trainer import Trainer
 
 __all__ = ["World", "main"]
 
@@ -46,8 +49,11 @@ class World:
             print(text, flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says; exits the process with a non-zero code on any error."""
+def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) -> None:
+    """Train as the command line says; exits the process with a non-zero code on any error.
+
+    trainer: a subclass of dtron's Trainer to run in its place.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     signal.signal(signal.SIGINT, _exit_when_interrupted)
     world: World | None = None
@@ -58,9 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         _compare_configs(world, config)
         _announce(world, setup.config)
         _start_process_group(world, setup)
-        from dtron.train.trainer import Trainer
-
-        Trainer(setup, world).run()
+        (trainer or _default_trainer())(setup, world).run()
         dist.destroy_process_group()
     except HelpRequested as help_text:
         if rank == 0:
@@ -69,6 +73,12 @@ def main(argv: list[str] | None = None) -> None:
         _exit_with_message(rank, world, error)
     except BaseException as error:
         _exit_with_traceback(rank, world, error)
+
+
+def _default_trainer() -> "type[Trainer]":
+    from dtron.train.trainer import Trainer  # it imports this module's World
+
+    return Trainer
 
 
 def _join(rank: int, size: int, config: Config) -> World:

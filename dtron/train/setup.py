@@ -153,7 +153,7 @@ def _check_model(m: Any) -> None:
         raise UserError(f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads")
     if explicit is None and m.dim % heads:
         raise UserError(f"model: dim {m.dim} is not divisible by {heads} heads")
-    if (explicit or m.dim // heads) % 2:
+    if hasattr(m, "rope_theta") and (explicit or m.dim // heads) % 2:
         raise UserError(f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs")
 
 
