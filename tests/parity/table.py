@@ -113,6 +113,8 @@ DATA = [
         for mode, reduce in (("every", EVERY), ("last", LAST))
         for reshard, keep in (("always", ALWAYS), ("never", NEVER))
     ],
+    Case("fsdp4 uneven", FSDP4, model="uneven"),
+    Case("fsdp4 tp2 uneven", Degrees(dp_shard=4, tp=2), model="uneven", long=True),
     Case("one accumulation", ONE, batches=4, evaluate=True),
     Case("fsdp2 tp2 last", FSDP2_TP2, LAST, batches=2, evaluate=True),
     Case("fsdp2 cp2 last", FSDP2_CP2, LAST, batches=2),
@@ -257,6 +259,7 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "rope scaling": _model("scaled"),
     "rope scaling, cp": _model("scaled", cp=2),
     "heads alike": _model("mha", cp=2),
+    "shards of different sizes": _model("uneven", dp_shard=4),
     "offload": _is(OFFLOAD, dp_shard=2),
     "gathered logits": _is(GATHERED_LOGITS, tp=2),
 }
