@@ -10,7 +10,7 @@ PACKAGE = ROOT / "dtron"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports from its own floor and from those before it.
 FLOORS = [
-    {"config", "mesh", "models", "ops"},
+    {"config", "mesh", "models"},
     {"parallel"},
     {"data", "checkpoint", "observe"},
     {"registry"},
