@@ -114,6 +114,8 @@ def _check_values(c: Config) -> None:
             raise UserError(
                 f"{section}.dataset_path has no effect with dataset = stdlib; leave it out or name another dataset"
             )
+    if c.validation.steps != -1 and c.validation.steps < 1:
+        raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
     if c.checkpoint.load_step < -1:
         raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
 

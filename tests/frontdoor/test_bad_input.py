@@ -92,6 +92,12 @@ REFUSED = {
     "compile": (1, "--compile.components optimizer", ["compile.components", "optimizer", "model, loss"]),
     "load balancer": (2, "--cp 2 --parallelism.context_parallel_load_balancer zigzag", ["'zigzag'", "headtail"]),
     "data workers": (1, "--training.dataloader.prefetch_factor 2", ["prefetch_factor", "num_workers"]),
+    "data path": (
+        1,
+        "--validation.enable --validation.dataset_path x",
+        ["validation.dataset_path", "no effect", "stdlib"],
+    ),
+    "load step": (1, "--checkpoint.load_step -2", ["checkpoint.load_step is -2", "-1"]),
     "validation steps": (1, "--validation.steps 0", ["validation.steps is 0", "-1"]),
     "zero bubble, compiled": (
         2,
