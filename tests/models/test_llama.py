@@ -1,0 +1,199 @@
+"""The model against transformers: logits, files, parameter counts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM
+
+from dtron.errors import UserError
+from dtron.models.families import FAMILIES, from_hf_config
+from dtron.models.flops import attention_flops_per_token, flops_per_token
+from dtron.models.llama import Llama, LlamaConfig, RopeScaling
+
+BASE = LlamaConfig(
+    vocab_size=96, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, rope_theta=500.0, init_std=0.1
+)
+VARIANTS = {
+    "gqa": BASE,
+    "mha": replace(BASE, n_kv_heads=4),
+    "tied": replace(BASE, tie_embeddings=True),
+    "rope scaling": replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "head size of its own": replace(BASE, head_dim=16),
+    "norm eps": replace(BASE, norm_eps=0.1),
+}
+
+
+def hf_config(c: LlamaConfig) -> HFConfig:
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if s := c.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position,
+        }
+    return HFConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie_embeddings, rope_parameters=rope, max_position_embeddings=131072,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def hf_model(c: LlamaConfig) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(hf_config(c)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    return model
+
+
+def with_weights_of(hf: LlamaForCausalLM, c: LlamaConfig) -> Llama:
+    """Our model with transformers' weights: the same names without `model.`."""
+    model = Llama(c)
+    model.load_state_dict({name.removeprefix("model."): p for name, p in hf.state_dict().items()})
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(variant: str, tmp_path: Path):
+    config = VARIANTS[variant]
+    hf = hf_model(config)
+    tokens = torch.randint(0, 96, (2, 48))
+    hf.config.save_pretrained(tmp_path)
+    from_file = from_hf_config(str(tmp_path))
+    assert replace(from_file, head_dim=config.head_dim, init_std=config.init_std) == config
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        assert expected.std() > 0.1
+        for ours in (config, from_file):
+            torch.testing.assert_close(with_weights_of(hf, ours)(tokens), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "rope scaling"])
+def test_gradients_equal_transformers(variant: str):
+    config = VARIANTS[variant]
+    hf = hf_model(config)
+    ours = with_weights_of(hf, config)
+    tokens = torch.randint(0, 96, (2, 48))
+    for model in (hf, ours):
+        out = model(tokens)
+        out = out if isinstance(out, torch.Tensor) else out.logits
+        out.float().square().mean().backward()
+    theirs = {name.removeprefix("model."): p.grad for name, p in hf.named_parameters()}
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_each_variant_changes_the_logits():
+    """The comparison above would see a setting that is ignored."""
+    tokens = torch.randint(0, 96, (2, 48))
+    weights = hf_model(BASE)
+    base = with_weights_of(weights, BASE)(tokens)
+    for change in ({"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}, {"norm_eps": 0.1}, {"rope_theta": 10000.0}):
+        assert (with_weights_of(weights, replace(BASE, **change))(tokens) - base).abs().max() > 1e-2
+
+
+def test_positions_may_be_any_part_of_the_sequence():
+    model = with_weights_of(hf_model(BASE), BASE)
+    tokens = torch.randint(0, 96, (2, 16))
+    shifted = model(tokens, torch.arange(5, 21).expand(2, -1))
+    torch.testing.assert_close(shifted, model(tokens), atol=1e-4, rtol=1e-4)  # rotary positions are relative
+    assert (model(tokens, torch.arange(0, 32, 2).expand(2, -1)) - shifted).abs().max() > 1e-2
+
+
+# Parameters, as published with each model (the number on its hub page's weights; a tied matrix once).
+PARAMETERS = {
+    ("llama2", "7B"): 6_738_415_616,
+    ("llama2", "13B"): 13_015_864_320,
+    ("llama2", "70B"): 68_976_648_192,
+    ("llama3", "8B"): 8_030_261_248,
+    ("llama3", "70B"): 70_553_706_496,
+    ("llama3", "405B"): 405_853_388_800,
+    ("llama3.2", "1B"): 1_235_814_400,
+    ("llama3.2", "3B"): 3_212_749_824,
+    ("smollm", "135M"): 134_515_008,
+    ("smollm", "360M"): 361_821_120,
+    ("smollm", "1.7B"): 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize(("family", "flavor"), [(f, n) for f, flavors in FAMILIES.items() for n in flavors])
+def test_parameter_counts_equal_transformers_and_the_published_ones(family: str, flavor: str):
+    config = FAMILIES[family][flavor]
+    with torch.device("meta"):
+        ours, hf = Llama(config), LlamaForCausalLM(hf_config(config))
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == sum(p.numel() for p in hf.parameters())
+    published = PARAMETERS.get((family.replace("llama3.1", "llama3"), flavor))
+    assert published == count or flavor == "debugmodel"
+    names = {name.removeprefix("model.") for name, _ in hf.named_parameters()}
+    assert names == {name for name, _ in ours.named_parameters()}
+
+
+def flops(config: LlamaConfig, seq_len: int) -> float:
+    with torch.device("meta"):
+        model = Llama(config)
+    return flops_per_token(model, config.n_layers, attention_flops_per_token(config, seq_len))
+
+
+def test_flops_a_token():
+    """Llama-3-8B at 8,192 tokens: 57.9 GF a token with full attention (6 N + 12 L h s)."""
+    assert flops(FAMILIES["llama3"]["8B"], 8192) == pytest.approx(57.9e9, rel=1e-3)
+    assert flops(BASE, 64) == flops(replace(BASE, tie_embeddings=True), 64)  # the head counts, tied or not
+
+
+GOOD = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 64, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def read(tmp_path: Path, **change: object) -> LlamaConfig:
+    content = {key: value for key, value in {**GOOD, **change}.items() if value != "absent"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    return from_hf_config(str(tmp_path))
+
+
+def test_older_files_and_absent_fields(tmp_path: Path):
+    assert read(tmp_path) == LlamaConfig(96, 32, 2, 4, 4, 64)
+    assert read(tmp_path, rope_theta=500000.0, num_key_value_heads=2).rope_theta == 500000.0
+    old = {"type": "llama3", "factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4}
+    old["original_max_position_embeddings"] = 8192
+    assert read(tmp_path, rope_scaling=old).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert read(tmp_path, model_type="mistral", sliding_window=None).dim == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' cannot be represented"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "lacks or misstates 'low_freq_factor'"),
+        ({"hidden_size": "absent"}, "hidden_size missing"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers missing or not a whole number"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(change: dict, said: str, tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, **change)
+    assert said in str(error.value) and "config.json" in str(error.value)
+
+
+def test_files_that_are_missing_or_no_json(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no file"):
+        from_hf_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        from_hf_config(str(tmp_path))
