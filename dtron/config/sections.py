@@ -82,9 +82,11 @@ class Optimizer:
     beta1: float = key(0.9, "Adam's first decay", minimum=0)
     beta2: float = key(0.95, "Adam's second decay", minimum=0)
     eps: float = key(1e-8, "Adam's epsilon", minimum=0)
-    weight_decay: float = key(0.1, "decoupled weight decay", minimum=0)
+    weight_decay: float = key(0.1, "weight decay, decoupled in AdamW", minimum=0)
     weight_decay_exclude: list[str] = key([], 'parameter-name patterns without decay, for example ["*norm*"]')
-    implementation: Literal["for-loop", "foreach", "fused"] = key("fused", "how the optimizer loops over tensors")
+    implementation: Literal["for-loop", "foreach", "fused"] = key(
+        "fused", "how the optimizer loops over tensors; SGD has no fused form and takes foreach"
+    )
     early_step_in_backward: bool = key(False, "", lacks="the gradient is clipped by its global norm before the step")
 
 
