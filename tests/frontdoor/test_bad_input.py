@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from frontdoor import CONFIG, ROOT, environment, torchrun
+from frontdoor import CONFIG, ROOT, TIMEOUT_S, environment, torchrun
 
 from dtron.config import load
 from dtron.errors import UserError
@@ -184,33 +184,51 @@ def test_mistake_found_late_and_on_rank_0_only(tmp_path: Path) -> None:
     assert "the data of rank 0 is missing" in run.agent.split("Root Cause")[1]
 
 
-def test_mistake_of_another_rank_alone_is_told_by_that_rank(tmp_path: Path) -> None:
-    run = torchrun(tmp_path, 2, "--training.dataset", "failing", "--training.dataset_path", "refuse 1 1",
-                   "--training.local_batch_size", "4")  # fmt: skip
-    assert run.code != 0
-    assert run.err == ["", "error on rank 1: the data of rank 1 is missing; copy it there\n"], run.everything()
+# --- without torchrun, as Slurm's srun starts the ranks
 
 
-def start(folder: Path, rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    """One of two ranks without torchrun, as Slurm's srun starts them."""
-    env = environment() | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(ROOT / "train.py"), "--job.config_file", str(folder / "x.toml"), *arguments]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def by_hand(folder: Path, *arguments: tuple[str, ...]) -> tuple[list[int], list[str], list[str]]:
+    """Exit code, stdout and stderr of each rank; rank r has the r-th arguments."""
+    (folder / "x.toml").write_text(CONFIG)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, own in enumerate(arguments):
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(ROOT / "tests/frontdoor/frontdoor_quick.py"), "--job.config_file", "x.toml"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(
+            subprocess.Popen([*command, *own], cwd=folder, env=environment() | env, text=True, **pipes)  # type: ignore[call-overload]
+        )
+    try:
+        said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
 
 
 def test_ranks_with_different_configurations(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text(CONFIG + "[comm]\ninit_timeout_seconds = 100\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = [
-        start(tmp_path, 0, port, "--training.local_batch_size", "4"),
-        start(tmp_path, 1, port, "--training.local_batch_size", "2"),
-    ]
-    results = [process.communicate(timeout=180) for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2], results
-    assert [out for out, _ in results] == ["", ""]
-    said = results[0][1]
-    assert said.startswith("error: the ranks have different configurations") and said.count("\n") == 1
-    assert "training.local_batch_size is 2 on rank 1 and 4 on rank 0" in said
-    assert results[1][1] == ""
+    key = "--training.local_batch_size"
+    codes, out, err = by_hand(tmp_path, (key, "4"), (key, "2"))
+    assert codes == [2, 2], (out, err)
+    assert out == ["", ""]
+    assert err[0].startswith("error: the ranks have different configurations") and err[0].count("\n") == 1
+    assert "training.local_batch_size is 2 on rank 1 and 4 on rank 0" in err[0]
+    assert err[1] == ""
+
+
+def test_mistake_of_another_rank_alone_is_told_by_that_rank(tmp_path: Path) -> None:
+    """And rank 0, which loses contact when that rank ends, adds nothing."""
+    data = (
+        "--training.local_batch_size",
+        "4",
+        "--training.dataset",
+        "failing",
+        "--training.dataset_path",
+        "refuse 1 1",
+    )
+    codes, out, err = by_hand(tmp_path, data, data)
+    assert codes == [1, 2], (out, err)
+    assert err == ["", "error on rank 1: the data of rank 1 is missing; copy it there\n"]

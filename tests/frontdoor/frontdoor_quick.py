@@ -1,0 +1,7 @@
+"""train.py with a shorter wait of the silent ranks, for runs without torchrun, which would end them sooner."""
+
+from dtron.train import launch
+
+if __name__ == "__main__":
+    launch.SILENT_WAIT_S = 4.0
+    launch.main()
