@@ -1,6 +1,6 @@
 """Start as one rank of 4,096 without the others: a fake process group answers every collective at once.
 
-python startup.py RANK DEGREES SCHEDULE -> a JSON line: CPU-seconds from the meshes to the initial weights,
+python startup.py RANK FLAVOR DEGREES SCHEDULE -> a JSON line: CPU-seconds from the meshes to the initial weights,
 parameters held, process groups. DEGREES: pp x dp_replicate x dp_shard x cp x tp, for example 16x1x32x1x8.
 """
 
@@ -19,7 +19,7 @@ from dtron.models.families import FAMILIES
 from dtron.parallel.compose import parallelize
 
 
-def main(rank: int, degrees: Degrees, schedule: str) -> None:
+def main(rank: int, flavor: str, degrees: Degrees, schedule: str) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
     config = Config()
     config.parallelism.pipeline_parallel_degree = degrees.pp
@@ -28,7 +28,7 @@ def main(rank: int, degrees: Degrees, schedule: str) -> None:
     config.training.seq_len, config.training.local_batch_size = 8192, 32
     start = time.process_time()
     mesh = Mesh(degrees, "cpu")
-    spec, model_config = registry.look_up("model", "llama3.1", ""), FAMILIES["llama3.1"]["405B"]
+    spec, model_config = registry.look_up("model", "llama3.1", ""), FAMILIES["llama3.1"][flavor]
     model = parallelize(spec, model_config, config, mesh, torch.device("cpu"), registry.cross_entropy, [])
     held = sum(p.to_local().numel() for _, p in model.named_parameters())
     groups = len(dist.distributed_c10d._world.pg_map)
@@ -36,4 +36,4 @@ def main(rank: int, degrees: Degrees, schedule: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Degrees(*map(int, sys.argv[2].split("x"))), sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2], Degrees(*map(int, sys.argv[3].split("x"))), sys.argv[4])

@@ -30,7 +30,7 @@ def _config(degrees: Degrees, shape: str) -> Config:
     config.training.local_batch_size = outside.ROWS // degrees.dp
     config.training.seq_len, config.training.steps = outside.SEQ, outside.STEPS
     config.training.mixed_precision_param = "float32"
-    config.activation_checkpoint.mode = "full"
+    config.activation_checkpoint.mode = "none"
     config.optimizer.lr, config.optimizer.eps = outside.PEAK, 1e-6
     config.lr_scheduler.warmup_steps, config.lr_scheduler.min_lr_factor = outside.WARMUP, outside.FLOOR
     if shape == "cosine":
