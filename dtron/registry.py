@@ -87,8 +87,8 @@ def look_up(kind: Kind, name: str, key: str) -> Any:
     """The code behind `name`; `key` is the config key that named it, for the message."""
     names = _REGISTRY[kind]
     if name not in names:
-        near = get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = get_close_matches(name.lower(), {known.lower(): known for known in names}, 1)
+        hint = f"did you mean {next(known for known in names if known.lower() == near[0])!r}? " if near else ""
         raise UserError(f"{key} = {name!r} is unknown; {hint}known: {', '.join(sorted(names)) or 'none'}")
     return names[name]
 

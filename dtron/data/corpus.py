@@ -149,8 +149,9 @@ def read_tokenizer(hf_assets_path: str) -> tuple["Tokenizer", str]:
             converted = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             tokenizer, eos = Tokenizer.from_str(converted.backend_tokenizer.to_str()), converted.eos_token
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError, ...
+        reason = " ".join(str(error).split())[:200]  # some of the libraries' messages are whole pages
         raise UserError(
-            f"{given} holds no readable tokenizer ({error}): expected tokenizer.json, or files from which "
+            f"{given} holds no readable tokenizer ({reason}): expected tokenizer.json, or files from which "
             "transformers.AutoTokenizer makes a fast tokenizer without a network"
         ) from error
     if eos is None or tokenizer.token_to_id(eos) is None:

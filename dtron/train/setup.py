@@ -116,6 +116,10 @@ def _check_values(c: Config) -> None:
             )
     if c.validation.steps != -1 and c.validation.steps < 1:
         raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
+    if c.training.max_norm == 0:
+        raise UserError(
+            "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
+        )
     if c.checkpoint.load_step < -1:
         raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
 

@@ -273,10 +273,11 @@ class Trainer:
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         c, d = self.config, self.setup.degrees
+        what = c.model.hf_config_path or f"{c.model.name} {c.model.flavor}"
         forwards = c.training.global_batch_size // (c.training.local_batch_size * d.dp)
         self.world.say(
             f"dtron {dtron.__version__}, torch {torch.__version__}: {d}, on {self.world.size} x {name}\n"
-            f"{c.model.name} {c.model.flavor}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+            f"{what}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
             f"{flops / 1e9:.3g} GFLOP a token\n"
             f"{c.training.global_batch_size} sequences of {c.training.seq_len} tokens a step, "
             f"{forwards} forward(s) a rank\n"
