@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from parity.layout import CPU, Case, build, build_config, local, local_batches
 from parity.single import CLIP
-from parity.table import OP, PP2, TP2, schedule
+from parity.table import FSDP2, OP, PP2, TP2, schedule
 from ranks import Ranks
 
 from dtron.mesh import Degrees
@@ -43,14 +43,16 @@ def _losses(case: Case, dtype: str) -> tuple[list[float], float, set[torch.dtype
     return losses, torch.cat(moved).mean().item(), dtypes
 
 
+CASES = [
+    Case("one"),
+    Case("fsdp2", FSDP2),
+    Case("pp2", PP2, schedule("Interleaved1F1B"), "tied"),
+    Case("tp2", TP2, OP, long=True),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case("one"),
-        Case("tp2", TP2, OP),
-        Case("pp2", PP2, schedule("Interleaved1F1B"), "tied"),
-    ],
-    ids=lambda case: case.name,
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] if case.long else []) for case in CASES]
 )
 def test_bf16_follows_fp32(case: Case, ranks: Ranks):
     fp32, moved_fp32, _ = ranks.run(1, _losses, Case("", Degrees(), model=case.model), "float32")[0]
