@@ -92,14 +92,15 @@ def test_seek_drops_what_was_loaded_ahead(workers):
 
 
 def test_workers_end_with_their_loader():
+    others = set(torch.multiprocessing.active_children())  # the pool of ranks, where other tests ran before
     options = DataLoader(num_workers=2)
     loader = StepLoader(numbered(50), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
     next(loader)
-    assert len(torch.multiprocessing.active_children()) == 2
+    assert len(set(torch.multiprocessing.active_children()) - others) == 2
     gc.disable()
     try:
         del loader
-        assert torch.multiprocessing.active_children() == []
+        assert set(torch.multiprocessing.active_children()) <= others
     finally:
         gc.enable()
 
