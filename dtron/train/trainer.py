@@ -155,7 +155,9 @@ class Trainer:
         p, d = self.config.parallelism, self.setup.degrees
         head_tail = bool(p.context_parallel_load_balancer)
         positions = local_positions(tokens.size(1), self.mesh.cp_rank, d.cp, head_tail)
-        on_device = [t[:, positions].to(self.device, non_blocking=True) for t in (tokens, labels)]
+        if d.cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
+            tokens, labels = tokens[:, positions], labels[:, positions]
+        on_device = [t.to(self.device, non_blocking=True) for t in (tokens, labels)]
         rows = positions.to(self.device).expand(size, -1)
         return [(x, y, rows) for x, y in zip(*(t.split(size) for t in on_device), strict=True)]
 
