@@ -23,7 +23,7 @@ test: lint  ## lint, then every test but the long ones
 	$(PYTHON) -m pytest $(ARGS)
 
 test-long: setup  ## the long tests; the log goes to tests/long.log
-	set -o pipefail; $(PYTHON) -m pytest -m long $(ARGS) 2>&1 | tee tests/long.log
+	set -o pipefail; $(PYTHON) -m pytest -m long -vv --durations=10 $(ARGS) 2>&1 | tee tests/long.log
 
 clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
