@@ -94,11 +94,11 @@ def look_up(kind: Kind, name: str, key: str) -> Any:
 
 
 def import_custom(modules: list[str]) -> None:
-    """Import the modules of job.custom_import; the working directory counts as a place to find them."""
+    """Import the modules of job.custom_import; the working directory counts as a place to find them. UserError."""
     if modules and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"job.custom_import: cannot import {name!r}: {error}") from error
+        except Exception as error:  # whatever the user's module does
+            raise UserError(f"job.custom_import: cannot import {name!r}: {type(error).__name__}: {error}") from error

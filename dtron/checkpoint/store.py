@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +46,12 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(step) for step in steps if step.isdecimal())
 
 
+def damaged_in(folder: Path) -> list[Path]:
+    """Folders named like a finished checkpoint that are none: something took files away after it was saved."""
+    named = (p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal())
+    return sorted(p for p in named if not (p / PROGRESS_FILE).is_file())
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that a run can resume from, one with optimizer state."""
     for step in reversed(steps_in(folder)):
@@ -75,7 +80,7 @@ def save(path: Path, model: ParallelModel, optimizers: list[torch.optim.Optimize
         shutil.rmtree(partial, ignore_errors=True)  # ours: a save that was killed
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(model, optimizers), checkpoint_id=str(partial))
+    dcp.save(dict(reversed(list(_named(model, optimizers)))), checkpoint_id=str(partial))
     if dist.get_rank() == 0:
         with (partial / PROGRESS_FILE).open("w") as file:
             json.dump({**asdict(progress), "model_only": optimizers is None}, file, indent=1)
@@ -89,14 +94,17 @@ def load(path: Path, model: ParallelModel, optimizers: list[torch.optim.Optimize
     """Read weights, and optimizer state unless None, into this layout. UserError if the checkpoint does not fit."""
     if optimizers:
         _create_state(optimizers)
-    tensors = _tensors(model, optimizers)
+    if not (path / ".metadata").is_file():
+        raise UserError(f"{path} is damaged: its .metadata is missing; move it away to go on from the one before")
+    named = list(_named(model, optimizers))
+    tensors = dict(reversed(named))  # of two copies of a tied parameter the first
     try:
         dcp.load(tensors, checkpoint_id=str(path))
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} cannot be loaded into this model: {text[-1]}") from error
     with torch.no_grad():
-        for name, tensor in _named(model, optimizers):
+        for name, tensor in named:
             if tensors[name] is not tensor:
                 tensor.copy_(tensors[name])
 
@@ -108,18 +116,11 @@ def delete_old(folder: Path, keep: int) -> None:
             shutil.rmtree(folder / f"step-{step}")
 
 
-def _tensors(model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for name, tensor in _named(model, optimizers):
-        tensors.setdefault(name, tensor)
-    return tensors
-
-
 def _named(model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor to save under its layout-free name; a tied parameter's copies have the same one."""
     for name, p in model.named_parameters():
         canonical = model.aliases.get(name, name)
-        yield f"model.{canonical}", p.detach() if not p.requires_grad else p.data
+        yield f"model.{canonical}", p.detach()
         for optimizer in optimizers or ():
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
@@ -133,7 +134,8 @@ def _create_state(optimizers: list[torch.optim.Optimizer]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
             for p in group["params"]:
-                p.grad = torch.zeros_like(p)
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -70,6 +70,8 @@ def from_hf_config(path: str) -> LlamaConfig:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.hf_config_path: {file} is not readable JSON: {error}") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{file} holds a JSON {type(hf).__name__}; expected the object of a Hugging Face config.json")
     if hf.get("model_type") not in ("llama", "mistral"):
         raise UserError(
             f'{file}: model_type is {hf.get("model_type")!r}; expected "llama" (or "mistral" without a window)'

@@ -24,6 +24,17 @@ class Off:
         """Do nothing."""
 
 
+def check_profiling(config: Profiling) -> None:
+    """UserError if warm-up and recording do not fit into `profile_freq`."""
+    needed = config.profiler_warmup + config.profiler_active
+    if config.enable_profiling and config.profile_freq < needed:
+        raise UserError(
+            f"profiling.profile_freq = {config.profile_freq} is less than profiler_warmup + profiler_active = "
+            f"{config.profiler_warmup} + {config.profiler_active}: a trace would start before the last one ends. "
+            f"Set profiling.profile_freq to {needed} or more."
+        )
+
+
 def profiler(config: Profiling, run_folder: Path | str, rank: int, *, steps_done: int = 0) -> profile | Off:
     """A context whose `.step()` follows the optimizer steps; does nothing when profiling is off.
 
@@ -35,13 +46,8 @@ def profiler(config: Profiling, run_folder: Path | str, rank: int, *, steps_done
     """
     if not config.enable_profiling:
         return Off()
+    check_profiling(config)
     wait = config.profile_freq - config.profiler_warmup - config.profiler_active
-    if wait < 0:
-        raise UserError(
-            f"profiling.profile_freq = {config.profile_freq} is less than profiler_warmup + profiler_active = "
-            f"{config.profiler_warmup} + {config.profiler_active}: a trace would start before the last one ends. "
-            f"Set profiling.profile_freq to {config.profiler_warmup + config.profiler_active} or more."
-        )
     traces = Path(run_folder) / config.save_traces_folder
 
     def save(prof: profile) -> None:

@@ -98,8 +98,8 @@ class ParallelModel:
         """After a step's last backward: sum the gradients of the two copies of a tied matrix."""
         if self.pipeline and self.aliases:
             parameters = dict(self.named_parameters())
-            ((copy, first),) = self.aliases.items()
-            self.pipeline.sum_tied_gradients(parameters.get(first), parameters.get(copy))
+            for copy, first in self.aliases.items():
+                self.pipeline.sum_tied_gradients(parameters.get(first), parameters.get(copy))
 
     def _loss_context(self) -> contextlib.AbstractContextManager[Any]:
         return loss_parallel() if self.sharded_loss else contextlib.nullcontext()
@@ -149,8 +149,10 @@ def parallelize(
         parts.append(_parallelize_part(part, spec, config, mesh, sharded_loss))
     for part in parts:
         part.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
-    n_microbatches = config.training.local_batch_size // p.pipeline_parallel_microbatch_size
-    pipeline = Pipeline(parts, plan, p, mesh.pp, n_microbatches, device, loss) if plan else None
+    evaluated = config.validation.local_batch_size if config.validation.enable else config.training.local_batch_size
+    sizes = (config.training.local_batch_size, evaluated)
+    microbatches = (sizes[0] // p.pipeline_parallel_microbatch_size, sizes[1] // p.pipeline_parallel_microbatch_size)
+    pipeline = Pipeline(parts, plan, p, mesh.pp, microbatches, device, loss) if plan else None
     model = ParallelModel(parts, pipeline, loss, aliases, p.gradient_reduce == "every_microbatch", sharded_loss)
     canonical = ((aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
     initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)

@@ -190,11 +190,14 @@ LossFn = Callable[[Any, Tensor], Tensor]
 
 
 class Pipeline:
-    """This rank's stages of one model and the schedules that train and evaluate them."""
+    """This rank's stages of one model and the schedules that train and evaluate them.
+
+    microbatches: how many make a training batch, and how many an evaluation batch.
+    """
 
     def __init__(
-        self, parts: Sequence[nn.Module], plan: StagePlan, p: Parallelism, pp: DeviceMesh, n_microbatches: int,
-        device: torch.device, loss_fn: LossFn,
+        self, parts: Sequence[nn.Module], plan: StagePlan, p: Parallelism, pp: DeviceMesh,
+        microbatches: tuple[int, int], device: torch.device, loss_fn: LossFn,
     ) -> None:  # fmt: skip
         self.indices = plan.of_rank[pp.get_local_rank()]
         self.has_first, self.has_last = 0 in self.indices, plan.n_stages - 1 in self.indices
@@ -212,7 +215,7 @@ class Pipeline:
             single = issubclass(cls, PipelineScheduleSingle)
             return cls(stages[0] if single else stages, microbatches, loss_fn=loss_fn, scale_grads=False)  # type: ignore[arg-type]
 
-        self._train, self._evaluate = make(n_microbatches), make(n_microbatches)
+        self._train, self._evaluate = make(microbatches[0]), make(microbatches[1])
         compat.keep_forward_only(self._evaluate)
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def choose_run_folder(config: Config, model_config: Any) -> tuple[Path, Path | N
 
 
 def _checkpoint_in(folder: Path, load_step: int) -> Path | None:
+    if damaged := store.damaged_in(folder):
+        raise UserError(
+            f"{damaged[-1]} has no {store.PROGRESS_FILE}: it is damaged and cannot be resumed; move it away to go on "
+            "from the checkpoint before it"
+        )
     if load_step == -1:
         return store.newest(folder)
     path = folder / f"step-{load_step}"

@@ -50,22 +50,26 @@ class World:
 
 
 def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) -> None:
-    """Train as the command line says; exits the process with a non-zero code on any error.
+    """Train as the command line says, and end the process: with 0 after training, with another code on any error.
 
     trainer: a subclass of dtron's Trainer to run in its place.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGINT, _exit_when_interrupted)
     world: World | None = None
     try:
         config = load(sys.argv[1:] if argv is None else argv)
-        setup = resolve(config, size)
-        world = _join(rank, size, setup.config)
+        setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
+        world = _join(rank, setup.config)
         _compare_configs(world, config)
         _announce(world, setup.config)
         _start_process_group(world, setup)
         (trainer or _default_trainer())(setup, world).run()
         dist.destroy_process_group()
+        # Threads of the groups may still be ending; a process that tears down around them can abort after all is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     except HelpRequested as help_text:
         if rank == 0:
             print(help_text)
@@ -81,11 +85,16 @@ def _default_trainer() -> "type[Trainer]":
     return Trainer
 
 
-def _join(rank: int, size: int, config: Config) -> World:
+def _join(rank: int, config: Config) -> World:
     """Reach the rendezvous store. Without torchrun the run is one process of its own."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "MASTER_ADDR" not in os.environ:
-        return World(rank, local_rank, size, dist.HashStore())
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR is not set, so the ranks cannot meet; "
+                "start them with torchrun, or set MASTER_ADDR and MASTER_PORT"
+            )
+        return World(rank, local_rank, 1, dist.HashStore())
     timeout = timedelta(seconds=config.comm.init_timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)

@@ -101,8 +101,11 @@ class Report:
         """The command line of this run; run again it goes on from the newest checkpoint."""
         if not self._config.checkpoint.enable:
             return "nothing: checkpoint.enable is false"
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        return f"torchrun --nproc_per_node {ranks} {shlex.join(sys.argv)}"
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            return f"python {shlex.join(sys.argv)}"
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        where = "--standalone" if nodes == "1" else f"--nnodes {nodes} RENDEZVOUS_OPTIONS"
+        return f"torchrun {where} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(sys.argv)}"
 
 
 def _config_name(attempt: int) -> str:

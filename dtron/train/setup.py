@@ -3,11 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from dtron import registry
+from dtron.checkpoint import store
 from dtron.config import Config
 from dtron.config.legal import check_legal
 from dtron.data.loader import check_dataloader
@@ -15,6 +17,7 @@ from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.families import from_hf_config
 from dtron.models.spec import ModelSpec
+from dtron.observe.profiler import check_profiling
 from dtron.parallel.compose import meta_model, stage_plan
 from dtron.parallel.pipeline import SCHEDULES, StagePlan, schedule_stages
 
@@ -104,6 +107,11 @@ def _check_values(c: Config) -> None:
         if getattr(c.optimizer, key) >= 1:
             raise UserError(f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)")
     total = sched.total_steps or c.training.steps
+    if sched.total_steps and sched.warmup_steps > sched.total_steps:
+        raise UserError(
+            f"lr_scheduler.warmup_steps {sched.warmup_steps} is more than its total_steps {sched.total_steps}; "
+            "lower the one or raise the other"
+        )
     if sched.decay_ratio is not None and sched.warmup_steps + round(total * sched.decay_ratio) > total:
         raise UserError(
             f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
@@ -116,6 +124,22 @@ def _check_values(c: Config) -> None:
             )
     if c.validation.steps != -1 and c.validation.steps < 1:
         raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
+    if c.compile.enable and not c.compile.components:
+        raise UserError(
+            "compile.enable is true and compile.components is empty; name model, loss or both, or set it false"
+        )
+    if c.compile.enable and c.compile.backend not in (known := torch._dynamo.list_backends(None)):
+        raise UserError(f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}")
+    check_profiling(c.profiling)
+    for key, folder in (
+        ("checkpoint.folder", c.checkpoint.folder),
+        ("metrics.save_tb_folder", c.metrics.save_tb_folder),
+        ("profiling.save_traces_folder", c.profiling.save_traces_folder),
+    ):
+        if Path(folder).is_absolute() or ".." in Path(folder).parts or Path(folder) == Path():
+            raise UserError(f"{key} is {folder!r}; expected the name of a folder inside the run folder")
+    if c.checkpoint.initial_load_path:
+        store.read_progress(Path(c.checkpoint.initial_load_path))
     if c.training.max_norm == 0:
         raise UserError(
             "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
@@ -159,6 +183,8 @@ def _check_model(m: Any) -> None:
         raise UserError(f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads")
     if explicit is None and m.dim % heads:
         raise UserError(f"model: dim {m.dim} is not divisible by {heads} heads")
+    if getattr(m, "rope_theta", 1.0) <= 0:
+        raise UserError(f"model.rope_theta is {m.rope_theta}; expected a positive number")
     if hasattr(m, "rope_theta") and (explicit or m.dim // heads) % 2:
         raise UserError(f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs")
 

@@ -43,6 +43,7 @@ class Trainer:
         self.progress.attempt = attempt
         self.config = self._resolve_batch(resume_from)
         self.mesh = Mesh(setup.degrees, setup.device_type)
+        compat.set_timeout(setup.config.comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
         self.model = parallelize(
             setup.spec, setup.model_config, self.config, self.mesh, self.device, self.build_loss(),
             [registry.look_up("converter", name, "model.converters") for name in self.config.model.converters],
@@ -144,7 +145,7 @@ class Trainer:
     # --- parts of a step
 
     def _count_valid(self, labels: Tensor) -> Tensor:
-        """Labels that count in the whole global batch: an exact int64 sum, over dp ranks that hold different rows."""
+        """Labels that count in the whole global batch, summed as int64, then fp32 like the loss they divide."""
         count = (labels != IGNORE_INDEX).sum().to(self.device)
         dist.all_reduce(count)
         d = self.setup.degrees
@@ -257,14 +258,13 @@ class Trainer:
             later = [step for step in store.steps_in(resume_from.parent) if step > self.progress.step]
             if later and not c.load_only:
                 raise UserError(
-                    f"resuming from step {self.progress.step} would later overwrite the checkpoints of steps "
+                    f"resuming from step {self.progress.step} would later meet the checkpoints of step "
                     f"{', '.join(map(str, later))} in {resume_from.parent}; move them away, or start a run of its own "
                     "with another job.dump_folder and checkpoint.initial_load_path"
                 )
             store.load(resume_from, self.model, self.optimizers)
         elif c.initial_load_path:
             path = Path(c.initial_load_path)
-            store.read_progress(path)  # says so if it is no checkpoint
             store.load(path, self.model, None if c.initial_load_model_only else self.optimizers)
             self.world.say(f"weights from {path}")
 

@@ -75,7 +75,10 @@ def test_identity_ignores(arguments: str) -> None:
     assert identity(arguments) == identity("")
 
 
-def test_identity_tells_apart() -> None:
+def test_identity_tells_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "dtron.json").write_text("{}")
     found = [identity(arguments) for arguments in ["", *OTHER]]
     assert len(set(found)) == len(found), found
 
@@ -112,8 +115,7 @@ def test_what_cannot_be_resumed_from_is_passed_over(tmp_path: Path) -> None:
     name, _, _ = choose(tmp_path)
     save(tmp_path, name, 10)
     save(tmp_path, name, 20, model_only=True)  # the end of a run, for export
-    (tmp_path / "outputs" / name / "checkpoint" / "step-30").mkdir()  # cut short by a kill
-    (tmp_path / "outputs" / name / "checkpoint" / "step-40.partial").mkdir()
+    (tmp_path / "outputs" / name / "checkpoint" / "step-40.partial").mkdir()  # cut short by a kill
     assert choose(tmp_path) == (name, "step-10", 2)
 
 

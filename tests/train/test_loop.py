@@ -133,7 +133,7 @@ def test_resume_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "", tmp_path, 1, 1.0, None, None,
     )  # fmt: skip
     told.end()
-    assert "torchrun --nproc_per_node 4 train.py --job.description 'two words' --checkpoint.enable" in (
+    assert "torchrun --standalone --nproc_per_node 4 train.py --job.description 'two words' --checkpoint.enable" in (
         capsys.readouterr().out
     )
 
