@@ -4,10 +4,7 @@ Defaults < the file named by `base` < the file < the command line. Every value i
 it is given, so that an error names its file; what dtron lacks is refused after the overrides.
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from dtron.config.sections import Config
 from dtron.config.toml import parse_file, toml_value
 from dtron.errors import UserError
 
-__all__ = ["difference", "fingerprint", "flatten", "load", "to_toml"]
+__all__ = ["flatten", "load", "to_toml"]
 
 
 def load(argv: list[str]) -> Config:
@@ -87,22 +84,6 @@ def flatten(config: Config) -> dict[str, Any]:
     return {name: functools.reduce(getattr, name.split("."), config) for name in KEYS}
 
 
-def difference(a: Config, b: Config) -> list[str]:
-    """One line `section.key: 1 -> 2` for each value that differs from `a` to `b`."""
-    left, right = flatten(a), flatten(b)
-    return [f"{name}: {_text(left[name])} -> {_text(right[name])}" for name in KEYS if left[name] != right[name]]
-
-
-def _text(value: Any) -> str:
-    return "none" if value is None else toml_value(value)
-
-
-def fingerprint(config: Config) -> str:
-    """SHA-256, in hex, of the whole resolved tree: equal on every rank of a sound run."""
-    canonical = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML; `load` reads it back to an equal Config.
 
@@ -115,4 +96,5 @@ def to_toml(config: Config) -> str:
         if name != "job.config_file" and not (value is None and KEYS[name].default is None):
             sections[section].append(f"{leaf} = {toml_value(value)}")
     blocks = ["\n".join([f"[{name}]", *lines]) for name, lines in sections.items() if lines]
-    return "\n\n".join([f"# resolved from {_text(config.job.config_file)} and the command line", *blocks]) + "\n"
+    source = "none" if config.job.config_file is None else toml_value(config.job.config_file)
+    return "\n\n".join([f"# resolved from {source} and the command line", *blocks]) + "\n"

@@ -1,6 +1,5 @@
 """What the loader reads, what it refuses, and what its refusals say."""
 
-import copy
 import functools
 import random
 import tomllib
@@ -9,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from dtron.config import Config, HelpRequested, difference, fingerprint, flatten, help_text, load, to_toml
+from dtron.config import Config, HelpRequested, flatten, help_text, load, to_toml
 from dtron.config.keys import KEYS, SECTIONS, checked
 from dtron.errors import UserError
 
@@ -105,8 +104,14 @@ def test_no_argument_at_all_is_refused() -> None:
     assert "--job.config_file" in message and "configs/quickstart.toml" in message
 
 
+def changes(a: Config, b: Config) -> dict[str, Any]:
+    """The values of `b` that are others in `a`."""
+    left, right = flatten(a), flatten(b)
+    return {name: right[name] for name in KEYS if left[name] != right[name]}
+
+
 def test_overrides_alone_start_from_the_defaults() -> None:
-    assert difference(Config(), load(["--debug.seed", "3"])) == ["debug.seed: 0 -> 3"]
+    assert changes(Config(), load(["--debug.seed", "3"])) == {"debug.seed": 3}
 
 
 def test_loads_do_not_share_lists() -> None:
@@ -439,9 +444,8 @@ def test_round_trip_of_changed_values(tmp_path: Path, seed: int) -> None:
             setattr(value(config, section), leaf, None if key.optional and rng.random() < 0.3 else changed(key, rng))
     again = load_text(tmp_path, to_toml(config))
     config.job.config_file = again.job.config_file
-    assert difference(config, again) == []
-    assert again == config and fingerprint(again) == fingerprint(config)
-    assert len(difference(config, Config())) > 60
+    assert changes(config, again) == {} and again == config
+    assert len(changes(config, Config())) > 60
 
 
 @pytest.mark.parametrize("text", ['"', "\\", "\n", "\t\r\b\f", "\x00\x1f\x7f\x85", "😀 é", "# no comment", "'''", ""])
@@ -472,26 +476,3 @@ def test_the_comment_cannot_leave_its_line(tmp_path: Path) -> None:
     config = Config()
     config.job.config_file = "a\n[training]\nsteps = 1"
     assert load_text(tmp_path, to_toml(config)).training.steps == Config().training.steps
-
-
-def test_difference_names_key_and_both_values() -> None:
-    a = Config()
-    b = copy.deepcopy(a)
-    assert difference(a, b) == []
-    b.training.seq_len = 1
-    b.model.dim = 4
-    b.validation.dataloader.pin_memory = True
-    assert difference(a, b) == [
-        "model.dim: none -> 4",
-        "training.seq_len: 2048 -> 1",
-        "validation.dataloader.pin_memory: false -> true",
-    ]
-
-
-@pytest.mark.parametrize("name", KEYS)
-def test_fingerprint_depends_on_every_key(name: str) -> None:
-    config = Config()
-    section, _, leaf = name.rpartition(".")
-    setattr(value(config, section), leaf, ["another"])
-    assert fingerprint(config) != fingerprint(Config())
-    assert len(fingerprint(config)) == 64 and fingerprint(config) == fingerprint(copy.deepcopy(config))
