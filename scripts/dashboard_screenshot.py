@@ -53,7 +53,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
                 if answer.read().strip() not in (b"", b"{}"):
                     return
         except (urllib.error.URLError, TimeoutError):
-            pass
+            pass  # the server is still starting; the deadline above ends the wait
         time.sleep(0.5)
     sys.exit(f"no scalars within {seconds:.0f} s: does the folder hold TensorBoard events?")
 

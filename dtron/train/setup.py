@@ -48,7 +48,7 @@ def resolve(config: Config, world: int) -> Setup:
     spec, model_config = _model(config)
     _check_model(model_config)
     _check_tensor(config, spec, model_config, degrees)
-    _check_context(config, degrees)
+    _check_sequence(config, degrees)
     if degrees.pp > 1:
         _check_pipeline(config, spec, model_config, degrees)
     check_batch(config, degrees, config.training.global_batch_size)
@@ -202,14 +202,10 @@ def _check_tensor(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
                 f"tensor_parallel_degree {d.tp} does not divide model.{name} {size}; "
                 f"degrees that do: {', '.join(str(t) for t in range(1, 129) if size % t == 0)}"
             )
-    if c.training.seq_len // d.cp % d.tp:
-        raise UserError(
-            f"sequence parallel: seq_len {c.training.seq_len} / cp {d.cp} = {c.training.seq_len // d.cp} tokens "
-            f"are not divisible by tensor_parallel_degree {d.tp}"
-        )
 
 
-def _check_context(c: Config, d: Degrees) -> None:
+def _check_sequence(c: Config, d: Degrees) -> None:
+    """Context parallel cuts each sequence into equal chunks, sequence parallel cuts a rank's part by tp once more."""
     chunks = 2 * d.cp if c.parallelism.context_parallel_load_balancer else d.cp
     lengths = {"training.seq_len": c.training.seq_len}
     if c.validation.enable:
@@ -220,7 +216,9 @@ def _check_context(c: Config, d: Degrees) -> None:
                 f"{key} {length} is not divisible by {chunks} (2 x cp for head-tail, cp else); cp is {d.cp}"
             )
         if length // d.cp % d.tp:
-            raise UserError(f"{key} {length} / cp {d.cp} = {length // d.cp} is not divisible by tp {d.tp}")
+            raise UserError(
+                f"{key} {length} / cp {d.cp} = {length // d.cp} is not divisible by tensor_parallel_degree {d.tp}"
+            )
 
 
 def _check_pipeline(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:

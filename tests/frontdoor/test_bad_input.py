@@ -130,7 +130,8 @@ def test_the_same_without_the_mistakes_is_accepted(tmp_path: Path) -> None:
     """So the refusals above are of what they name."""
     (tmp_path / "x.toml").write_text(TINY)
     for world, arguments in ((1, ""), (4, "--tp 2 --cp 2"), (2, f"{PP} DualPipeV"), (4, "--pp 4 --validation.enable")):
-        resolve(load(["--job.config_file", str(tmp_path / "x.toml"), *arguments.split()]), world)
+        setup = resolve(load(["--job.config_file", str(tmp_path / "x.toml"), *arguments.split()]), world)
+        assert setup.degrees.world == world
 
 
 def test_syntax_error_has_line_and_column(tmp_path: Path) -> None:
