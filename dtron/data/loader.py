@@ -6,25 +6,49 @@ layout; rank r of dp takes the r-th contiguous block of those rows. The order of
 and a checkpoint needs to hold `consumed` only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.utils.data
 
 from dtron.config.sections import Config, DataLoader
-from dtron.data.order import sample_indices
+from dtron.data.order import Mixture, sample_indices
 from dtron.errors import UserError
 
-__all__ = ["IGNORE_INDEX", "SequenceDataset", "StepLoader", "ValidationLoader", "check_dataloader"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "SequenceDataset",
+    "StepLoader",
+    "ValidationLoader",
+    "check_dataloader",
+    "collate",
+    "row_indices",
+    "rows_of",
+    "seed_of",
+]
 
 IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
 PADDING = -1  # stands for a row without a sample, where a data-set index is expected
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Row = tuple[np.ndarray, ...]  # (inputs [S], labels [S]) or (inputs [S], labels [S], documents [S])
+
+
+class Batch(NamedTuple):
+    """One data-parallel rank's rows: int64 tensors on the CPU.
+
+    documents: for every token the place in its row where its document begins, under document masks.
+    sources: which of a mixture's sources every row comes from; None without a mixture.
+    """
+
+    tokens: torch.Tensor  # [rows, S]
+    labels: torch.Tensor  # [rows, S], IGNORE_INDEX: no loss here
+    documents: torch.Tensor | None = None  # [rows, S]
+    sources: torch.Tensor | None = None  # [rows]
 
 
 class SequenceDataset(Protocol):
@@ -36,8 +60,11 @@ class SequenceDataset(Protocol):
     def __len__(self) -> int:
         """Number of sequences."""
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs [S], labels [S]), both int64; label IGNORE_INDEX: no loss at this position."""
+    def __getitem__(self, i: int) -> Row:
+        """(inputs [S], labels [S]), both int64; label IGNORE_INDEX: no loss at this position.
+
+        With training.attention_mask = document a third array, documents [S]: see `Batch`.
+        """
 
 
 def check_dataloader(cfg: Config) -> None:
@@ -72,11 +99,21 @@ class _PaddedDataset:
     def __init__(self, dataset: SequenceDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, i: int) -> Row:
         if i != PADDING:
             return self.dataset[i]
-        inputs, labels = self.dataset[0]
-        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX)
+        inputs, labels, *documents = self.dataset[0]
+        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX), *map(np.zeros_like, documents)
+
+
+class _Sources:
+    """Several data sets as one, indexed by (source, index)."""
+
+    def __init__(self, datasets: Sequence[SequenceDataset]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, i: tuple[int, int]) -> Row:
+        return self.datasets[i[0]][i[1]]
 
 
 # The two batch samplers below refer to no loader: an iterator in a reference cycle would shut its
@@ -84,20 +121,45 @@ class _PaddedDataset:
 
 
 @dataclass
-class _StreamRows:
-    """Batch sampler of the endless stream: this rank's indices of the global batches from `start` on."""
+class _EndlessRows:
+    """Batch sampler of the endless run: (source, index) of this rank's rows of the global batches from `start` on."""
 
-    n_samples: int
+    n_samples: list[int]  # of each source
+    mixture: Mixture
     global_batch_size: int
     rows: range
     seed: int
     shuffle: bool
     start: int
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for first in count(self.start, self.global_batch_size):
-            block = first + self.rows.start
-            yield sample_indices(block, len(self.rows), self.n_samples, self.seed, self.shuffle).tolist()
+            yield row_indices(
+                self.n_samples, self.mixture, first + self.rows.start, len(self.rows), self.seed, self.shuffle
+            )
+
+
+def row_indices(
+    n_samples: Sequence[int], mixture: Mixture, start: int, count: int, seed: int, shuffle: bool = True
+) -> list[tuple[int, int]]:
+    """(source, index in its data set) of the global samples start .. start + count - 1.
+
+    n_samples: sequences of each source. Each has an order of its own: source 0 that of `seed` itself.
+    """
+    sources, numbers = mixture(start, count)
+    indices = np.empty_like(numbers)
+    for source in np.unique(sources):
+        here = sources == source
+        first, last = int(numbers[here][0]), int(numbers[here][-1])  # a source's numbers follow on one another
+        indices[here] = sample_indices(first, last - first + 1, n_samples[source], seed_of(seed, int(source)), shuffle)
+    return list(zip(sources.tolist(), indices.tolist(), strict=True))
+
+
+def seed_of(seed: int, source: int) -> int:
+    """The seed of a mixture's source: two sources of equal length have different orders."""
+    return (
+        seed if source == 0 else int(np.random.SeedSequence(seed, spawn_key=(source,)).generate_state(1, np.uint64)[0])
+    )
 
 
 @dataclass(frozen=True)
@@ -115,9 +177,9 @@ class _PassRows:
             yield [sample if sample < self.n_samples else PADDING for sample in samples]
 
 
-def _collate(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    inputs, labels = zip(*rows, strict=True)
-    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels))  # [rows, S] each
+def collate(rows: Sequence[Row]) -> Batch:
+    """Rows as one batch, without the mixture's sources."""
+    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
 def _torch_loader(dataset: Any, batch_sampler: Any, options: DataLoader) -> torch.utils.data.DataLoader:
@@ -125,7 +187,7 @@ def _torch_loader(dataset: Any, batch_sampler: Any, options: DataLoader) -> torc
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,
-        collate_fn=_collate,
+        collate_fn=collate,
         num_workers=options.num_workers,
         persistent_workers=options.persistent_workers,
         prefetch_factor=options.prefetch_factor,
@@ -137,15 +199,16 @@ def _torch_loader(dataset: Any, batch_sampler: Any, options: DataLoader) -> torc
 
 
 class StepLoader:
-    """One item an optimizer step, without end: this rank's (inputs, labels), int64 [rows, S] each.
+    """One `Batch` an optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
 
-    rows = global_batch_size / dp_size (UserError unless it divides). `consumed` counts the global
-    samples of the batches handed out; those that workers merely loaded ahead do not count.
+    datasets: one, or several mixed by `mixture`. `consumed` counts the global samples of the batches handed
+    out; those that workers merely loaded ahead do not count. UserError unless dp_size divides the batch.
     """
 
     def __init__(
         self,
-        dataset: SequenceDataset,
+        datasets: Sequence[SequenceDataset],
+        mixture: Mixture,
         *,
         global_batch_size: int,
         dp_rank: int,
@@ -156,8 +219,9 @@ class StepLoader:
         shuffle: bool = True,
     ) -> None:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
-        self._sampler = _StreamRows(len(dataset), global_batch_size, rows, seed, shuffle, consumed)
-        self._loader = _torch_loader(dataset, self._sampler, options)
+        lengths = [len(dataset) for dataset in datasets]
+        self._sampler = _EndlessRows(lengths, mixture, global_batch_size, rows, seed, shuffle, consumed)
+        self._loader = _torch_loader(_Sources(datasets), self._sampler, options)
         self.seek(consumed)
 
     @property
@@ -170,6 +234,10 @@ class StepLoader:
         self._consumed = self._sampler.start = consumed
         self._batches: Iterator[Batch] | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What a resume needs besides `consumed`: nothing."""
+        return {}
+
     def __iter__(self) -> "StepLoader":
         return self
 
@@ -177,7 +245,11 @@ class StepLoader:
         if self._batches is None:
             self._batches = iter(self._loader)
         batch = next(self._batches)
-        self._consumed += self._sampler.global_batch_size
+        sampler = self._sampler
+        if len(sampler.n_samples) > 1:
+            sources, _ = sampler.mixture(self._consumed + sampler.rows.start, len(sampler.rows))
+            batch = batch._replace(sources=torch.from_numpy(sources))
+        self._consumed += sampler.global_batch_size
         return batch
 
 

@@ -5,10 +5,15 @@ permutation of the data set, computed index by index. So any position is reached
 n indices is held, and every rank of every layout finds the same sample at the same position.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-__all__ = ["Permutation", "sample_indices"]
+from dtron.errors import UserError
 
+__all__ = ["Mixture", "Permutation", "sample_indices"]
+
+CYCLE = 10_000  # global samples after which a mixture repeats: weights are kept to 1/10,000 of their sum
 ROUNDS = 8  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); domains of a few bits need more
 
 
@@ -67,3 +72,52 @@ def sample_indices(start: int, count: int, n_samples: int, seed: int, shuffle: b
         here = samples // n_samples == epoch
         indices[here] = Permutation(n_samples, seed, epoch)(samples[here] % n_samples)
     return indices
+
+
+class Mixture:
+    """Which source every global sample comes from: each source's share is exact over any window.
+
+    Of the first t samples, for every t, source i has weight_i * t, give or take less than one: the
+    chairman assignment (Tijdeman 1980, "The chairman assignment problem"), made once for a cycle of
+    samples, so that any position is reached at once. Shares are rounded to 1/10,000 (`CYCLE`).
+    Raises UserError for weights that are not positive or come to nothing in that rounding.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        total = sum(weights)
+        if not weights or min(weights) <= 0 or min(weights) / total < 1 / CYCLE:
+            raise UserError(
+                f"mixture weights {', '.join(f'{w:g}' for w in weights)}: expected positive numbers, "
+                f"each at least 1/{CYCLE} of their sum"
+            )
+        cycle = 1 if len(weights) == 1 else CYCLE
+        exact = np.array(weights) / total * cycle
+        self.counts = np.floor(exact).astype(np.int64)  # [sources] samples a cycle
+        left = cycle - int(self.counts.sum())
+        self.counts[np.argsort(self.counts - exact, kind="stable")[:left]] += 1
+        self._source = _chairmen(self.counts)  # [cycle]
+        self._before = np.empty_like(self._source)  # [cycle] earlier samples of the same source in the cycle
+        for source, n in enumerate(self.counts):
+            self._before[self._source == source] = np.arange(n)
+
+    def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, number of the sample within that source), int64 [count] each, of global samples from `start` on."""
+        turn, place = np.divmod(np.arange(start, start + count, dtype=np.int64), len(self._source))
+        source = self._source[place]
+        return source, turn * self.counts[source] + self._before[place]
+
+
+def _chairmen(counts: np.ndarray) -> np.ndarray:
+    """Sources [cycle] such that each stays within one of its share of every beginning of the cycle."""
+    n, cycle = len(counts), int(counts.sum())
+    if n == 1:
+        return np.zeros(cycle, np.int64)
+    chosen, given = np.empty(cycle, np.int64), np.zeros(n, np.int64)
+    slack = 2 * n - 2
+    for t in range(1, cycle + 1):
+        owed = (counts * t - cycle * given) * slack  # in units of 1 / (cycle * slack) samples
+        # Of those that are owed enough to be allowed, the one that would first be owed too much.
+        deadline = np.where(owed >= cycle, (cycle * (slack - 1) - owed) / counts, np.inf)
+        chosen[t - 1] = source = int(deadline.argmin())
+        given[source] += 1
+    return chosen

@@ -9,7 +9,7 @@ import torch
 from dtron.config.sections import Config, DataLoader
 from dtron.data.corpus import TokenDataset
 from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader, check_dataloader, rows_of
-from dtron.data.order import sample_indices
+from dtron.data.order import Mixture, sample_indices
 from dtron.errors import UserError
 
 S = 4
@@ -37,10 +37,12 @@ class WithWorker:
 def steps(dataset, n_steps, dp=1, workers=0, consumed=0, gbs=16, **kwargs):
     """The global batches of `n_steps` steps, put together from all ranks: [steps, gbs, 2, S]."""
     kwargs |= {"global_batch_size": gbs, "options": DataLoader(num_workers=workers), "seed": 5}
-    loaders = [StepLoader(dataset, dp_rank=r, dp_size=dp, consumed=consumed, **kwargs) for r in range(dp)]
+    loaders = [
+        StepLoader([dataset], Mixture([1]), dp_rank=r, dp_size=dp, consumed=consumed, **kwargs) for r in range(dp)
+    ]
     taken = []
     for _ in range(n_steps):
-        batches = [next(loader) for loader in loaders]
+        batches = [next(loader)[:2] for loader in loaders]
         assert all(x.shape == y.shape == (gbs // dp, S) and x.dtype == y.dtype == torch.int64 for x, y in batches)
         taken.append(torch.cat([torch.stack(batch, 1) for batch in batches]))
     assert {loader.consumed for loader in loaders} == {consumed + n_steps * gbs}
@@ -81,20 +83,22 @@ def test_without_shuffle_the_order_is_that_of_the_data():
 def test_seek_drops_what_was_loaded_ahead(workers):
     dataset = numbered(50)
     options = DataLoader(num_workers=workers, persistent_workers=workers > 0)
-    loader = StepLoader(dataset, global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
+    loader = StepLoader([dataset], Mixture([1]), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
     reference = steps(dataset, 6)
     for start in (0, 4, 1):
         loader.seek(16 * start)
         assert loader.consumed == 16 * start
         for k in (start, start + 1):
-            assert torch.equal(torch.stack(next(loader), 1), reference[k])
+            assert torch.equal(torch.stack(next(loader)[:2], 1), reference[k])
             assert loader.consumed == 16 * (k + 1)
 
 
 def test_workers_end_with_their_loader():
     others = set(torch.multiprocessing.active_children())  # the pool of ranks, where other tests ran before
     options = DataLoader(num_workers=2)
-    loader = StepLoader(numbered(50), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
+    loader = StepLoader(
+        [numbered(50)], Mixture([1]), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options
+    )
     next(loader)
     assert len(set(torch.multiprocessing.active_children()) - others) == 2
     gc.disable()
@@ -132,7 +136,7 @@ def test_validation_takes_every_sequence_once(n, dp, workers):
     assert {len(batches) for batches in ranks} == {len(loader) for loader in loaders} == {-(-n // 16)}
     seen = []
     for batches in zip(*ranks, strict=True):
-        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        inputs, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
         assert inputs.shape == labels.shape == (16, S)
         real = (labels != IGNORE_INDEX).all(1)
         assert (labels[~real] == IGNORE_INDEX).all()
@@ -150,14 +154,14 @@ def test_validation_steps_limit_the_batches_and_every_pass_is_the_same():
     two = loader(2)
     first, second = list(two), list(two)
     assert len(first) == len(second) == 2
-    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x[:2], y[:2], strict=True))
 
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_persistent_workers_outlive_a_pass(persistent):
     options = DataLoader(num_workers=2, persistent_workers=persistent)
     loader = ValidationLoader(WithWorker(), global_batch_size=8, dp_rank=0, dp_size=1, options=options)
-    passes = [{int(labels[0, 0]) for _, labels in loader} for _ in range(2)]
+    passes = [{int(batch.labels[0, 0]) for batch in loader} for _ in range(2)]
     assert all(len(pids) == 2 and 0 not in pids for pids in passes)
     assert (passes[0] == passes[1]) == persistent
 
@@ -167,7 +171,7 @@ def test_prefetch_factor_and_pin_memory_reach_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda dataset, **options: seen.update(options))
     options = DataLoader(num_workers=3, prefetch_factor=7, pin_memory=True)
-    StepLoader(numbered(50), global_batch_size=8, dp_rank=0, dp_size=1, seed=0, options=options)
+    StepLoader([numbered(50)], Mixture([1]), global_batch_size=8, dp_rank=0, dp_size=1, seed=0, options=options)
     assert (seen["num_workers"], seen["prefetch_factor"], seen["pin_memory"]) == (3, 7, True)
 
 
@@ -184,3 +188,38 @@ def test_options_without_effect_are_refused(section, option, value):
     options.num_workers = 1
     cfg.training.device = "auto"
     check_dataloader(cfg)
+
+
+# --- mixtures
+
+
+def mixed(n_steps, dp=1, workers=0, consumed=0):
+    """The global batches of a mixture of two sources: first tokens [steps, 16] and sources [steps, 16]."""
+    options = DataLoader(num_workers=workers)
+    sources = [numbered(50), TokenDataset(np.arange(1000, 1000 + 30 * S + 1, dtype=np.uint32), S, vocab_size=2000)]
+    loaders = [
+        StepLoader(sources, Mixture([3, 1]), global_batch_size=16, dp_rank=r, dp_size=dp, seed=5, options=options, consumed=consumed)
+        for r in range(dp)
+    ]  # fmt: skip
+    taken = [[next(loader) for loader in loaders] for _ in range(n_steps)]
+    first = torch.stack([torch.cat([batch.tokens[:, 0] for batch in batches]) for batches in taken])
+    return first, torch.stack([torch.cat([batch.sources for batch in batches]) for batches in taken])
+
+
+@pytest.mark.parametrize("dp,workers", [(2, 0), (4, 2), (16, 0)])
+def test_mixed_batches_do_not_depend_on_the_layout(dp, workers):
+    reference = mixed(8)
+    for done in (0, 5):
+        again = mixed(8 - done, dp, workers, consumed=16 * done)
+        assert all(torch.equal(a, b[done:]) for a, b in zip(again, reference, strict=True))
+
+
+def test_a_mixture_takes_every_source_in_its_own_order_and_share():
+    first, sources = mixed(40)
+    assert ((sources == 0).sum(1) == 12).all() and ((first >= 1000) == (sources == 1)).all()
+    for source, n, base in ((0, 50, 0), (1, 30, 1000)):
+        indices = (first[sources == source] - base) // S
+        assert sorted(indices[:n].tolist()) == list(range(n))  # every sequence once an epoch of its own source
+        assert indices[:n].tolist() != indices[n : 2 * n].tolist()
+    both = [(first[sources == s] - 1000 * s)[:30].tolist() for s in (0, 1)]
+    assert both[0] != both[1]
