@@ -33,8 +33,9 @@ Kind = Literal["model", "dataset", "loss", "optimizer", "converter"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log p(label), in fp32; logits [B, S, V], labels [B, S]; IGNORE_INDEX counts for nothing."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    """-log p(label) of every token [B, S], in fp32; logits [B, S, V], labels [B, S]; 0 where IGNORE_INDEX."""
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return flat.view(labels.shape)
 
 
 def stdlib(
@@ -62,7 +63,7 @@ def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
 
 
 # kind -> name -> code. Signatures: model: ModelSpec. dataset: as `stdlib` above, giving a SequenceDataset.
-# loss: (logits, labels) -> sum over tokens. optimizer: (param groups, optimizer section) -> torch Optimizer.
+# loss: (logits [B, S, V], labels [B, S]) -> loss of every token [B, S]. optimizer: (param groups, optimizer section) -> torch Optimizer.
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
     "model": {

@@ -57,7 +57,7 @@ class Trainer:
     # --- the joints
 
     def build_loss(self) -> Any:
-        """(logits [B, S, V], labels [B, S]) -> loss summed over tokens; the trainer divides by their global number."""
+        """(logits [B, S, V], labels [B, S]) -> loss of every token [B, S]; the trainer divides their sum by their global number."""
         return registry.look_up("loss", self.config.training.loss, "training.loss")
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's dtron, also where another copy 
 from dtron import registry  # noqa: E402
 from dtron.config import Config, HelpRequested, load  # noqa: E402
 from dtron.data.loader import StepLoader  # noqa: E402
+from dtron.data.order import Mixture  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
 from dtron.models.flops import flops_per_token  # noqa: E402
 from dtron.models.init import initial_rows  # noqa: E402
@@ -102,7 +103,8 @@ def plain_step(setup: Setup, world: World) -> Step:
         loss_fn = torch.compile(loss_fn, backend=c.compile.backend, fullgraph=True)
     size = c.training.local_batch_size
     loader = StepLoader(
-        RandomTokens(c.training.seq_len, setup.model_config.vocab_size),
+        [RandomTokens(c.training.seq_len, setup.model_config.vocab_size)],
+        Mixture([1]),
         global_batch_size=check_batch(c, setup.degrees, c.training.global_batch_size),
         dp_rank=0,
         dp_size=1,
@@ -112,12 +114,12 @@ def plain_step(setup: Setup, world: World) -> Step:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.training.mixed_precision_param == "bfloat16")
 
     def step() -> torch.Tensor:
-        tokens, labels = next(loader)
+        tokens, labels = next(loader)[:2]
         total = torch.zeros((), device=device)
         for x, y in zip(tokens.split(size), labels.split(size), strict=True):
             with autocast:
                 logits = model(x.to(device, non_blocking=True))
-            loss = loss_fn(logits, y.to(device, non_blocking=True)) / labels.numel()
+            loss = loss_fn(logits, y.to(device, non_blocking=True)).sum() / labels.numel()
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.training.max_norm, foreach=True)
