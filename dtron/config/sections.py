@@ -111,6 +111,9 @@ class DataLoader:
 class Training:
     dataset: str = key("stdlib", "stdlib (the Python standard library's own sources) or a registered dataset")
     dataset_path: str | None = key(None, "folder or file the dataset reads")
+    attention_mask: Literal["causal", "document"] = key(
+        "causal", "document: attention stays inside each document of a sequence, and positions restart"
+    )
     loss: str = key("cross_entropy", "cross_entropy, or a registered loss")
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
     global_batch_size: int = key(-1, "sequences an optimizer step; -1: local batch x data-parallel ranks")

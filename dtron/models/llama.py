@@ -12,12 +12,15 @@ Shape letters: B sequences, S tokens, E hidden size, H query heads, K key/value 
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-__all__ = ["Llama", "LlamaConfig", "RopeScaling", "rope_frequencies"]
+__all__ = ["CausalAttention", "Llama", "LlamaConfig", "RopeScaling", "document_mask", "rope_frequencies"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-class CausalAttention(nn.Module):
-    """softmax(QK^T / sqrt(D)) V with a causal mask: a module, so that context parallel can wrap just this."""
+@cache
+def _compiled(function: Any) -> Any:
+    """FlexAttention and its masks are only fast, and only lean, when compiled."""
+    return torch.compile(function)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, S, D], k and v [B, K, S, D] -> [B, H, S, D]."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+
+def document_mask(documents: Tensor, positions: Tensor, keys: Tensor) -> Tensor | BlockMask:
+    """Who may attend to whom: a token to those of its own document, up to itself.
+
+    documents, positions: [B, Sq] of the tokens that ask; keys: [B, 2, Sk], the same two of those asked.
+    Returns, on CPU, bool [B, 1, Sq, Sk] for scaled_dot_product_attention; on CUDA FlexAttention's block-sparse
+    mask, with which what lies between documents is not computed (Dong et al. 2024, arXiv 2412.05496).
+    """
+    their_documents, their_positions = keys.unbind(1)
+    if not documents.is_cuda:
+        same = documents[:, :, None] == their_documents[:, None]
+        return (same & (positions[:, :, None] >= their_positions[:, None]))[:, None]
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (documents[b, q] == their_documents[b, k]) & (positions[b, q] >= their_positions[b, k])
+
+    sizes = documents.size(0), None, documents.size(1), keys.size(2)
+    return _compiled(create_block_mask)(allowed, *sizes, documents.device)
+
+
+class CausalAttention(nn.Module):
+    """softmax(QK^T / sqrt(D)) V with a causal mask, or that of the documents.
+
+    A module, so that context parallel can wrap just this.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+        """q [B, H, S, D], k and v [B, K, S, D], mask from document_mask -> [B, H, S, D]."""
+        grouped = q.size(1) != k.size(1)
+        if isinstance(mask, BlockMask):
+            return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -88,13 +122,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
         self.core = CausalAttention()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
         # The number of heads is read from the projection: under tensor parallel it is this rank's share.
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, H, D]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, S, D]
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, D]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -119,8 +153,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = FeedForward(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -137,17 +171,26 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, keys: Tensor | None = None
+    ) -> Tensor:
         """Token ids [B, S] (or a stage's hidden states [B, S, E]) -> logits [B, S, V] (or hidden states).
 
         positions: [B, S] places of the tokens in their sequence; 0..S-1 where not given.
+        documents: [B, S] the place in the sequence where each token's document begins. Where given, attention
+        stays inside a document and positions restart with it.
+        keys: [B, 2, Sk] documents and positions of the tokens attended to, where they are not those of x.
         """
         if positions is None:
             positions = torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
+        mask = None
+        if documents is not None:
+            mask = document_mask(documents, positions, torch.stack((documents, positions), 1) if keys is None else keys)
+            positions = positions - documents
         angle = positions[..., None, None].float() * rope_frequencies(self.config, positions.device)  # [B, S, 1, D/2]
         cos, sin = angle.cos(), angle.sin()
         h = x if self.embed_tokens is None else self.embed_tokens(x)
         for block in self.layers.values():
-            h = block(h, cos, sin)
+            h = block(h, cos, sin, mask)
         h = h if self.norm is None else self.norm(h)
         return h if self.lm_head is None else self.lm_head(h)

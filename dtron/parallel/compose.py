@@ -24,7 +24,7 @@ from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
 from dtron.models.spec import ModelSpec
-from dtron.parallel.context import apply_context_parallel
+from dtron.parallel.context import apply_context_parallel, apply_gathered_attention
 from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
 from dtron.parallel.materialize import initialize
 from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_loss, plan_stages
@@ -40,15 +40,20 @@ class TokenMean:
     """Loss of a microbatch as its share of the mean over all valid tokens of the global batch.
 
     `valid_tokens`, a tensor on the device, is set before a step's first forward. Dividing here makes
-    gradients plain sums over ranks and microbatches, whatever the masks.
+    gradients plain sums over ranks and microbatches, whatever the masks. `rows`, a list where there are several
+    sources to tell apart, receives the loss of every row, summed over its tokens, microbatch after microbatch.
     """
 
     def __init__(self, token_loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
         self.token_loss = token_loss
         self.valid_tokens = torch.ones((), device=device)
+        self.rows: list[Tensor] | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.token_loss(logits, labels) / self.valid_tokens
+        losses = self.token_loss(logits, labels)
+        if self.rows is not None:
+            self.rows.append(plain_loss(losses).sum(1))
+        return losses.sum() / self.valid_tokens
 
 
 @dataclass
@@ -72,24 +77,27 @@ class ParallelModel:
             for name, p in part.named_parameters():
                 yield compat.clean_name(name), p
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor, last: bool) -> Tensor:
-        """Add a batch's gradients [B, S / cp]; returns this rank's share of the loss. last: the step's last batch."""
+    def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor, last: bool) -> Tensor:
+        """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
+
+        places: positions, and under document masks documents and keys: see `Llama.forward`. last: the step's last batch.
+        """
         with self._loss_context():
             if self.pipeline:
-                return self.pipeline.forward_backward(tokens, labels, positions)
+                return self.pipeline.forward_backward(tokens, labels, *places)
             reduce_gradients_now(self.parts[0], self.every_microbatch, last)
-            loss = self.loss(self.parts[0](tokens, positions), labels)
+            loss = self.loss(self.parts[0](tokens, *places), labels)
             loss.backward()
         return plain_loss(loss)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
         """This rank's share of a batch's loss, without gradients."""
         with self._loss_context():
             if self.pipeline:
-                loss = self.pipeline.evaluate(tokens, labels, positions)
+                loss = self.pipeline.evaluate(tokens, labels, *places)
             else:
-                loss = plain_loss(self.loss(self.parts[0](tokens, positions), labels))
+                loss = plain_loss(self.loss(self.parts[0](tokens, *places), labels))
         for part in self.parts:
             free_gathered_weights(part)
         return loss
@@ -166,7 +174,11 @@ def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Me
         assert spec.tensor_plan is not None
         apply_tensor_parallel(part, mesh.tp, spec.tensor_plan(sharded_loss))
     if mesh.cp is not None:
-        apply_context_parallel(part, mesh.cp, p.context_parallel_rotate_method, bool(p.context_parallel_load_balancer))
+        if config.training.attention_mask == "document":
+            apply_gathered_attention(part, mesh.cp)
+        else:
+            head_tail = bool(p.context_parallel_load_balancer)
+            apply_context_parallel(part, mesh.cp, p.context_parallel_rotate_method, head_tail)
     if p.enable_async_tensor_parallel:
         compat.enable_async_tensor_parallel(mesh.tp)
     wrap = partial(apply_recompute, mode=recompute.mode, option=recompute.selective_ac_option)

@@ -10,17 +10,26 @@ The ring is torch's own. It was measured against a ring of custom operators on t
 one process in loss, gradients and weights under fullgraph compile, selective recompute, tensor and pipeline
 parallel, with either rotation; torch's has tested handlers for the CUDA flash, efficient and cudnn
 kernels, and is 40 lines here instead of 160, so it stays.
+
+It knows the causal mask only. With document masks the keys and values are gathered once a layer, in rank order, and
+the rank's queries attend to them under their part of the mask; the gradients are reduce-scattered back.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtron import compat
 from dtron.models.llama import CausalAttention
 
-__all__ = ["apply_context_parallel", "local_positions"]
+__all__ = ["apply_context_parallel", "apply_gathered_attention", "gathered_positions", "local_positions"]
+
+_SEQUENCE = 2  # dimension of q, k, v [B, heads, S, D]
 
 
 def apply_context_parallel(model: nn.Module, cp: DeviceMesh, rotate_method: str, head_tail: bool) -> None:
@@ -29,6 +38,23 @@ def apply_context_parallel(model: nn.Module, cp: DeviceMesh, rotate_method: str,
     for module in model.modules():
         if isinstance(module, CausalAttention):
             parallelize_module(module, cp, compat.ring_attention_style())
+
+
+def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
+    """Make every CausalAttention in `model` attend, under the mask it is given, to the keys and values of all ranks."""
+    for module in model.modules():
+        if isinstance(module, CausalAttention):
+            module.forward = partial(_attend_to_all, module.forward, cp)  # type: ignore[method-assign]
+
+
+def _attend_to_all(attend: Any, cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    k, v = all_gather_tensor_autograd(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()
+    return attend(q, k, v, mask)
+
+
+def gathered_positions(seq_len: int, size: int, head_tail: bool) -> Tensor:
+    """Global positions [S] of the tokens in the order in which gathered keys and values lie: rank after rank."""
+    return torch.cat([local_positions(seq_len, rank, size, head_tail) for rank in range(size)])
 
 
 def local_positions(seq_len: int, rank: int, size: int, head_tail: bool = True) -> Tensor:

@@ -28,6 +28,8 @@ from dtron.errors import UserError
 
 __all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "schedule_stages", "split_by_cost"]
 
+PLACES = ("positions", "documents", "keys")  # arguments of the model that every stage is given, in their order
+
 
 @dataclass(frozen=True)
 class ScheduleKind:
@@ -218,25 +220,29 @@ class Pipeline:
         self._train, self._evaluate = make(microbatches[0]), make(microbatches[1])
         compat.keep_forward_only(self._evaluate)
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Add the gradients of tokens [B, S], in microbatches; returns the loss, on ranks without the last stage 0."""
+    def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
+        """Add the gradients of tokens [B, S], in microbatches; returns the loss, on ranks without the last stage 0.
+
+        places [B, ...]: the model's further arguments, positions first.
+        """
         losses: list[Tensor] = []
-        self._run(self._train.step, tokens, labels, positions, losses)
+        self._run(self._train.step, tokens, labels, places, losses)
         return self._sum(losses, tokens.device)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
         """The summed loss of a batch without gradients; leaves accumulated gradients alone."""
         losses: list[Tensor] = []
-        self._run(self._evaluate.eval, tokens, labels, positions, losses)
+        self._run(self._evaluate.eval, tokens, labels, places, losses)
         return self._sum(losses, tokens.device)
 
     def _run(
-        self, run: Callable[..., Any], tokens: Tensor, labels: Tensor, positions: Tensor, losses: list[Tensor]
+        self, run: Callable[..., Any], tokens: Tensor, labels: Tensor, places: tuple[Tensor, ...], losses: list[Tensor]
     ) -> None:
         inputs = (tokens,) if self.has_first else ()
         target = labels if self.has_last else None
-        run(*inputs, target=target, losses=losses if self.has_last else None, return_outputs=False, positions=positions)
+        named = dict(zip(PLACES, places, strict=False))
+        run(*inputs, target=target, losses=losses if self.has_last else None, return_outputs=False, **named)
 
     @staticmethod
     def _sum(losses: list[Tensor], device: torch.device) -> Tensor:

@@ -63,7 +63,7 @@ def llama_plan(loss_parallel: bool) -> dict[str, Any]:
         "embed_tokens": VocabParallelEmbedding(),
         "layers.*.input_layernorm": SequenceParallel(),
         "layers.*.self_attn": PrepareModuleInput(
-            input_layouts=(SEQUENCE, None, None), desired_input_layouts=(Replicate(), None, None)
+            input_layouts=(SEQUENCE, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
         "layers.*.self_attn.q_proj": ColwiseParallel(),
         "layers.*.self_attn.k_proj": ColwiseParallel(),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, off
+from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, documents, off
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -18,7 +18,7 @@ from dtron import registry
 from dtron.config.sections import Config
 from dtron.mesh import Degrees, Mesh
 from dtron.parallel.compose import ParallelModel, parallelize
-from dtron.parallel.context import local_positions
+from dtron.parallel.context import gathered_positions, local_positions
 from dtron.train.optimizer import scale_gradients, squared_gradient_norm
 
 CPU = torch.device("cpu")
@@ -42,6 +42,10 @@ class Case:
     csv: str = ""
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
     long: bool = False
+
+    @property
+    def masked(self) -> bool:
+        return self.keys.get("training.attention_mask") == "document"
 
 
 @dataclass
@@ -99,9 +103,14 @@ def local_batches(step: int, case: Case, mesh: Mesh, head_tail: bool) -> tuple[T
     """The valid tokens of the global batch; tokens, labels and positions of each of this rank's batches."""
     tokens, labels = batch(step)
     positions = local_positions(SEQ, mesh.cp_rank, case.degrees.cp, head_tail)
+    everywhere = gathered_positions(SEQ, case.degrees.cp, head_tail)
     mine = slice(mesh.dp_rank * ROWS // case.degrees.dp, (mesh.dp_rank + 1) * ROWS // case.degrees.dp)
     pairs = zip(tokens[mine].chunk(case.batches), labels[mine].chunk(case.batches), strict=True)
     parts = [(x[:, positions], y[:, positions], positions.expand(len(x), -1)) for x, y in pairs]
+    if case.masked:
+        begins = documents(step)[mine].chunk(case.batches)
+        keys = [torch.stack((d[:, everywhere], everywhere.expand(len(d), -1)), 1) for d in begins]
+        parts = [(*part, d[:, positions], k) for part, d, k in zip(parts, begins, keys, strict=True)]
     return (labels != -100).sum().float(), parts
 
 

@@ -54,6 +54,13 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1], labels
 
 
+def documents(step: int) -> Tensor:
+    """Where each token's document begins [ROWS, SEQ]: rows of one document, of many, and of documents of one token."""
+    g = torch.Generator().manual_seed(200 + step)
+    begins = torch.rand(ROWS, SEQ, generator=g) < torch.linspace(0, 0.5, ROWS)[:, None]
+    return torch.where(begins, torch.arange(SEQ), 0).cummax(1).values
+
+
 def plain_model(config: LlamaConfig) -> Llama:
     """The model on CPU with the weights every layout starts from."""
     model = Llama(config)
@@ -64,8 +71,8 @@ def plain_model(config: LlamaConfig) -> Llama:
 
 
 @cache
-def single_process(model_name: str, optimizer_name: str, microbatches: int = 1) -> Run:
-    """STEPS optimizer steps, the gradients accumulated over `microbatches`."""
+def single_process(model_name: str, optimizer_name: str, microbatches: int = 1, masked: bool = False) -> Run:
+    """STEPS optimizer steps, the gradients accumulated over `microbatches`; masked: attention inside documents only."""
     model = plain_model(MODELS[model_name])
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     losses, norms = [], []
@@ -74,8 +81,12 @@ def single_process(model_name: str, optimizer_name: str, microbatches: int = 1) 
         valid = (labels != -100).sum()
         optimizer.zero_grad()
         losses.append(0.0)
-        for x, y in zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True):
-            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100, reduction="sum") / valid
+        begins = documents(step).chunk(microbatches) if masked else [None] * microbatches
+        for x, y, d in zip(tokens.chunk(microbatches), labels.chunk(microbatches), begins, strict=True):
+            loss = (
+                F.cross_entropy(model(x, documents=d).flatten(0, 1), y.flatten(), ignore_index=-100, reduction="sum")
+                / valid
+            )
             loss.backward()
             losses[-1] += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())

@@ -33,6 +33,7 @@ ALWAYS, NEVER = ({"parallelism.fsdp_reshard_after_forward": value} for value in 
 EVERY, LAST = ({"parallelism.gradient_reduce": f"{value}_microbatch"} for value in ("every", "last"))
 OFFLOAD = {"training.enable_cpu_offload": True}
 GATHERED_LOGITS = {"parallelism.disable_loss_parallel": True}
+DOCUMENTS = {"training.attention_mask": "document"}
 PAIRS = {"parallelism.pipeline_parallel_microbatch_size": 2}
 
 ONE = Degrees()
@@ -197,7 +198,31 @@ COMPILE = [
     Case("fsdp2 tp2 cp2 inductor", Degrees(dp_shard=2, cp=2, tp=2), compiled("inductor"), long=True),
 ]
 
-CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *RECOMPUTE, *COMPILE]
+MASKED = [
+    Case(f"documents {name}", degrees, {**DOCUMENTS, **keys}, **more)
+    for name, degrees, keys, more in (
+        ("one", ONE, {}, {"batches": 2}),
+        ("fsdp2", FSDP2, {}, {"batches": 2, "evaluate": True}),
+        ("tp2", TP2, {}, {}),
+        ("cp2", CP2, {}, {}),
+        ("cp4 contiguous", CP4, CONTIGUOUS, {}),
+        ("pp2", PP2, PAIRS, {"evaluate": True}),
+        ("pp2 cp2 ZBVZeroBubble", PP2_CP2, schedule("ZBVZeroBubble"), {}),
+        ("heads alike cp2", CP2, {}, {"model": "mha", "long": True}),
+        ("fsdp2 tp2 cp2", Degrees(dp_shard=2, cp=2, tp=2), {}, {}),
+        ("pp2 fsdp2 cp2 tp2", FOUR_D, {}, {}),
+        ("compiled fsdp2", FSDP2, compiled(), {}),
+        ("compiled tp2 cp2", TP2_CP2, compiled(), {}),
+        ("compiled cp2 op", CP2, {**compiled(), **OP}, {}),
+        ("compiled pp2", PP2, compiled(), {}),
+        ("recompute op cp2", CP2, OP, {}),
+        ("recompute full tp2", TP2, FULL, {}),
+        ("inductor cp2", CP2, compiled("inductor"), {"long": True}),
+        ("inductor fsdp2 tp2", FSDP2_TP2, compiled("inductor"), {"long": True}),
+    )
+]
+
+CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *RECOMPUTE, *COMPILE, *MASKED]
 
 # --- what must be in the table
 
@@ -262,4 +287,7 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "shards of different sizes": _model("uneven", dp_shard=4),
     "offload": _is(OFFLOAD, dp_shard=2),
     "gathered logits": _is(GATHERED_LOGITS, tp=2),
+    **{f"documents {dim}": _is(DOCUMENTS, **{dim: 2}) for dim in ("dp_shard", "tp", "cp", "pp")},
+    **{f"documents compiled {dim}": _is({**DOCUMENTS, **compiled()}, **{dim: 2}) for dim in ("tp", "cp", "pp")},
+    "documents everywhere": _is(DOCUMENTS, pp=2, dp_shard=2, cp=2, tp=2),
 }
