@@ -27,7 +27,7 @@ The command line overrides the file:
   --compile.enable            or --compile.enable true; off: --compile.no_enable or --compile.enable false
   --compile.components a b    or --compile.components=a,b; an empty list: --compile.components=
   --training.dataset_path=    none, where a key may be unset; the word none does the same
-Lists of lists are written as JSON."""
+Lists of lists and of tables are written as JSON."""
 
 
 class HelpRequested(Exception):
@@ -110,7 +110,7 @@ def _from_text(key: Key, text: str) -> Any:
     try:
         if key.kind in (int, float):
             return key.kind(text)
-        return json.loads(text) if key.kind == list[list[str]] else text
+        return json.loads(text) if get_origin(key.kind) is list else text
     except (ValueError, RecursionError):
         return text
 
@@ -120,7 +120,7 @@ def type_text(key: Key) -> str:
     if get_origin(key.kind) is Literal:
         text = "|".join(get_args(key.kind))
     else:
-        text = str(key.kind) if get_origin(key.kind) else key.kind.__name__
+        text = str(key.kind).replace("dtron.config.sections.", "") if get_origin(key.kind) else key.kind.__name__
     least = "" if key.minimum is None else f">={key.minimum}"
     return text + least + ("|none" if key.optional else "")
 

@@ -74,6 +74,8 @@ def checked(key: Key, value: Any, source: str) -> Any:
     """
     if value is None or (key.optional and value == ""):
         return None
+    if (table := _table_of(key.kind)) and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return [_checked_table(table, item, f"{key.name}[{i}].", source) for i, item in enumerate(value)]
     if key.kind is float and type(value) is int and abs(value) < 2**1023:  # more overflows float()
         value = float(value)
     if _matches(key.kind, value) and (key.minimum is None or value >= key.minimum):
@@ -84,6 +86,22 @@ def checked(key: Key, value: Any, source: str) -> Any:
     near = difflib.get_close_matches(str(value), _choices(key.kind), n=1)
     hint = f"; did you mean {toml_value(near[0])}?" if near else ""
     raise UserError(f"{source}: {key.name} = {given}: expected {_expected(key)}{hint}")
+
+
+def _table_of(kind: Any) -> Any:
+    """The dataclass of a key that is an array of tables; None for other keys."""
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return item if is_dataclass(item) else None
+
+
+def _checked_table(table: Any, given: dict[str, Any], prefix: str, source: str) -> Any:
+    keys = _collect(table(), prefix)
+    values = {}
+    for leaf, value in given.items():
+        if (key := keys.get(prefix + leaf)) is None:
+            raise UserError(f'{source}: unknown key "{prefix}{leaf}"{suggestion(prefix + leaf, keys)}')
+        values[leaf] = checked(key, value, source)
+    return table(**values)
 
 
 def not_supported(key: Key, value: Any, source: str) -> str:
@@ -108,6 +126,8 @@ def _expected(key: Key) -> str:
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
     if get_origin(key.kind) is list:
         text = "a list of strings" if key.kind == list[str] else "a list of lists of strings"
+        if _table_of(key.kind):
+            text = f"an array of tables, each written as [[{key.name}]]"
     else:
         text = names.get(key.kind) or alternatives(_choices(key.kind))
     least = "" if key.minimum is None else f" of at least {key.minimum}"

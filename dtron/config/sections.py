@@ -8,7 +8,7 @@ refused by name otherwise, so that an old file never seems to take effect when i
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Config", "key"]
+__all__ = ["Config", "Dataset", "Source", "key"]
 
 
 def key(default: Any, help: str, *, lacks: str | None = None, minimum: float | None = None) -> Any:
@@ -108,9 +108,35 @@ class DataLoader:
 
 
 @dataclass
-class Training:
-    dataset: str = key("stdlib", "stdlib (the Python standard library's own sources) or a registered dataset")
-    dataset_path: str | None = key(None, "folder or file the dataset reads")
+class Dataset:
+    """What both the training and the validation set are named by, and every source of a mixture."""
+
+    dataset: str = key(
+        "stdlib",
+        "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, parquet "
+        "or arrow, a Hugging Face hub name, or a registered dataset",
+    )
+    dataset_path: str | None = key(None, "where the dataset is read from, if not where its name says")
+    dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")
+    dataset_split: str | None = key(None, "split of a hub dataset; unset: train, of the validation set validation")
+    text_column: str | None = key(None, "column that holds the text, of a dataset that is not prepared; unset: text")
+
+
+@dataclass
+class Source(Dataset):
+    """One of `training.mixture`."""
+
+    weight: float = key(1.0, "share of the samples, relative to the other sources'", minimum=0)
+
+
+@dataclass
+class Training(Dataset):
+    mixture: list[Source] = key(
+        [], "sources mixed in exact proportions, each with the dataset keys above and a weight; replaces dataset"
+    )
+    shuffle_documents: int = key(
+        1000, "documents of a dataset that is not prepared that are shuffled at a time; 1: none", minimum=1
+    )
     attention_mask: Literal["causal", "document"] = key(
         "causal", "document: attention stays inside each document of a sequence, and positions restart"
     )
@@ -251,10 +277,8 @@ class Comm:
 
 
 @dataclass
-class Validation:
+class Validation(Dataset):
     enable: bool = key(False, "evaluate on a validation set")
-    dataset: str = key("stdlib", "dataset of the validation set: its held-out part")
-    dataset_path: str | None = key(None, "folder or file the validation set reads")
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
     seq_len: int | None = key(None, "tokens a sequence; unset: training.seq_len", minimum=1)
     freq: int = key(10, "steps between evaluations; the last step is always evaluated", minimum=1)

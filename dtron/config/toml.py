@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import tomllib
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if is_dataclass(value) and not isinstance(value, type):
+        return toml_value({name: item for name, item in vars(value).items() if item is not None})
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
     return str(value)

@@ -15,14 +15,17 @@ __all__ = ["choose_run_folder", "run_identity"]
 
 def run_identity(config: Config, model_config: Any) -> str:
     """Hash of what makes two runs the same training: model, data, optimizer, seed; not layout, length or batch size."""
+    t = config.training
+    one = [t.dataset, t.dataset_path, t.dataset_subset, t.dataset_split, t.text_column]
     same = {
         "model": [config.model.name, dataclasses.asdict(model_config), config.model.converters],
         "optimizer": dataclasses.asdict(config.optimizer),
         "schedule": dataclasses.asdict(config.lr_scheduler),
-        "loss": config.training.loss,
-        "data": [config.training.dataset, config.training.dataset_path, config.model.hf_assets_path],
-        "seq_len": config.training.seq_len,
-        "max_norm": config.training.max_norm,
+        "loss": t.loss,
+        "data": [[dataclasses.asdict(source) for source in t.mixture] or one, config.model.hf_assets_path],
+        "attention_mask": t.attention_mask,
+        "seq_len": t.seq_len,
+        "max_norm": t.max_norm,
         "initial": config.checkpoint.initial_load_path,
         "seed": config.debug.seed,
     }

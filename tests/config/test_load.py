@@ -10,6 +10,7 @@ import pytest
 
 from dtron.config import Config, HelpRequested, flatten, help_text, load, to_toml
 from dtron.config.keys import KEYS, SECTIONS, checked
+from dtron.config.sections import Source
 from dtron.errors import UserError
 
 # The names of the last torchtitan release configured by TOML: its users' files carry them.
@@ -82,7 +83,8 @@ def test_every_torchtitan_key_is_known(section: str) -> None:
 def test_every_key_has_a_legal_default_and_a_meaning(name: str) -> None:
     key = KEYS[name]
     assert key.help or key.lacks
-    assert key.kind in (int, float, bool, str, list[str], list[list[str]]) or get_origin(key.kind) is Literal
+    kinds = (int, float, bool, str, list[str], list[list[str]], list[Source])
+    assert key.kind in kinds or get_origin(key.kind) is Literal
     assert checked(key, key.default, "default") == key.default
     assert key.kind is not float or not isinstance(key.default, int)
 
@@ -430,6 +432,8 @@ def changed(key: Any, rng: random.Random) -> Any:
     word = functools.partial(rng.choice, ["é", "a.b-c", "x" * 5, "0", "true", "[job]"])
     if key.kind is str:
         return word()
+    if key.kind == list[Source]:
+        return [Source(word(), weight=rng.random()), Source(word(), word(), word(), word(), word())]
     items = [word() for _ in range(rng.randrange(1, 4))]
     return items if key.kind == list[str] else [items, [word()], []]
 
@@ -476,3 +480,30 @@ def test_the_comment_cannot_leave_its_line(tmp_path: Path) -> None:
     config = Config()
     config.job.config_file = "a\n[training]\nsteps = 1"
     assert load_text(tmp_path, to_toml(config)).training.steps == Config().training.steps
+
+
+# ---- arrays of tables ----
+
+
+def test_a_mixture_is_read_from_tables_and_from_the_command_line(tmp_path: Path) -> None:
+    text = '[training]\nsteps = 3\n[[training.mixture]]\ndataset = "a"\nweight = 2\n[[training.mixture]]\ntext_column = "t"\n'
+    config = load_text(tmp_path, text)
+    assert config.training.mixture == [Source("a", weight=2.0), Source(text_column="t")]
+    assert isinstance(config.training.mixture[0].weight, float)
+    again = load_text(tmp_path, text, "--training.mixture", '[{"dataset": "b", "weight": 0.5}]')
+    assert again.training.mixture == [Source("b", weight=0.5)]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ('mixture = ["a"]', ["training.mixture", "[[training.mixture]]"]),
+        ('mixture = [{datset = "a"}]', ["training.mixture[0].datset", 'did you mean "training.mixture[0].dataset"']),
+        ("mixture = [{}, {weight = -1}]", ["training.mixture[1].weight", "at least 0"]),
+        ("mixture = [{dataset = 3}]", ["training.mixture[0].dataset", "expected a string"]),
+    ],
+)
+def test_a_wrong_mixture_is_refused_by_name(tmp_path: Path, given: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, f"[training]\n{given}\n")
+    assert all(word in str(error.value) for word in words), error.value
