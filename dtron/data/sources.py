@@ -61,7 +61,7 @@ class DocumentReader:
     """
 
     def __init__(self, name: str, rows: Rows, state: State | None = None) -> None:
-        self._name, self._rows, self._state = name, rows, state or {}
+        self.name, self._rows, self._state = name, rows, state or {}
 
     def __iter__(self) -> "DocumentReader":
         return self
@@ -76,11 +76,11 @@ class DocumentReader:
             raise
         except UnicodeError as error:
             hint = "convert the file (iconv -f latin1 -t utf-8), or leave it out"
-            raise UserError(f"{self._name}{self._place()} is not valid UTF-8 ({error}): {hint}") from error
+            raise UserError(f"{self.name}{self._place()} is not valid UTF-8 ({error}): {hint}") from error
         except Exception as error:  # of pyarrow, gzip, zlib, json, datasets and the system
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             hint = "mend it or fetch it again, or leave it out"
-            raise UserError(f"{self._name}{self._place()} cannot be read ({reason}): {hint}") from error
+            raise UserError(f"{self.name}{self._place()} cannot be read ({reason}): {hint}") from error
         self._state = state
         return text
 

@@ -1,0 +1,444 @@
+"""What is tokenized on the way is the same, sample for sample, on every layout, worker count and resume point."""
+
+import gc
+import gzip
+import itertools
+import json
+import multiprocessing
+import pickle
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dtron.config.sections import DataLoader
+from dtron.data import stream
+from dtron.data.order import Mixture
+from dtron.data.sources import LocalSource, SourceSpec, open_source
+from dtron.data.stream import StreamedSource, StreamLoader, column_count, merge_states, reading_groups
+from dtron.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
+S, EOS = 16, 256
+
+
+class Bytes:
+    """A byte a token."""
+
+    vocab_size, fingerprint = 257, "bytes"
+
+    def encode(self, texts):
+        return [np.array([*text.encode(), EOS], np.uint16) for text in texts]
+
+
+def texts_of(n_files, n_documents=90, seed=0):
+    """[file][document]: texts of very different lengths; a text is its own name, repeated."""
+    chance = random.Random(seed)
+    documents = [f"<{i}>" * int(chance.expovariate(1 / 6)) + f"#{i}" for i in range(n_documents)]
+    return [documents[file::n_files] for file in range(n_files)]
+
+
+def write(folder, kind, files):
+    folder.mkdir(parents=True)
+    for i, texts in enumerate(files):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / f"{i}.parquet", row_group_size=4)
+        elif kind == "txt":
+            for j, text in enumerate(texts):
+                (folder / f"{i}-{j:03}.txt").write_text(text)
+        else:
+            (folder / f"{i}.{kind}").write_bytes(gzip.compress(lines) if kind.endswith(".gz") else lines)
+    return open_source(SourceSpec("data", path=str(folder)), "unused")
+
+
+def streamed(source, seed=3, shuffle_documents=10, **kwargs):
+    return StreamedSource(source, Bytes(), S, seed=seed, shuffle_documents=shuffle_documents, **kwargs)
+
+
+def loaders_of(sources, dp=1, workers=0, gbs=16, weights=None, **kwargs):
+    mixture = Mixture(weights or [1] * len(sources))
+    kwargs |= {"global_batch_size": gbs, "seed": 5, "options": DataLoader(num_workers=workers), "dp_size": dp}
+    return [StreamLoader(sources, mixture, dp_rank=rank, **kwargs) for rank in range(dp)]
+
+
+def take(loaders, n_steps):
+    """Global batches of n steps, put together from all ranks [steps, gbs, 2 or 3, S]; the run's state after each."""
+    batches, states = [], []
+    for _ in range(n_steps):
+        parts = [next(loader) for loader in loaders]
+        assert all(x.dtype == torch.int64 for part in parts for x in part if x is not None)
+        batches.append(torch.cat([torch.stack([x for x in part[:3] if x is not None], 1) for part in parts]))
+        states.append(json.loads(json.dumps(merge_states([loader.state() for loader in loaders]))))
+    return torch.stack(batches), states
+
+
+def steps(sources, n_steps, **kwargs):
+    return take(loaders_of(sources, **kwargs), n_steps)
+
+
+KINDS = {"jsonl": 1, "parquet": 3, "jsonl.gz": 8}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def reference(request, tmp_path_factory):
+    """A streamed source of 1, 3 or 8 files, and 14 uninterrupted steps of dp 1 without workers: two epochs and more."""
+    folder = tmp_path_factory.mktemp("data") / "source"
+    source = streamed(write(folder, request.param, texts_of(KINDS[request.param])), documents=True)
+    assert source.source.n_files == KINDS[request.param]
+    return source, *steps([source], 14)
+
+
+LAYOUTS = [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (1, 1), (1, 2), (2, 3), (4, 9)]
+
+
+@pytest.mark.parametrize("dp,workers", LAYOUTS)
+def test_batches_and_states_do_not_depend_on_the_layout(reference, dp, workers):
+    source, batches, states = reference
+    again, again_states = steps([source], 14, dp=dp, workers=workers)
+    assert torch.equal(again, batches) and again_states == states
+
+
+@pytest.mark.parametrize("dp,workers,done", [(1, 0, 1), (2, 0, 5), (8, 0, 9), (1, 2, 3), (4, 2, 7), (16, 0, 13)])
+def test_a_resume_goes_on_exactly(reference, dp, workers, done):
+    source, batches, states = reference
+    where = {"dp": dp, "workers": workers, "consumed": 16 * done, "state": states[done - 1]}
+    loaders = loaders_of([source], **where)
+    assert merge_states([loader.state() for loader in loaders]) == states[done - 1]
+    again, again_states = take(loaders, 14 - done)
+    assert torch.equal(again, batches[done:]) and again_states == states[done:]
+    assert {loader.consumed for loader in loaders} == {14 * 16}
+
+
+def test_a_run_moves_from_layout_to_layout(reference):
+    source, batches, _ = reference
+    done, state, taken = 0, None, []
+    for dp, workers, n in ((4, 1, 3), (2, 0, 4), (8, 0, 2), (1, 2, 5)):
+        got, states = steps([source], n, dp=dp, workers=workers, consumed=16 * done, state=state)
+        done, state = done + n, states[-1]
+        taken.append(got)
+    assert torch.equal(torch.cat(taken), batches)
+
+
+@pytest.mark.parametrize("gbs,dp", [(64, 64), (96, 48), (96, 12)])
+def test_ranks_may_share_columns(reference, gbs, dp):
+    source = reference[0]
+    assert column_count(gbs) == 32
+    batches, states = steps([source], 5, gbs=gbs)
+    again, again_states = steps([source], 5, gbs=gbs, dp=dp)
+    assert torch.equal(again, batches) and again_states == states
+    again, _ = steps([source], 3, gbs=gbs, dp=dp, consumed=2 * gbs, state=states[1])
+    assert torch.equal(again, batches[2:])
+
+
+def columns_of(batches, n_columns):
+    """The tokens of every column as one run: the inputs of its rows, one after another."""
+    n_steps, gbs = batches.shape[:2]
+    rows = batches.view(n_steps, n_columns, gbs // n_columns, *batches.shape[2:]).transpose(0, 1).flatten(1, 2)
+    for column in rows:  # [rows, 2 or 3, S]
+        assert torch.equal(column[:, 0, 1:], column[:, 1, :-1])
+        assert torch.equal(column[1:, 0, 0], column[:-1, 1, -1])  # a sequence begins with the last one's last label
+    return [column[:, 0].flatten().tolist() for column in rows]
+
+
+def documents_of(tokens):
+    """The whole documents of a run of tokens."""
+    runs = [list(run) for is_end, run in itertools.groupby(tokens, lambda t: t == EOS) if not is_end]
+    return [bytes(run).decode() for run in (runs if tokens[-1] == EOS else runs[:-1])]
+
+
+def group_runs(batches, n_columns, n_groups):
+    """The documents of every reading group in their order, as far as all of its columns have come."""
+    columns = [documents_of(tokens) for tokens in columns_of(batches, n_columns)]
+    runs = []
+    for group in range(n_groups):
+        dealt = itertools.takewhile(all, itertools.zip_longest(*columns[group::n_groups]))
+        runs.append([text for turn in dealt for text in turn])
+    return runs
+
+
+@pytest.mark.parametrize("kind,n_files,gbs", [("jsonl", 1, 8), ("jsonl", 3, 8), ("parquet", 8, 4), ("txt", 3, 16)])
+def test_every_document_once_an_epoch_in_another_order_each(kind, n_files, gbs, tmp_path):
+    files = texts_of(n_files)
+    source = write(tmp_path / "data", kind, files)
+    n_groups = reading_groups(source.n_files, gbs)
+    batches, _ = steps([streamed(source)], 1600 // gbs, gbs=gbs)
+    for group, run in enumerate(group_runs(batches, gbs, n_groups)):
+        per_file = [source.read(file) for file in range(group, source.n_files, n_groups)]
+        expected = sorted(text for reader in per_file for text in reader)
+        size = len(expected)
+        epochs = [run[i : i + size] for i in range(0, len(run) - size + 1, size)]
+        assert len(epochs) >= 3
+        for epoch in epochs:
+            assert sorted(epoch) == expected
+        assert len(set(map(tuple, epochs))) == len(epochs)
+
+
+def test_epochs_are_the_same_size_for_every_group():
+    assert [reading_groups(n, 8) for n in (1, 2, 3, 4, 6, 8, 9, 24, 100, 128, 1000)] == [
+        1,
+        2,
+        1,
+        4,
+        2,
+        8,
+        1,
+        8,
+        4,
+        8,
+        8,
+    ]
+    assert [column_count(n) for n in (1, 7, 32, 48, 64, 74, 37)] == [1, 7, 32, 24, 32, 2, 1]
+
+
+def test_without_shuffle_the_order_is_the_source_s_own(tmp_path):
+    files = texts_of(3, 30)
+    source = streamed(write(tmp_path / "data", "jsonl", files), shuffle_documents=1)
+    batches, _ = steps([source], 400, gbs=2)
+    [run] = group_runs(batches, 2, 1)
+    epoch = [text for texts in files for text in texts]
+    assert len(run) > 60 and run == (epoch * 99)[: len(run)]
+    with pytest.raises(UserError, match="shuffle_documents = 0"):
+        streamed(source.source, shuffle_documents=0)
+
+
+def test_a_seed_of_one_s_own_gives_an_order_of_one_s_own(tmp_path):
+    source = write(tmp_path / "data", "jsonl", texts_of(2))
+    one, two = streamed(source), streamed(source, seed=4)
+    assert not torch.equal(steps([one], 2)[0], steps([two], 2)[0])
+    others = [two, streamed(source, shuffle_documents=9), streamed(write(tmp_path / "b", "jsonl", texts_of(2, 80)))]
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert pickle.loads(pickle.dumps(one)).fingerprint == streamed(source).fingerprint == one.fingerprint
+
+
+def test_rows_say_where_their_documents_begin(reference):
+    tokens, labels, documents = reference[1].flatten(0, 1).unbind(1)
+    assert torch.equal(tokens[:, 1:], labels[:, :-1])
+    began = torch.zeros(len(tokens), dtype=torch.int64)
+    for i in range(S):
+        if i:
+            began = torch.where(tokens[:, i - 1] == EOS, i, began)
+        assert torch.equal(documents[:, i], began)
+    assert began.count_nonzero() > 10
+
+
+# --- mixtures
+
+
+class Numbered:
+    """A map-style data set: sequence i is i everywhere."""
+
+    vocab_size, tokenizer_json = 1000, None
+
+    def __len__(self):
+        return 37
+
+    def __getitem__(self, i):
+        return np.full(S, 500 + i), np.full(S, 500 + i)
+
+
+@pytest.mark.parametrize("dp,workers,done", [(2, 0, 0), (4, 2, 5), (16, 0, 3)])
+def test_a_mixture_of_streamed_and_numbered_sources(tmp_path, dp, workers, done):
+    files = texts_of(4)
+    sources = [
+        streamed(write(tmp_path / "a", "jsonl", files)),
+        Numbered(),
+        streamed(write(tmp_path / "b", "txt", texts_of(1, 40))),
+    ]
+    weights = [2, 1, 1]
+    batches, states = steps(sources, 9, weights=weights)
+    where = {"state": states[done - 1], "consumed": 16 * done} if done else {}
+    again, again_states = steps(sources, 9 - done, weights=weights, dp=dp, workers=workers, **where)
+    assert torch.equal(again, batches[done:]) and again_states == states[done:]
+    assert {key.split("/")[0] for key in states[0]["places"]} == {"0", "2"}
+    loader = loaders_of(sources, weights=weights)[0]
+    taken = torch.cat([next(loader).sources for _ in range(9)])
+    assert torch.equal(taken, torch.from_numpy(Mixture(weights)(0, 144)[0]))
+    numbered = batches.flatten(0, 1)[taken == 1][:, 0, 0] - 500
+    assert numbered.min() >= 0 and len(set(numbered.tolist())) == 36  # of 37 sequences, 36 taken
+    assert batches.flatten(0, 1)[taken != 1].max() <= EOS
+
+
+def test_numbered_sources_alone_are_those_of_the_step_loader():
+    from dtron.data.loader import StepLoader
+
+    where = {"global_batch_size": 8, "dp_rank": 1, "dp_size": 2, "seed": 9, "options": DataLoader(), "consumed": 64}
+    theirs = StepLoader([Numbered(), Numbered()], Mixture([1, 2]), **where)
+    ours = StreamLoader(
+        [Numbered(), Numbered()], Mixture([1, 2]), **where, state=merge_states([{"columns": 8, "places": {}}])
+    )
+    for _ in range(20):
+        a, b = next(theirs), next(ours)
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels) and torch.equal(a.sources, b.sources)
+    assert theirs.consumed == ours.consumed
+
+
+# --- another global batch
+
+
+def test_another_global_batch_continues_the_same_columns(reference):
+    source, batches, states = reference
+    again, _ = steps([source], 5, gbs=32, consumed=64, state=states[3])
+    assert torch.equal(again.view(5, 16, 2, 3, S).transpose(1, 2).flatten(0, 1), batches[4:])
+    with pytest.raises(UserError, match=r"global_batch_size = 24.* multiple of 16: 32 or 48"):
+        loaders_of([source], gbs=24, consumed=64, state=states[3])
+
+
+def test_a_place_that_is_not_known_is_refused(reference):
+    source, _, states = reference
+    for state in (None, {"columns": 16, "places": {}}):
+        with pytest.raises(UserError, match="does not say where"):
+            loaders_of([source], consumed=16, state=state)
+    with pytest.raises(UserError, match="does not say where"):
+        loaders_of([Numbered(), source], consumed=16, state=states[0])
+
+
+# --- awkward sources
+
+
+def test_one_huge_document(tmp_path):
+    """Longer than all others together: its column takes nothing else for a while, and the others go on."""
+    files, huge = texts_of(1), "".join(f"{i};" for i in range(1000))
+    assert len(huge) > 1.5 * sum(map(len, files[0]))
+    source = streamed(write(tmp_path / "data", "jsonl", [[*files[0], huge]]))
+    batches, states = steps([source], 330, gbs=8)
+    assert huge in [text for tokens in columns_of(batches, 8) for text in documents_of(tokens)]
+    for done, dp, workers in ((50, 4, 0), (200, 2, 2)):
+        where = {"dp": dp, "workers": workers, "consumed": 8 * done, "state": states[done - 1]}
+        again, again_states = steps([source], 12, gbs=8, **where)
+        assert torch.equal(again, batches[done : done + 12]) and again_states == states[done : done + 12]
+    only = streamed(write(tmp_path / "only", "txt", [[huge]]))
+    batches, states = steps([only], 250, gbs=2)
+    assert [documents_of(tokens) for tokens in columns_of(batches, 2)] == [[huge]] * 2
+    again, _ = steps([only], 10, gbs=2, consumed=480, state=states[239], dp=2)
+    assert torch.equal(again, batches[240:])
+
+
+def test_columns_far_apart_are_read_apart(tmp_path, monkeypatch):
+    huge = "x" * 9000
+    source = streamed(write(tmp_path / "data", "jsonl", [[huge, *texts_of(1)[0]]]))
+    most = [0]
+    real = stream._Reader.read_block
+
+    def read_block(self):
+        real(self)
+        for column, queue in self.waiting.items():
+            lengths = [len(document.text) for document in queue]
+            assert self.characters[column] == sum(lengths)
+            most[0] = max(most[0], sum(n for n in lengths if n < len(huge)))
+
+    monkeypatch.setattr(stream._Reader, "read_block", read_block)
+    batches, states = steps([source], 120, gbs=8)
+    assert most[0] > 1200
+    monkeypatch.setattr(stream, "WAITING", 200)
+    monkeypatch.setattr(stream, "NEAR", 1)
+    most[0] = 0
+    again, again_states = steps([source], 120, gbs=8)
+    assert torch.equal(again, batches) and again_states == states
+    assert 0 < most[0] < 600
+    again, _ = steps([source], 60, gbs=8, consumed=8 * 60, state=states[59])
+    assert torch.equal(again, batches[60:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_empty_source_is_refused(tmp_path, workers):
+    empty = streamed(write(tmp_path / "a", "jsonl", [[], [], []]), name="my/data")
+    with pytest.raises(UserError) as raised:
+        steps([empty], 1, workers=workers)
+    assert str(raised.value) == "my/data has no document: give data, or remove empty files"
+    partly = streamed(write(tmp_path / "b", "jsonl", [["a"], []]), name="my/data")
+    with pytest.raises(UserError, match="my/data has no document in 1 of its 2 files, .*/1.jsonl"):
+        steps([partly], 1, workers=workers)
+
+
+def test_empty_files_among_others_are_passed_over(tmp_path):
+    source = streamed(write(tmp_path / "data", "jsonl", [[], ["aa"], []]))
+    batches, states = steps([source], 40, gbs=2)
+    assert set(documents_of(columns_of(batches, 2)[0])) == {"aa"}
+    again, _ = steps([source], 20, gbs=2, consumed=40, state=states[19])
+    assert torch.equal(again, batches[20:])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_source_that_breaks_in_the_middle(tmp_path, workers):
+    files = texts_of(1, 400)
+    write(tmp_path / "data", "jsonl", files)
+    path = tmp_path / "data" / "0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:300], b'{"text": \n', *lines[301:]]))
+    source = streamed(open_source(SourceSpec(str(path)), "unused"), shuffle_documents=4)
+    others = set(multiprocessing.active_children())  # the pool of ranks, where other tests ran before
+    [loader] = loaders_of([source], workers=workers, gbs=4)
+    taken = 0
+    with pytest.raises(UserError) as raised:
+        for _ in range(200):
+            next(loader)
+            taken += 1
+    assert str(raised.value).startswith(f"{path}, line 301 is no JSON (")
+    assert "Traceback" not in str(raised.value) and taken > 50
+    assert loader.consumed == 4 * taken
+    state = loader.state()
+    path.write_bytes(b"".join(lines[:300] + lines[301:]))  # mended, the run goes on
+    whole, _ = steps([source], taken + 5, gbs=4)
+    assert torch.equal(steps([source], 5, gbs=4, consumed=loader.consumed, state=state)[0], whole[taken:])
+    assert set(multiprocessing.active_children()) == others
+    if workers == 0:
+        assert torch.equal(take([loader], 5)[0], whole[taken:])
+
+
+# --- costs
+
+
+class Counting(LocalSource):
+    """Counts the documents that are read."""
+
+    read_count = [0]
+
+    def read(self, file, state=None):
+        reader = super().read(file, state)
+        rows = reader._rows
+
+        def counted():
+            for row in rows:
+                self.read_count[0] += 1
+                yield row
+
+        reader._rows = counted()
+        return reader
+
+
+def test_a_resume_reads_few_blocks_again(tmp_path):
+    source = streamed(Counting(**vars(write(tmp_path / "data", "jsonl", texts_of(1, 3000)))))
+    _, states = steps([source], 800, gbs=2)
+    Counting.read_count[0] = 0
+    _, [state] = steps([source], 1, gbs=2, consumed=1600, state=states[799])
+    last = max(place["document"] for place in state["places"].values())
+    assert last > 700 and Counting.read_count[0] < 100
+    assert len(json.dumps(state)) < 2 * 250
+
+
+def test_states_are_of_what_was_handed_out(reference):
+    """Workers are far ahead by then."""
+    source, _, states = reference
+    [loader] = loaders_of([source], workers=2)
+    assert merge_states([loader.state()])["places"].keys() == states[0]["places"].keys()
+    for step in range(3):
+        next(loader)
+        assert merge_states([loader.state()]) == states[step]
+
+
+def test_workers_end_with_their_loader(reference):
+    others = set(multiprocessing.active_children())  # the pool of ranks, where other tests ran before
+    [loader] = loaders_of([reference[0]], workers=2)
+    next(loader)
+    assert len(set(multiprocessing.active_children()) - others) == 2
+    gc.disable()
+    try:
+        del loader
+        assert set(multiprocessing.active_children()) <= others
+    finally:
+        gc.enable()
