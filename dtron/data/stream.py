@@ -35,6 +35,7 @@ __all__ = ["StreamLoader", "StreamedSource", "column_count", "merge_states", "re
 
 MAX_COLUMNS = 32
 NEAR = 16  # blocks: a column this close behind a reader's place is served by it; one farther gets its own
+TOGETHER = 1 << 14  # characters of small documents that are tokenized in one call
 WAITING = 1 << 24  # characters that may wait for a slow column, in the middle of a huge document, say
 
 State = dict[str, Any]
@@ -115,7 +116,7 @@ class _Reader:
         self._wanted: dict[int, int] = {}  # the first document each has not had
         self._place = place
         self._open()
-        self._epoch_has_any = place.file > 0 or bool(place.reader)
+        self._epoch_has_any = False  # a block holds a document, so there is one from any place on
 
     def serve(self, column: int, document: int) -> None:
         """From now on keep the column's documents, those before `document` left out."""
@@ -188,8 +189,8 @@ class _Group:
         for column in sorted(wanted, key=lambda column: wanted[column][1].number):
             self._attach(column)
 
-    def take(self, column: int) -> _Document:
-        """The column's next document."""
+    def take(self, column: int) -> list[_Document]:
+        """The column's next document, and of those that wait already as many as are well tokenized together."""
         if column not in self._readers:
             self._attach(column)
         reader = self._readers[column]
@@ -199,9 +200,13 @@ class _Group:
                 first = reader.drop(other)[0]
                 del self._readers[other]
                 self._left[other] = (first.number, first.block)
-        document = reader.waiting[column].popleft()
-        reader.characters[column] -= len(document.text)
-        return document
+        waiting, size = reader.waiting[column], 0
+        taken: list[_Document] = []
+        while waiting and (not taken or size + len(waiting[0].text) <= TOGETHER):
+            taken.append(waiting.popleft())
+            size += len(taken[-1].text)
+        reader.characters[column] -= size
+        return taken
 
     def _attach(self, column: int) -> None:
         document, place = self._left.pop(column)
@@ -234,8 +239,8 @@ class _Column:
         filled, used = 0, self._used
         for i in count():
             if i == len(self._held):
-                document = self._group.take(self._column)
-                self._held.append((document, source.encoder.encode([document.text])[0]))
+                taken = self._group.take(self._column)
+                self._held.extend(zip(taken, source.encoder.encode([d.text for d in taken]), strict=True))
             piece = self._held[i][1][used : used + size - filled]
             window[filled : filled + len(piece)] = piece
             if used == 0:

@@ -101,6 +101,7 @@ def test_text_files_are_documents_in_the_order_of_their_paths(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("not data")
     assert read(tmp_path) == ["init", "", "é", "b\r\nb\n", "zipped"]
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbfnot data")
     assert read(tmp_path / "README.md") == ["not data"]  # a file that is named is read
     source = open_source(SourceSpec(str(tmp_path)), "unused")
     reader = source.read(2)
@@ -160,6 +161,15 @@ def test_splits_of_local_files_are_refused(tmp_path):
             open_source(SourceSpec("x", path=str(tmp_path), **spec), "unused")
 
 
+def wrong_offsets():
+    """An arrow file with a string that ends before it begins."""
+    texts = pa.StringArray.from_buffers(2, pa.array([0, 5, 3], pa.int32()).buffers()[1], pa.py_buffer(b"abcdef"))
+    buffer = io.BytesIO()
+    with pyarrow.ipc.new_file(buffer, pa.schema({"text": pa.string()})) as writer:
+        writer.write_batch(pa.record_batch({"text": texts}))
+    return buffer.getvalue()
+
+
 GOOD = jsonl(ROWS)
 BROKEN = {
     "utf8.txt": (b"caf\xe9 au lait", "not valid UTF-8 .*iconv"),
@@ -176,6 +186,7 @@ BROKEN = {
     "cut.parquet": (parquet(ROWS)[:-30], "cannot be read"),
     "flipped.parquet": (parquet(ROWS)[:4] + bytes(1000) + parquet(ROWS)[1004:], "cannot be read"),
     "cut.arrow": (arrow(pyarrow.ipc.new_stream)(ROWS)[:1500], "cannot be read"),
+    "offsets.arrow": (wrong_offsets(), r"cannot be read \(.*offset"),
     "number.parquet": (parquet(ROWS), "int, not a string"),
     "column.parquet": (parquet(ROWS), "no column 'body'; there are: 'id', 'text'"),
     "column.arrow": (arrow(pyarrow.ipc.new_file)(ROWS), "no column 'body'; there are: 'id', 'text'"),

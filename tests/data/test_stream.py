@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import random
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ import torch
 from dtron.config.sections import DataLoader
 from dtron.data import stream
 from dtron.data.order import Mixture
-from dtron.data.sources import LocalSource, SourceSpec, open_source
+from dtron.data.sources import HubSource, LocalSource, SourceSpec, open_source
 from dtron.data.stream import StreamedSource, StreamLoader, column_count, merge_states, reading_groups
 from dtron.errors import UserError
 
@@ -275,6 +276,19 @@ def test_numbered_sources_alone_are_those_of_the_step_loader():
         a, b = next(theirs), next(ours)
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels) and torch.equal(a.sources, b.sources)
     assert theirs.consumed == ours.consumed
+
+
+def test_a_dataset_of_the_hub(tmp_path):
+    write(tmp_path / "data", "parquet", texts_of(4))
+    files = sorted(map(str, (tmp_path / "data").iterdir()))
+    cache = str(tmp_path / "cache")
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=cache)
+    source = streamed(HubSource("user/name", "text", "fingerprint", dataset.select_columns(["text"])))
+    batches, states = steps([source], 8)
+    local = streamed(open_source(SourceSpec(str(tmp_path / "data")), "unused"))
+    assert torch.equal(batches, steps([local], 8)[0])
+    again, again_states = steps([source], 5, dp=2, workers=2, consumed=48, state=states[2])
+    assert torch.equal(again, batches[3:]) and again_states == states[3:]
 
 
 # --- another global batch
