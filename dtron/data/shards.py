@@ -205,8 +205,8 @@ class TokenStore:
             ends, first = self._shard(number).ends, self._first[number]
             if a == 0:
                 found.append(np.array([first]))
-            # The end of a document is the start of the next, but for the last one's.
-            low, high = np.searchsorted(ends[:-1], np.array([max(a, 1), b], np.uint64))
+            # Where one ends the next begins.
+            low, high = np.searchsorted(ends, np.array([max(a, 1), b], np.uint64))
             found.append(ends[low:high].astype(np.int64) + first)
         return np.concatenate(found)
 
