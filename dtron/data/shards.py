@@ -175,12 +175,13 @@ class TokenStore:
     """One run of `n_tokens` tokens in `n_documents` documents, memory-mapped; see `open_store`.
 
     dtype: of the tokens. eos_id: the token that ends every document. fingerprint: of the content, from the shards'
-    checksums. source: what was prepared. Every 64 KiB that a process touches are checked the first time: what is
-    damaged raises UserError and is never returned.
+    checksums. source: what was prepared. recipe: what shaped it. Every 64 KiB that a process touches are checked the
+    first time: what is damaged raises UserError and is never returned.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[Shard]) -> None:
-        self.folder, self.shards, self.source = folder, shards, manifest["source"]
+        self.folder, self.shards = folder, shards
+        self.source, self.recipe = manifest["source"], manifest["recipe"]
         self.vocab_size, self.eos_id = int(manifest["vocab_size"]), int(manifest["eos_id"])
         self.tokenizer_json, self.tokenizer_fingerprint = folder / "tokenizer.json", manifest["tokenizer"]
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")

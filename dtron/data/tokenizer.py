@@ -85,8 +85,11 @@ class TextEncoder:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers and `read_tokenizer` read them."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos}
-        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        for name, content in (("tokenizer.json", self.json), ("tokenizer_config.json", json.dumps(config))):
+            with (folder / name).open("w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def tokenizer_fingerprint(tokenizer_json: str, eos: str) -> str:

@@ -37,7 +37,7 @@ def made(tmp_path_factory):
         assert not (folder / f"shard-{number:05d}.tokens").exists()
         entries.append(asdict(writer.finish()))
     manifest = {"format": 1, "dtype": "uint16", "vocab_size": 65536, "eos": encoder.eos, "eos_id": encoder.eos_id}
-    manifest |= {"tokenizer": encoder.fingerprint, "source": {"name": "made up"}, "shards": entries}
+    manifest |= {"tokenizer": encoder.fingerprint, "source": {"name": "made up"}, "recipe": {}, "shards": entries}
     write_json(folder / MANIFEST, manifest)
     assert not list(folder.glob("*.partial"))
     return folder
