@@ -15,8 +15,8 @@ from dtron.errors import UserError
 __all__ = ["END_OF_TEXT", "TextEncoder", "read_tokenizer", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"  # where the tokenizer's files name no other
-PIECE = 1 << 20  # characters encoded as one text; the library needs some 100 bytes for each while it does
-BATCH = 4 * PIECE  # characters encoded in one call
+PIECE = 1 << 20  # characters encoded as one text
+BATCH = 1 << 20  # characters encoded in one call, or a piece more: the library needs some 100 bytes for each
 
 
 class TextEncoder:
@@ -75,6 +75,7 @@ class TextEncoder:
             encodings = self._tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
             for (i, _), encoding in zip(batch, encodings, strict=True):
                 ids[i].append(np.array(encoding.ids, self.dtype))
+            del encodings, encoding  # before there are the next ones
         eos = np.array([self.eos_id], self.dtype)
         return [np.concatenate([*parts, eos]) for parts in ids]
 

@@ -181,6 +181,8 @@ def test_killed_it_leaves_no_worker_and_goes_on(encoder, whole, tmp_path):
     child.join()
     _wait(lambda: not any(map(_alive, workers)))
     assert is_prepared(out) and not (out / MANIFEST).exists()
+    for left in ("shard-00099.tokens.partial", "shard-00098.documents", f"{MANIFEST}.partial"):
+        (out / left).write_text("half")
     go(out, encoder)
     assert content(out) == whole
 
@@ -292,7 +294,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     growth_kb = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     store = open_store(tmp_path / "out")
     assert documents(store, encoder) == [text + encoder.eos for text in ("short", huge, "last")]
-    assert growth_kb < 700_000, "encoded at once, the library alone would take more"
+    assert growth_kb < 160_000  # 80 MiB; encoded at once, 254
 
 
 def test_files_of_all_kinds(encoder, tmp_path):
