@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.config import Config
-from dtron.data.corpus import load_stdlib
+from dtron.config.sections import Dataset
+from dtron.data.build import build_by_path, names_a_place, stdlib
 from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
@@ -26,9 +26,8 @@ from dtron.models.llama import Llama
 from dtron.models.spec import ModelSpec
 from dtron.parallel.tensor import llama_plan
 
-__all__ = ["Kind", "cross_entropy", "import_custom", "look_up", "register"]
+__all__ = ["Kind", "cross_entropy", "find_dataset", "import_custom", "look_up", "register"]
 
-Log = Callable[[str], None]
 Kind = Literal["model", "dataset", "loss", "optimizer", "converter"]
 
 
@@ -36,17 +35,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label) of every token [B, S], in fp32; logits [B, S, V], labels [B, S]; 0 where IGNORE_INDEX."""
     flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return flat.view(labels.shape)
-
-
-def stdlib(
-    config: Config, section: Any, split: Literal["train", "validation"], seq_len: int, vocab_size: int, log: Log
-) -> Any:
-    """The embedded corpus; its own tokenizer has 4096 tokens, or fewer for a model with a smaller vocabulary.
-
-    section: [training] or [validation], with the dataset's options. log prints progress.
-    """
-    size = min(4096, vocab_size)
-    return load_stdlib(config.job.cache_folder, seq_len, split, config.model.hf_assets_path, size, log=log)
 
 
 def _adam(cls: Any) -> Callable[..., torch.optim.Optimizer]:
@@ -62,12 +50,13 @@ def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, foreach=c.implementation != "for-loop")
 
 
-# kind -> name -> code. Signatures: model: ModelSpec. dataset: as `stdlib` above, giving a SequenceDataset.
-# loss: (logits [B, S, V], labels [B, S]) -> loss of every token [B, S]. optimizer: (param groups, optimizer section) -> torch Optimizer.
+# kind -> name -> code. Signatures: model: ModelSpec. dataset: as `dtron.data.build.stdlib`, giving a SequenceDataset.
+# loss: (logits [B, S, V], labels [B, S]) -> loss of every token [B, S].
+# optimizer: (param groups, optimizer section) -> torch Optimizer.
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
     "model": {
-        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan)
+        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan, document_masks=True)
         for name, flavors in FAMILIES.items()
     },
     "dataset": {"stdlib": stdlib},
@@ -92,6 +81,16 @@ def look_up(kind: Kind, name: str, key: str) -> Any:
         hint = f"did you mean {next(known for known in names if known.lower() == near[0])!r}? " if near else ""
         raise UserError(f"{key} = {name!r} is unknown; {hint}known: {', '.join(sorted(names)) or 'none'}")
     return names[name]
+
+
+def find_dataset(section: Dataset, key: str) -> Any:
+    """The builder of the data set a section names: a registered one, or that of something local or on the hub."""
+    if section.dataset not in _REGISTRY["dataset"] and names_a_place(section):
+        return build_by_path
+    try:
+        return look_up("dataset", section.dataset, key)
+    except UserError as error:
+        raise UserError(f"{error}; nor is it a file or folder here, or a hub name such as owner/name") from None
 
 
 def import_custom(modules: list[str]) -> None:

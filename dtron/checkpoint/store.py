@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ class Progress:
     attempt: int = 1  # 1 for a fresh run, one more after each resume
     model_only: bool = False
     data_fingerprint: str = ""  # of the training data, where the dataset has one
+    streams: dict[str, Any] = field(default_factory=dict)  # places in sources that are tokenized on the way
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -113,8 +113,8 @@ class Dataset:
 
     dataset: str = key(
         "stdlib",
-        "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, parquet "
-        "or arrow, a Hugging Face hub name, or a registered dataset",
+        "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, "
+        "parquet or arrow, a Hugging Face hub name, or a registered dataset",
     )
     dataset_path: str | None = key(None, "where the dataset is read from, if not where its name says")
     dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")

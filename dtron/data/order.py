@@ -100,6 +100,11 @@ class Mixture:
         for source, n in enumerate(self.counts):
             self._before[self._source == source] = np.arange(n)
 
+    def before(self, sample: int) -> np.ndarray:
+        """How many of the global samples 0 .. sample - 1 each source gives: int64 [sources]."""
+        turn, place = divmod(sample, len(self._source))
+        return turn * self.counts + np.bincount(self._source[:place], minlength=len(self.counts))
+
     def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, number of the sample within that source), int64 [count] each, of global samples from `start` on."""
         turn, place = np.divmod(np.arange(start, start + count, dtype=np.int64), len(self._source))

@@ -3,6 +3,7 @@
 PaLM's convention (arXiv 2204.02311, appendix B): forward and backward cost 6 operations a matmul
 parameter (the head once, the embedding look-up none) plus 12 * n_layers * n_heads * head_size *
 seq_len for attention, counted in full although half of it is masked; recomputation is not counted.
+Under document masks seq_len is the mean length of the document a token is in: what is done, by the same convention.
 """
 
 from torch import nn
@@ -17,7 +18,7 @@ def matmul_parameters(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+def attention_flops_per_token(config: LlamaConfig, seq_len: float) -> float:
     """One block's attention scores and values, forward and backward."""
     return 12 * config.n_heads * config.head_size * seq_len
 

@@ -19,11 +19,13 @@ class ModelSpec:
         takes token ids or, on a later pipeline stage, hidden states. No buffers: they would not survive meta.
     init_std: (parameter name, config) -> standard deviation of its initial values; None: ones.
     attention_flops: (config, seq_len) -> FLOPs a token of one layer's attention, forward and backward.
+    document_masks: whether forward also takes documents and keys, as Llama's does.
     tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
     """
 
     flavors: dict[str, Any]
     build: Callable[[Any], nn.Module]
     init_std: Callable[[str, Any], float | None]
-    attention_flops: Callable[[Any, int], float]
+    attention_flops: Callable[[Any, float], float]
     tensor_plan: Callable[[bool], dict[str, Any]] | None = None
+    document_masks: bool = False

@@ -55,12 +55,23 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     }
 }
 
+# Drawn beside the others when the data is a mixture.
+SOURCE_CHARTS: dict[str, list[Any]] = {
+    "Loss of each source (nats/token)": ["Multiline", ["^source_loss/.*$"]],
+    "Tokens of each source": ["Multiline", ["^source_tokens/.*$"]],
+}
+
 
 def tag_of(key: str) -> Tag | None:
-    """The tag of a row's key; None: not drawn. Other seconds go under time/, other numbers under other/."""
+    """The tag of a row's key; None: not drawn. Other seconds go under time/, other numbers under other/.
+
+    `source_loss/NAME` and `source_tokens/NAME`, of each source of a mixture, are tags as they are.
+    """
     if key in _NOT_DRAWN:
         return None
-    return TAGS.get(key) or Tag(f"time/{key}" if key.endswith("_s") else f"other/{key}")
+    if key in TAGS or key.startswith("source_"):
+        return TAGS.get(key) or Tag(key)
+    return Tag(f"time/{key}" if key.endswith("_s") else f"other/{key}")
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -154,17 +165,20 @@ class _Board:
 
     def draw(self, row: dict[str, Any]) -> None:
         if self._writer is None:
-            self._open(row["step"])
+            self._open(row)
         for key, value in row.items():
             tag = tag_of(key)
             if tag is not None and isinstance(value, (int, float)):
                 self._writer.add_scalar(tag.name, value * tag.factor, row["step"])
         self._writer.flush()
 
-    def _open(self, first_step: int) -> None:
+    def _open(self, row: dict[str, Any]) -> None:
         # purge_step hides what an earlier attempt drew from here on, so that no replayed step is drawn twice.
-        self._writer = self._make(str(self._folder), purge_step=first_step)
-        self._writer.add_custom_scalars(LAYOUT)
+        self._writer = self._make(str(self._folder), purge_step=row["step"])
+        mixed = any(key.startswith("source_") for key in row)
+        self._writer.add_custom_scalars(
+            {name: charts | (SOURCE_CHARTS if mixed else {}) for name, charts in LAYOUT.items()}
+        )
         self._writer.add_text("config", f"```toml\n{self._config_text}\n```")
         # What SummaryWriter.add_hparams(run_name=".") does, but in this file: it would open a second one in
         # the same folder, and TensorBoard's Python reader leaves a file for good once a later one has data.

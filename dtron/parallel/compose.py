@@ -80,7 +80,8 @@ class ParallelModel:
     def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor, last: bool) -> Tensor:
         """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
 
-        places: positions, and under document masks documents and keys: see `Llama.forward`. last: the step's last batch.
+        places: positions, and under document masks documents and keys, as `Llama.forward` has them.
+        last: the step's last batch.
         """
         with self._loss_context():
             if self.pipeline:

@@ -72,7 +72,8 @@ class Report:
         step_s, data_s = clock.read()
         tokens_per_s = self._config.training.global_batch_size * self._config.training.seq_len / step_s
         per_gpu = tokens_per_s / self._world.size
-        mfu = per_gpu * self._flops / self._peak if self._peak else None
+        flops = row.get("flops_per_token", self._flops)  # under document masks it changes with the documents
+        mfu = per_gpu * flops / self._peak if self._peak else None
         rates = {"tokens_per_s": tokens_per_s, "tokens_per_s_per_gpu": per_gpu, "mfu": mfu}
         row = {**row, "step_s": step_s, "data_s": data_s, **rates}
         self._eta.tick(step_s)

@@ -12,7 +12,9 @@ from dtron import registry
 from dtron.checkpoint import store
 from dtron.config import Config
 from dtron.config.legal import check_legal
+from dtron.config.sections import Dataset, Training
 from dtron.data.loader import check_dataloader
+from dtron.data.order import Mixture
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.families import from_hf_config
@@ -46,6 +48,8 @@ def resolve(config: Config, world: int) -> Setup:
     degrees = resolve_degrees(config.parallelism, world)
     check_legal(config)
     spec, model_config = _model(config)
+    if config.training.attention_mask == "document" and not spec.document_masks:
+        raise UserError(f"model.name {config.model.name} takes no documents; set training.attention_mask causal")
     _check_model(model_config)
     _check_tensor(config, spec, model_config, degrees)
     _check_sequence(config, degrees)
@@ -117,11 +121,6 @@ def _check_values(c: Config) -> None:
             f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
             f"of {total} steps overlap; lower warmup_steps or decay_ratio"
         )
-    for section, data in (("training", c.training), ("validation", c.validation)):
-        if data.dataset == "stdlib" and data.dataset_path:
-            raise UserError(
-                f"{section}.dataset_path has no effect with dataset = stdlib; leave it out or name another dataset"
-            )
     if c.validation.steps != -1 and c.validation.steps < 1:
         raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
     if c.compile.enable and not c.compile.components:
@@ -150,13 +149,33 @@ def _check_values(c: Config) -> None:
 
 def _check_names(c: Config) -> None:
     """Everything a run looks up by name is registered; building it comes later."""
-    registry.look_up("dataset", c.training.dataset, "training.dataset")
-    if c.validation.enable:
-        registry.look_up("dataset", c.validation.dataset, "validation.dataset")
+    _check_datasets(c)
     registry.look_up("loss", c.training.loss, "training.loss")
     registry.look_up("optimizer", c.optimizer.name, "optimizer.name")
     for name in c.model.converters:
         registry.look_up("converter", name, "model.converters")
+
+
+def _check_datasets(c: Config) -> None:
+    """Every data set is known by name or place, and every key that names it takes effect."""
+    t, named = c.training, ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")
+    sections: dict[str, Dataset] = {f"training.mixture[{i}]": source for i, source in enumerate(t.mixture)}
+    if t.mixture:
+        for key in named:
+            if getattr(t, key) != getattr(Training(), key):
+                raise UserError(f"training.{key} has no effect beside training.mixture; leave one of them out")
+        Mixture([source.weight for source in t.mixture])
+    else:
+        sections["training"] = t
+    if c.validation.enable:
+        sections["validation"] = c.validation
+    for name, section in sections.items():
+        registry.find_dataset(section, f"{name}.dataset")
+        given = [key for key in named[1:] if getattr(section, key)]
+        if section.dataset == "stdlib" and given:
+            raise UserError(
+                f"{name}.{given[0]} has no effect with dataset = stdlib; leave it out or name another dataset"
+            )
 
 
 def _model(c: Config) -> tuple[ModelSpec, Any]:

@@ -13,14 +13,15 @@ import dtron
 from dtron import compat, registry
 from dtron.checkpoint import store
 from dtron.config import to_toml
-from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader
+from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
 from dtron.observe.device import max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import meta_model, parallelize
-from dtron.parallel.context import local_positions
+from dtron.parallel.context import gathered_positions, local_positions
+from dtron.train.data import open_data
 from dtron.train.finite import FiniteCheck
 from dtron.train.folder import choose_run_folder
 from dtron.train.launch import World
@@ -49,7 +50,12 @@ class Trainer:
             [registry.look_up("converter", name, "model.converters") for name in self.config.model.converters],
         )  # fmt: skip
         self.optimizers = self.build_optimizers()
-        self.loader, self.validation = self._build_loaders()
+        self.data = open_data(
+            self.config, setup.model_config.vocab_size, setup.degrees, self.mesh.dp_rank, world, self.progress
+        )
+        # Since the last logged step: [loss, tokens] of each source of a mixture; of documents [tokens, their squares].
+        self.by_source = torch.zeros(2, len(self.data.sources), dtype=torch.float64, device=self.device)
+        self.by_document = torch.zeros(2, dtype=torch.float64)
         self._load(resume_from)
         self.report = self._build_report()
         self.finite = FiniteCheck(self.device, world.size)
@@ -57,16 +63,16 @@ class Trainer:
     # --- the joints
 
     def build_loss(self) -> Any:
-        """(logits [B, S, V], labels [B, S]) -> loss of every token [B, S]; the trainer divides their sum by their global number."""
+        """(logits [B, S, V], labels [B, S]) -> loss of every token [B, S]; the trainer sums and divides them."""
         return registry.look_up("loss", self.config.training.loss, "training.loss")
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer for each module in `self.model.parts`."""
         return build_optimizers(self.model, self.config.optimizer)
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """This data-parallel rank's tokens and labels of the next optimizer step: int64 [rows, S] on the CPU."""
-        return next(self.loader)
+    def next_batch(self) -> Batch | tuple[Tensor, Tensor]:
+        """This data-parallel rank's rows of the next optimizer step; or tokens and labels alone."""
+        return next(self.data.loader)
 
     # --- the loop
 
@@ -90,7 +96,7 @@ class Trainer:
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
                 with clock.paused():
-                    if self.validation and (step == steps or step % c.validation.freq == 0):
+                    if self.data.validation and (step == steps or step % c.validation.freq == 0):
                         self.report.validation(step, self.validate())
                     if self._save_is_due(step):
                         self._save(step)
@@ -101,13 +107,16 @@ class Trainer:
     def train_step(self, clock: StepClock) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns [loss, gradient norm before clipping] and this rank's share of the loss."""
         with clock.data():
-            tokens, labels = self.next_batch()
-        self.model.loss.valid_tokens = self._count_valid(labels)
+            batch = Batch(*self.next_batch())
+        loss = self.model.loss
+        loss.valid_tokens = self._count_valid(batch.labels)
+        loss.rows = None if batch.sources is None else []
         share = torch.zeros((), device=self.device)
-        batches = self._local_batches(tokens, labels, self.config.training.local_batch_size)
-        for i, batch in enumerate(batches):
-            share += self.model.forward_backward(*batch, last=i == len(batches) - 1)
+        forwards = self._local_batches(batch, self.config.training.local_batch_size)
+        for i, arguments in enumerate(forwards):
+            share += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
         self.model.finish_gradients()
+        self._count(batch, [arguments[1] for arguments in forwards])
 
         stats = self._reduce(share)
         parameters = [p for _, p in self.model.named_parameters()]
@@ -130,14 +139,14 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss a token over the validation set."""
-        assert self.validation is not None
+        assert self.data.validation is not None
         d = self.setup.degrees
         self.model.loss.valid_tokens = torch.ones((), device=self.device)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for tokens, labels in self.validation:
-            total[1] += (labels != IGNORE_INDEX).sum() / (d.world // d.dp)
-            for batch in self._local_batches(tokens, labels, self.config.validation.local_batch_size):
-                total[0] += self.model.evaluate(*batch) / d.tp
+        for batch in self.data.validation:
+            total[1] += (batch.labels != IGNORE_INDEX).sum() / (d.world // d.dp)
+            for arguments in self._local_batches(batch, self.config.validation.local_batch_size):
+                total[0] += self.model.evaluate(*arguments) / d.tp
         dist.all_reduce(total)
         loss, count = total.tolist()
         return loss / count
@@ -151,16 +160,39 @@ class Trainer:
         d = self.setup.degrees
         return (count // (d.world // d.dp)).clamp(min=1).float()
 
-    def _local_batches(self, tokens: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(tokens, labels, positions) [size, S / cp] on the device for each forward of the step."""
+    def _local_batches(self, batch: Batch, size: int) -> list[tuple[Tensor, ...]]:
+        """The arguments of each forward, on the device: tokens, labels, positions [size, S / cp].
+
+        Under document masks also documents [size, S / cp] and, under context parallel, keys [size, 2, S].
+        """
         p, d = self.config.parallelism, self.setup.degrees
+        tokens, labels, documents, _ = batch
+        rows, length = tokens.shape
         head_tail = bool(p.context_parallel_load_balancer)
-        positions = local_positions(tokens.size(1), self.mesh.cp_rank, d.cp, head_tail)
+        positions = local_positions(length, self.mesh.cp_rank, d.cp, head_tail)
+        arguments = [tokens, labels] if documents is None else [tokens, labels, documents]
         if d.cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
-            tokens, labels = tokens[:, positions], labels[:, positions]
-        on_device = [t.to(self.device, non_blocking=True) for t in (tokens, labels)]
-        rows = positions.to(self.device).expand(size, -1)
-        return [(x, y, rows) for x, y in zip(*(t.split(size) for t in on_device), strict=True)]
+            arguments = [t[:, positions] for t in arguments]
+            if documents is not None:
+                everywhere = gathered_positions(length, d.cp, head_tail)
+                arguments.append(torch.stack((documents[:, everywhere], everywhere.expand(rows, -1)), 1))
+        tokens, labels, *places = (t.to(self.device, non_blocking=True) for t in arguments)
+        forwards = (tokens, labels, positions.to(self.device).expand(rows, -1), *places)
+        return list(zip(*(t.split(size) for t in forwards), strict=True))
+
+    def _count(self, batch: Batch, labels: list[Tensor]) -> None:
+        """Add a step to the sums of the metrics; labels: on the device, of each forward."""
+        if batch.documents is not None:
+            ones = torch.ones_like(batch.documents)
+            lengths = torch.zeros_like(ones).scatter_add_(1, batch.documents, ones)  # where a document begins; else 0
+            self.by_document += torch.stack((lengths.sum(), lengths.square().sum()))
+        rows, self.model.loss.rows = self.model.loss.rows, None
+        if rows and batch.sources is not None:  # on ranks with the last pipeline stage
+            sources = batch.sources.to(self.device)
+            # The last ones: in its first step torch's pipeline also calls the loss once to learn its shape.
+            self.by_source[0].index_add_(0, sources, torch.cat(rows)[-len(sources) :].double())
+            valid = (torch.cat(labels) != IGNORE_INDEX).sum(1)
+            self.by_source[1].index_add_(0, sources, valid.double())
 
     def _reduce(self, share: Tensor) -> Tensor:
         """[loss, gradient norm] of the global batch, by one all-reduce over the world, in float64."""
@@ -199,59 +231,6 @@ class Trainer:
         training = dataclasses.replace(c.training, global_batch_size=self.progress.global_batch_size)
         return dataclasses.replace(c, training=training)
 
-    def _build_loaders(self) -> tuple[StepLoader, ValidationLoader | None]:
-        c, d = self.config, self.setup.degrees
-        shared: Any = {"dp_rank": self.mesh.dp_rank, "dp_size": d.dp}
-        data = self._dataset(c.training, "train", c.training.seq_len)
-        self._check_same_data(getattr(data, "fingerprint", ""))
-        loader = StepLoader(
-            data, global_batch_size=c.training.global_batch_size, seed=c.debug.seed, options=c.training.dataloader,
-            consumed=self.progress.consumed, **shared,
-        )  # fmt: skip
-        self.held_out = None
-        if not c.validation.enable:
-            return loader, None
-        self.held_out = self._dataset(c.validation, "validation", c.validation.seq_len or c.training.seq_len)
-        validation = ValidationLoader(
-            self.held_out, global_batch_size=c.validation.local_batch_size * d.dp, steps=c.validation.steps,
-            options=c.validation.dataloader, **shared,
-        )  # fmt: skip
-        return loader, validation
-
-    def _dataset(self, section: Any, split: str, seq_len: int) -> Any:
-        """Build a dataset; the first rank of each machine prepares it while the others wait."""
-        build = registry.look_up("dataset", section.dataset, f"{'training' if split == 'train' else split}.dataset")
-        vocab_size = self.setup.model_config.vocab_size
-        data = None
-        for turn in (True, False):
-            if (self.world.local_rank == 0) == turn:
-                data = build(self.config, section, split, seq_len, vocab_size, self.world.say)
-            dist.barrier()
-        assert data is not None
-        if data.vocab_size > vocab_size:
-            raise UserError(
-                f"{section.dataset}: the tokenizer has {data.vocab_size} tokens, but model.vocab_size is {vocab_size}; "
-                f"set model.vocab_size to {data.vocab_size} or more"
-            )
-        return data
-
-    def _check_same_data(self, fingerprint: str) -> None:
-        """UserError if ranks, or a resumed run and its checkpoint, have other data under the same name."""
-        prints: list[str] = [""] * self.world.size
-        dist.all_gather_object(prints, fingerprint)
-        name, recorded = self.config.training.dataset, self.progress.data_fingerprint
-        if other := [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]:
-            raise UserError(
-                f"rank {other[0]} has other tokens of dataset {name} than rank 0 (another Python version, say); "
-                "use the same sources on every machine, or a shared job.cache_folder"
-            )
-        if recorded and fingerprint != recorded:
-            raise UserError(
-                f"dataset {name} is not the one this run was trained on (another Python version, say): its fingerprint "
-                f"is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring it back, or start a run of its own"
-            )
-        self.progress.data_fingerprint = fingerprint
-
     def _load(self, resume_from: Path | None) -> None:
         c = self.config.checkpoint
         if resume_from:
@@ -270,8 +249,7 @@ class Trainer:
 
     def _build_report(self) -> Report:
         model = meta_model(self.setup.spec, self.setup.model_config)
-        attention = self.setup.spec.attention_flops(self.setup.model_config, self.config.training.seq_len)
-        flops = flops_per_token(model, self.setup.model_config.n_layers, attention)
+        flops = self._flops_per_token(self.config.training.seq_len)
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         c, d = self.config, self.setup.degrees
@@ -292,8 +270,13 @@ class Trainer:
         peak = peak_flops_per_s(name) if cuda else None
         if cuda and peak is None:
             self.world.say(f"the peak FLOP/s of {name} is not known here: MFU is left out")
-        entropy = getattr(self.held_out, "unigram_entropy", None)
+        entropy = getattr(self.data.held_out, "unigram_entropy", None) if self.world.rank == 0 else None
         return Report(self.world, c, to_toml(c), self.run_folder, self.progress.attempt, flops, peak, entropy)
+
+    def _flops_per_token(self, attended: float) -> float:
+        """attended: tokens that a token's attention counts, the sequence or the mean of the documents."""
+        m = self.setup.model_config
+        return flops_per_token(meta_model(self.setup.spec, m), m.n_layers, self.setup.spec.attention_flops(m, attended))
 
     # --- ends of a step
 
@@ -307,7 +290,26 @@ class Trainer:
             "grad_norm": norm,
             "lr": self.learning_rate(self.progress.step),
         }
-        self.report.step({**row, "tokens": self.progress.tokens, "max_memory_bytes": int(memory)}, clock)
+        row |= {"tokens": self.progress.tokens, "max_memory_bytes": int(memory), **self._sums()}
+        self.report.step(row, clock)
+
+    def _sums(self) -> dict[str, Any]:
+        """Metrics of the documents and of each source since the last logged step."""
+        row: dict[str, Any] = {}
+        if self.config.training.attention_mask == "document":
+            documents = self.by_document.to(self.device)
+            dist.all_reduce(documents)
+            tokens, squares = documents.tolist()
+            row["attended_tokens"] = squares / tokens
+            row["flops_per_token"] = self._flops_per_token(squares / tokens)
+            self.by_document.zero_()
+        if self.data.sources:
+            dist.all_reduce(self.by_source)
+            given = self.data.mixture.before(self.progress.consumed) * self.config.training.seq_len
+            for name, loss, valid, tokens in zip(self.data.sources, *self.by_source.tolist(), given, strict=True):
+                row |= {f"source_loss/{name}": loss / valid if valid else None, f"source_tokens/{name}": int(tokens)}
+            self.by_source.zero_()
+        return row
 
     def _save_is_due(self, step: int) -> bool:
         c = self.config.checkpoint
@@ -320,6 +322,7 @@ class Trainer:
         self.finite.finish()  # nothing that is not finite is ever saved
         c = self.config.checkpoint
         weights_only = step == self.config.training.steps and c.last_save_model_only
+        self.progress.streams = self.data.gathered_state()
         folder = self.run_folder / c.folder
         store.save(folder / f"step-{step}", self.model, None if weights_only else self.optimizers, self.progress)
         store.delete_old(folder, c.keep_latest_k)

@@ -1,0 +1,90 @@
+"""From what a configuration names as data to a data set: the embedded corpus, prepared shards, or files as they are.
+
+Each builder has the signature of a registered data set: (config, section, split, seq_len, vocab_size, log), where
+section is [training], [validation] or one of training.mixture.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from dtron.config.sections import Config, Dataset
+from dtron.data.corpus import Log, load_stdlib
+from dtron.data.packed import TokenDataset
+from dtron.data.prepare import prepare_cached
+from dtron.data.shards import is_prepared, open_store
+from dtron.data.sources import SourceSpec, open_source
+from dtron.data.stream import StreamedSource
+from dtron.data.tokenizer import TextEncoder, read_tokenizer
+from dtron.errors import UserError
+
+__all__ = ["build_by_path", "names_a_place", "stdlib"]
+
+Split = Literal["train", "validation"]
+
+
+def stdlib(config: Config, section: Dataset, split: Split, seq_len: int, vocab_size: int, log: Log) -> TokenDataset:
+    """The embedded corpus; its own tokenizer has 4096 tokens, or fewer for a model with a smaller vocabulary."""
+    size, documents = min(4096, vocab_size), config.training.attention_mask == "document"
+    return load_stdlib(
+        config.job.cache_folder, seq_len, split, config.model.hf_assets_path, size, documents=documents, log=log
+    )
+
+
+def names_a_place(section: Dataset) -> bool:
+    """Whether a data set that is not registered can be one of `build_by_path`: something local, or a hub name."""
+    location = section.dataset_path or section.dataset
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) and not Path(location).parent.exists()
+    return Path(location).exists() or bool(is_hub_name)
+
+
+def build_by_path(config: Config, section: Dataset, split: Split, seq_len: int, vocab_size: int, log: Log) -> Any:
+    """A folder of `dtron prepare`; or a source that is tokenized on the way, by the tokenizer of model.hf_assets_path.
+
+    Of a source that is not prepared, a validation set is tokenized once, into job.cache_folder.
+    """
+    location = Path(section.dataset_path or section.dataset)
+    documents = config.training.attention_mask == "document"
+    if is_prepared(location):
+        return _prepared(config, section, location, seq_len, documents)
+    encoder = _encoder(config, str(location))
+    spec = SourceSpec(
+        section.dataset,
+        section.dataset_path,
+        section.dataset_subset,
+        section.dataset_split or ("train" if location.exists() or split == "train" else "validation"),
+        section.text_column or "text",
+    )
+    source = open_source(spec, config.job.cache_folder)
+    if split == "validation":
+        store = prepare_cached(source, encoder, config.job.cache_folder, log=log)
+        return TokenDataset(store, seq_len, documents=documents, name=str(location))
+    return StreamedSource(
+        source, encoder, seq_len, seed=config.debug.seed, documents=documents, name=str(location),
+        shuffle_documents=config.training.shuffle_documents,
+    )  # fmt: skip
+
+
+def _prepared(config: Config, section: Dataset, folder: Path, seq_len: int, documents: bool) -> TokenDataset:
+    for key in ("dataset_subset", "dataset_split", "text_column"):
+        if getattr(section, key) is not None:
+            raise UserError(f"{folder} is prepared: {key} has no effect any more; leave it out")
+    store = open_store(folder)
+    if config.model.hf_assets_path:
+        given = _encoder(config, str(folder))
+        if given.fingerprint != store.tokenizer_fingerprint:
+            raise UserError(
+                f"{folder} was prepared with another tokenizer ({store.tokenizer_fingerprint[:12]}) than "
+                f"model.hf_assets_path = {config.model.hf_assets_path!r} ({given.fingerprint[:12]}): leave the key out "
+                "to take the one in the folder, name that tokenizer, or prepare the data again"
+            )
+    return TokenDataset(store, seq_len, documents=documents, name=str(folder))
+
+
+def _encoder(config: Config, location: str) -> TextEncoder:
+    if not config.model.hf_assets_path:
+        raise UserError(
+            f"{location} is text that is tokenized on the way: name the tokenizer's folder as model.hf_assets_path, "
+            "or tokenize it once with `dtron prepare`"
+        )
+    return read_tokenizer(config.model.hf_assets_path, config.job.cache_folder, "model.hf_assets_path")

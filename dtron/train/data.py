@@ -1,0 +1,143 @@
+"""The data of a run: what the configuration names, checked to be the same on every rank and on every resume."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dtron import registry
+from dtron.checkpoint.store import Progress
+from dtron.config import Config
+from dtron.config.sections import Dataset
+from dtron.data.loader import StepLoader, ValidationLoader
+from dtron.data.order import Mixture
+from dtron.data.stream import StreamedSource, StreamLoader, merge_states
+from dtron.errors import UserError
+from dtron.mesh import Degrees
+from dtron.train.launch import World
+
+__all__ = ["RunData", "open_data", "source_names"]
+
+
+@dataclass
+class RunData:
+    """held_out: the validation set. sources: names of a mixture's sources, none without one."""
+
+    loader: StepLoader | StreamLoader
+    validation: ValidationLoader | None
+    held_out: Any
+    mixture: Mixture
+    sources: list[str]
+
+    def gathered_state(self) -> dict[str, Any]:
+        """All ranks' places in the streamed sources, on every rank; empty where the count of samples is enough."""
+        if not isinstance(self.loader, StreamLoader):
+            return {}
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, self.loader.state())
+        return merge_states(states)
+
+
+def open_data(
+    config: Config, vocab_size: int, degrees: Degrees, dp_rank: int, world: World, progress: Progress
+) -> RunData:
+    """Build the data sets and this rank's loaders, at the place where `progress` says; notes the data's fingerprint.
+
+    UserError if a tokenizer is larger than the model's vocabulary, if two sources have different ones, and if the
+    tokens are not those of the other ranks, or of the checkpoint.
+    """
+    c, v = config.training, config.validation
+    sections: list[Dataset] = [*c.mixture] or [c]
+    data = [_build(config, section, "train", c.seq_len, vocab_size, world) for section in sections]
+    held_out = _build(config, v, "validation", v.seq_len or c.seq_len, vocab_size, world) if v.enable else None
+    _check_one_tokenizer([*zip(sections, data, strict=True), (v, held_out)])
+    mixture = Mixture([getattr(section, "weight", 1.0) for section in sections])
+    _check_same_data(_fingerprint(data, mixture), progress, _named(sections[0]), world)
+    rank: Any = {"dp_rank": dp_rank, "dp_size": degrees.dp}
+    where: Any = {"global_batch_size": c.global_batch_size, "seed": config.debug.seed, "consumed": progress.consumed}
+    if any(isinstance(dataset, StreamedSource) for dataset in data):
+        state = progress.streams or None
+        loader: Any = StreamLoader(data, mixture, options=c.dataloader, state=state, **where, **rank)
+    else:
+        loader = StepLoader(data, mixture, options=c.dataloader, **where, **rank)
+    validation = None
+    if held_out is not None:
+        batch = v.local_batch_size * degrees.dp
+        validation = ValidationLoader(held_out, global_batch_size=batch, options=v.dataloader, steps=v.steps, **rank)
+    return RunData(loader, validation, held_out, mixture, source_names(c.mixture))
+
+
+def source_names(mixture: Sequence[Dataset]) -> list[str]:
+    """A short name for each source in the metrics: the end of its path, with its number where two are alike."""
+    short = [Path(_named(section)).name for section in mixture]
+    return [name if short.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(short)]
+
+
+def _named(section: Dataset) -> str:
+    return section.dataset_path or section.dataset
+
+
+def _build(config: Config, section: Dataset, split: str, seq_len: int, vocab_size: int, world: World) -> Any:
+    """A data set; the first rank of each machine prepares it while the others wait."""
+    build = registry.find_dataset(section, "validation.dataset" if split == "validation" else "training.dataset")
+    data = None
+    for turn in (True, False):
+        if (world.local_rank == 0) == turn:
+            data = build(config, section, split, seq_len, vocab_size, world.say)
+        dist.barrier()
+    assert data is not None
+    if data.vocab_size > vocab_size:
+        raise UserError(
+            f"{_named(section)}: the tokenizer has {data.vocab_size} tokens, but model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size to {data.vocab_size} or more"
+        )
+    masked = config.training.attention_mask == "document"
+    if masked and not isinstance(data, StreamedSource) and len(data[0]) < 3:
+        raise UserError(
+            f"{_named(section)}: the dataset does not say where its documents begin, which "
+            "training.attention_mask = document needs; let its items be (inputs, labels, documents), or set it causal"
+        )
+    return data
+
+
+def _check_one_tokenizer(built: list[tuple[Dataset, Any]]) -> None:
+    """UserError if two data sets were made with different tokenizers: the same id would mean different text."""
+    prints = [(_named(section), getattr(data, "tokenizer_fingerprint", None)) for section, data in built]
+    known = [(name, print_) for name, print_ in prints if print_ is not None]
+    for name, print_ in known[1:]:
+        if print_ != known[0][1]:
+            raise UserError(
+                f"{name} and {known[0][0]} have different tokenizers ({print_[:12]} and {known[0][1][:12]}): prepare "
+                "both with one, or name one in model.hf_assets_path for those that are tokenized on the way"
+            )
+
+
+def _fingerprint(data: list[Any], mixture: Mixture) -> str:
+    """Of all the training data: equal if and only if every global sample holds the same tokens."""
+    prints = [getattr(dataset, "fingerprint", "") for dataset in data]
+    if len(prints) == 1:
+        return prints[0]
+    return hashlib.sha256(json.dumps([prints, mixture.counts.tolist()]).encode()).hexdigest()
+
+
+def _check_same_data(fingerprint: str, progress: Progress, name: str, world: World) -> None:
+    """UserError if ranks, or a resumed run and its checkpoint, have other data under the same name."""
+    prints: list[str] = [""] * world.size
+    dist.all_gather_object(prints, fingerprint)
+    if other := [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]:
+        raise UserError(
+            f"rank {other[0]} has other tokens of dataset {name} than rank 0 (another Python version, say); "
+            "use the same sources on every machine, or a shared job.cache_folder"
+        )
+    recorded = progress.data_fingerprint
+    if recorded and fingerprint != recorded:
+        raise UserError(
+            f"dataset {name} is not the one this run was trained on (another Python version or other mixture weights, "
+            f"say): its fingerprint is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring it back, or start a "
+            "run of its own"
+        )
+    progress.data_fingerprint = fingerprint
