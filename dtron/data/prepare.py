@@ -89,7 +89,7 @@ def prepare(
             f"{out} cannot be written ({error}): {len(journal.shards)} shards with {journal.tokens:,} tokens are "
             "finished; make room or mend its permissions and give the same command again, it goes on after them"
         ) from error
-    log(f"prepared {journal.documents:,} documents, {journal.tokens:,} tokens in {out}")
+    log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
     return open_store(out)
 
 

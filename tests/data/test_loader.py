@@ -1,13 +1,13 @@
 """Every layout, worker count and resume point sees the same global batches."""
 
 import gc
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from dtron.config.sections import Config, DataLoader
-from dtron.data.corpus import TokenDataset
 from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader, check_dataloader, rows_of
 from dtron.data.order import Mixture, sample_indices
 from dtron.errors import UserError
@@ -15,9 +15,21 @@ from dtron.errors import UserError
 S = 4
 
 
-def numbered(n):
-    """n sequences; the first token of sequence i is i * S."""
-    return TokenDataset(np.arange(n * S + 1, dtype=np.uint32), S, vocab_size=n * S + 1)
+class Numbered:
+    """n sequences of consecutive numbers: the first token of sequence i is first + i * S."""
+
+    tokenizer_json = None
+
+    def __init__(self, n, first=0):
+        self.n, self.first, self.vocab_size = n, first, first + n * S + 1
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        assert 0 <= i < self.n
+        window = np.arange(self.first + i * S, self.first + (i + 1) * S + 1)
+        return window[:-1], window[1:]
 
 
 class WithWorker:
@@ -51,7 +63,7 @@ def steps(dataset, n_steps, dp=1, workers=0, consumed=0, gbs=16, **kwargs):
 
 @pytest.mark.parametrize("dp,workers", [(2, 0), (4, 0), (8, 0), (1, 2), (4, 2)])
 def test_global_batches_do_not_depend_on_the_layout(dp, workers):
-    dataset = numbered(50)  # 16 does not divide 50: epochs end inside batches
+    dataset = Numbered(50)  # 16 does not divide 50: epochs end inside batches
     reference = steps(dataset, 8)
     assert torch.equal(steps(dataset, 8, dp, workers), reference)
     for done in (1, 3, 7):
@@ -60,7 +72,7 @@ def test_global_batches_do_not_depend_on_the_layout(dp, workers):
 
 def test_batches_hold_the_samples_of_the_order():
     n, gbs = 50, 16
-    batches = steps(numbered(n), 10, gbs=gbs)
+    batches = steps(Numbered(n), 10, gbs=gbs)
     indices = batches[:, :, 0, 0].flatten() // S
     assert indices.tolist() == sample_indices(0, 10 * gbs, n, seed=5).tolist()
     assert sorted(indices[:n].tolist()) == list(range(n))  # an epoch that ends inside the fourth batch
@@ -68,20 +80,20 @@ def test_batches_hold_the_samples_of_the_order():
 
 
 def test_another_global_batch_size_goes_on_where_the_old_one_stopped():
-    dataset = numbered(50)
+    dataset = Numbered(50)
     small = steps(dataset, 3, gbs=8).flatten(0, 1)
     large = steps(dataset, 2, consumed=24, gbs=16).flatten(0, 1)
     assert torch.equal(torch.cat([small, large]), steps(dataset, 7, gbs=8).flatten(0, 1))
 
 
 def test_without_shuffle_the_order_is_that_of_the_data():
-    indices = steps(numbered(50), 4, shuffle=False)[:, :, 0, 0].flatten() // S
+    indices = steps(Numbered(50), 4, shuffle=False)[:, :, 0, 0].flatten() // S
     assert indices.tolist() == [g % 50 for g in range(64)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_seek_drops_what_was_loaded_ahead(workers):
-    dataset = numbered(50)
+    dataset = Numbered(50)
     options = DataLoader(num_workers=workers, persistent_workers=workers > 0)
     loader = StepLoader([dataset], Mixture([1]), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
     reference = steps(dataset, 6)
@@ -97,7 +109,7 @@ def test_workers_end_with_their_loader():
     others = set(torch.multiprocessing.active_children())  # the pool of ranks, where other tests ran before
     options = DataLoader(num_workers=2)
     loader = StepLoader(
-        [numbered(50)], Mixture([1]), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options
+        [Numbered(50)], Mixture([1]), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options
     )
     next(loader)
     assert len(set(torch.multiprocessing.active_children()) - others) == 2
@@ -111,17 +123,16 @@ def test_workers_end_with_their_loader():
 
 def test_loading_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    steps(numbered(50), 1)
-    list(ValidationLoader(numbered(5), global_batch_size=4, dp_rank=0, dp_size=1, options=DataLoader()))
+    steps(Numbered(50), 1)
+    list(ValidationLoader(Numbered(5), global_batch_size=4, dp_rank=0, dp_size=1, options=DataLoader()))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_uneven_split_is_refused():
     assert [list(rows_of(6, r, 3)) for r in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    for make in (StepLoader, ValidationLoader):
-        extra = {"seed": 0} if make is StepLoader else {}
+    for make in (partial(StepLoader, [Numbered(50)], Mixture([1]), seed=0), partial(ValidationLoader, Numbered(50))):
         with pytest.raises(UserError, match="10 sequences .* 4 data-parallel ranks"):
-            make(numbered(50), global_batch_size=10, dp_rank=0, dp_size=4, options=DataLoader(), **extra)
+            make(global_batch_size=10, dp_rank=0, dp_size=4, options=DataLoader())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_uneven_split_is_refused():
 def test_validation_takes_every_sequence_once(n, dp, workers):
     options = DataLoader(num_workers=workers)
     loaders = [
-        ValidationLoader(numbered(n), global_batch_size=16, dp_rank=r, dp_size=dp, options=options) for r in range(dp)
+        ValidationLoader(Numbered(n), global_batch_size=16, dp_rank=r, dp_size=dp, options=options) for r in range(dp)
     ]
     ranks = [list(loader) for loader in loaders]
     assert {len(batches) for batches in ranks} == {len(loader) for loader in loaders} == {-(-n // 16)}
@@ -148,7 +159,7 @@ def test_validation_takes_every_sequence_once(n, dp, workers):
 def test_validation_steps_limit_the_batches_and_every_pass_is_the_same():
     def loader(steps):
         layout = {"global_batch_size": 16, "dp_rank": 0, "dp_size": 1}
-        return ValidationLoader(numbered(50), **layout, options=DataLoader(), steps=steps)
+        return ValidationLoader(Numbered(50), **layout, options=DataLoader(), steps=steps)
 
     assert [len(loader(steps)) for steps in (-1, 1, 3, 4, 99)] == [4, 1, 3, 4, 4]
     two = loader(2)
@@ -171,7 +182,7 @@ def test_prefetch_factor_and_pin_memory_reach_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda dataset, **options: seen.update(options))
     options = DataLoader(num_workers=3, prefetch_factor=7, pin_memory=True)
-    StepLoader([numbered(50)], Mixture([1]), global_batch_size=8, dp_rank=0, dp_size=1, seed=0, options=options)
+    StepLoader([Numbered(50)], Mixture([1]), global_batch_size=8, dp_rank=0, dp_size=1, seed=0, options=options)
     assert (seen["num_workers"], seen["prefetch_factor"], seen["pin_memory"]) == (3, 7, True)
 
 
@@ -196,9 +207,10 @@ def test_options_without_effect_are_refused(section, option, value):
 def mixed(n_steps, dp=1, workers=0, consumed=0):
     """The global batches of a mixture of two sources: first tokens [steps, 16] and sources [steps, 16]."""
     options = DataLoader(num_workers=workers)
-    sources = [numbered(50), TokenDataset(np.arange(1000, 1000 + 30 * S + 1, dtype=np.uint32), S, vocab_size=2000)]
+    sources = [Numbered(50), Numbered(30, first=1000)]
     loaders = [
-        StepLoader(sources, Mixture([3, 1]), global_batch_size=16, dp_rank=r, dp_size=dp, seed=5, options=options, consumed=consumed)
+        StepLoader(sources, Mixture([3, 1]), global_batch_size=16, dp_rank=r, dp_size=dp, seed=5,
+                   options=options, consumed=consumed)
         for r in range(dp)
     ]  # fmt: skip
     taken = [[next(loader) for loader in loaders] for _ in range(n_steps)]
