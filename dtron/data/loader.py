@@ -93,27 +93,24 @@ def rows_of(global_batch_size: int, dp_rank: int, dp_size: int) -> range:
     return range(dp_rank * rows, (dp_rank + 1) * rows)
 
 
-class _PaddedDataset:
-    """A data set with one more row, PADDING: right in shape and without loss."""
-
-    def __init__(self, dataset: SequenceDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, i: int) -> Row:
-        if i != PADDING:
-            return self.dataset[i]
-        inputs, labels, *documents = self.dataset[0]
-        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX), *map(np.zeros_like, documents)
-
-
-class _Sources:
-    """Several data sets as one, indexed by (source, index)."""
+class _Rows:
+    """Rows of several data sets, or a UserError in their place: raised in a worker, its text would be a traceback."""
 
     def __init__(self, datasets: Sequence[SequenceDataset]) -> None:
         self.datasets = datasets
 
-    def __getitem__(self, i: tuple[int, int]) -> Row:
-        return self.datasets[i[0]][i[1]]
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Row] | UserError:
+        """places: (data set, index) of each row."""
+        try:
+            return [self.row(self.datasets[source], i) for source, i in places]
+        except UserError as error:
+            return error
+
+    def row(self, dataset: SequenceDataset, i: int) -> Row:
+        if i != PADDING:
+            return dataset[i]
+        inputs, labels, *documents = dataset[0]  # right in shape and without loss
+        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX), *map(np.zeros_like, documents)
 
 
 # The two batch samplers below refer to no loader: an iterator in a reference cycle would shut its
@@ -171,10 +168,10 @@ class _PassRows:
     rows: range
     n_batches: int
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for k in range(self.n_batches):
             samples = (k * self.global_batch_size + row for row in self.rows)
-            yield [sample if sample < self.n_samples else PADDING for sample in samples]
+            yield [(0, sample if sample < self.n_samples else PADDING) for sample in samples]
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -182,12 +179,18 @@ def collate(rows: Sequence[Row]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
-def _torch_loader(dataset: Any, batch_sampler: Any, options: DataLoader) -> torch.utils.data.DataLoader:
+def _collate(rows: list[Row] | UserError) -> Batch | UserError:
+    return rows if isinstance(rows, UserError) else collate(rows)
+
+
+def _torch_loader(
+    datasets: Sequence[SequenceDataset], batch_sampler: Any, options: DataLoader
+) -> torch.utils.data.DataLoader:
     """torch's loader over lists of indices; page-locks memory only where there is a GPU to copy to."""
     return torch.utils.data.DataLoader(
-        dataset,
+        _Rows(datasets),  # type: ignore[arg-type]
         batch_sampler=batch_sampler,
-        collate_fn=collate,
+        collate_fn=_collate,
         num_workers=options.num_workers,
         persistent_workers=options.persistent_workers,
         prefetch_factor=options.prefetch_factor,
@@ -221,7 +224,7 @@ class StepLoader:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
         lengths = [len(dataset) for dataset in datasets]
         self._sampler = _EndlessRows(lengths, mixture, global_batch_size, rows, seed, shuffle, consumed)
-        self._loader = _torch_loader(_Sources(datasets), self._sampler, options)
+        self._loader = _torch_loader(datasets, self._sampler, options)
         self.seek(consumed)
 
     @property
@@ -232,7 +235,7 @@ class StepLoader:
     def seek(self, consumed: int) -> None:
         """Go on from global sample `consumed`, on resume; O(1)."""
         self._consumed = self._sampler.start = consumed
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | UserError] | None = None
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides `consumed`: nothing."""
@@ -244,8 +247,10 @@ class StepLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = iter(self._loader)
-        batch = next(self._batches)
-        sampler = self._sampler
+        batch, sampler = next(self._batches), self._sampler
+        if isinstance(batch, UserError):
+            self._batches = None  # ends the workers now: the error's traceback holds this loader
+            raise batch
         if len(sampler.n_samples) > 1:
             sources, _ = sampler.mixture(self._consumed + sampler.rows.start, len(sampler.rows))
             batch = batch._replace(sources=torch.from_numpy(sources))
@@ -276,11 +281,14 @@ class ValidationLoader:
         whole_pass = -(-len(dataset) // global_batch_size)
         self._n_batches = whole_pass if steps < 0 else min(steps, whole_pass)
         sampler = _PassRows(len(dataset), global_batch_size, rows, self._n_batches)
-        self._loader = _torch_loader(_PaddedDataset(dataset), sampler, options)
+        self._loader = _torch_loader([dataset], sampler, options)
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return self._n_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch

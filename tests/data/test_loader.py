@@ -235,3 +235,15 @@ def test_a_mixture_takes_every_source_in_its_own_order_and_share():
         assert indices[:n].tolist() != indices[n : 2 * n].tolist()
     both = [(first[sources == s] - 1000 * s)[:30].tolist() for s in (0, 1)]
     assert both[0] != both[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_data_arrives_as_it_is(workers):
+    class Damaged(WithWorker):
+        def __getitem__(self, i):
+            raise UserError(f"shard-00003 is damaged, seen at sequence {i}")
+
+    options = {"options": DataLoader(num_workers=workers), "global_batch_size": 4, "dp_rank": 0, "dp_size": 1}
+    for loader in (StepLoader([Damaged()], Mixture([1]), seed=0, **options), ValidationLoader(Damaged(), **options)):
+        with pytest.raises(UserError, match=r"^shard-00003 is damaged, seen at sequence \d+$"):
+            next(iter(loader))
