@@ -486,7 +486,8 @@ def test_the_comment_cannot_leave_its_line(tmp_path: Path) -> None:
 
 
 def test_a_mixture_is_read_from_tables_and_from_the_command_line(tmp_path: Path) -> None:
-    text = '[training]\nsteps = 3\n[[training.mixture]]\ndataset = "a"\nweight = 2\n[[training.mixture]]\ntext_column = "t"\n'
+    first = '[training]\nsteps = 3\n[[training.mixture]]\ndataset = "a"\nweight = 2\n'
+    text = first + '[[training.mixture]]\ntext_column = "t"\n'
     config = load_text(tmp_path, text)
     assert config.training.mixture == [Source("a", weight=2.0), Source(text_column="t")]
     assert isinstance(config.training.mixture[0].weight, float)

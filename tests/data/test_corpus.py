@@ -140,7 +140,7 @@ def test_cache_is_reused_and_keyed(source, tmp_path, monkeypatch):
     load(tmp_path, source, vocab_size=300)
     assert len(os.listdir(tmp_path)) == 2
     changed = shutil.copytree(source, tmp_path / "changed")
-    (changed / "zipfile.py").write_text((changed / "zipfile.py").read_text("latin-1").replace("l", "m"), "latin-1")
+    (changed / "zipfile.py").write_bytes((changed / "zipfile.py").read_bytes().replace(b"l", b"m"))
     load(tmp_path, changed)  # sources of the same names and sizes
     assert len(os.listdir(tmp_path)) == 4
 

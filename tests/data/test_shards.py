@@ -72,6 +72,11 @@ def test_shards_are_one_run_of_tokens(made, monkeypatch, open_shards):
         with pytest.raises(IndexError):
             store.read(*bad)
     assert [store.document_lengths(i).tolist() for i in range(3)] == LENGTHS
+    ends = [*STARTS[1:], len(WHOLE)]
+    assert [store.document(i) for i in range(8)] == list(zip(STARTS, ends, strict=True))
+    for bad in (-1, 8):
+        with pytest.raises(IndexError):
+            store.document(bad)
     store.verify()
 
 

@@ -1,0 +1,142 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from dtron.__main__ import main
+from dtron.data.shards import open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = [f"document {i}" + " and so on" * (i % 40) for i in range(200)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    return tmp_path / "texts.jsonl"
+
+
+def arguments(source, out, *more):
+    return ["prepare", str(source), "--text-column", "body", "--tokenizer", "bpe:300", "--out", str(out), *more]
+
+
+def dtron(*args, home):
+    """`python -m dtron` with a home folder of its own, where nothing may be written."""
+    home.mkdir(exist_ok=True)
+    settings = os.environ | {"HOME": str(home)}
+    settings.pop("HF_HOME", None)
+    command = [sys.executable, "-m", "dtron", *map(str, args)]
+    result = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert list(home.iterdir()) == []
+    return result
+
+
+def test_prepare_then_show(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    result = dtron(*arguments(source, out, "--processes", "2", "--shard-tokens", "900"), home=tmp_path / "home")
+    assert result.returncode == 0, result.stderr
+    assert "prepared " in result.stdout and "200 documents" in result.stdout and f"--show {out}" in result.stdout
+    store = open_store(out)
+    assert store.n_documents == 200 and len(store.shards) > 2
+    assert main(["prepare", "--show", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"200 documents, {store.n_tokens:,} tokens (uint16, vocabulary {store.vocab_size})" in shown
+    assert "verified" in shown and f"{len(store.shards)} shards" in shown
+    for number in (0, 100, 199):
+        start, stop = store.document(number)
+        assert f"--- document {number}: {stop - start} tokens\n{TEXTS[number]}"[:60] in shown
+    rows = [line.split() for line in shown.splitlines() if line.endswith("#")]
+    assert sum(int(row[3]) for row in rows) == 200
+    lengths = [length for i in range(len(store.shards)) for length in store.document_lengths(i)]
+    for low, _, high, count, _ in rows:
+        assert int(count) == sum(int(low) <= length <= int(high) for length in lengths)
+
+
+def test_show_tells_of_damage(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(source, out, "--processes", "1")) == 0
+    data = bytearray((out / "shard-00000.tokens").read_bytes())
+    data[-1] ^= 1
+    (out / "shard-00000.tokens").write_bytes(data)
+    assert main(["prepare", "--show", str(out)]) == 1
+    assert "error: " in (said := capsys.readouterr()).err and "shard-00000.tokens is damaged" in said.err
+    assert "verified" not in said.out
+
+
+def test_same_command_again_goes_on_or_is_done(source, tmp_path):
+    """Killed with all its processes, then given again; then once more."""
+    out, home = tmp_path / "out", tmp_path / "home"
+    source.write_text(source.read_text() * 100)
+    command = arguments(source, out, "--processes", "2", "--shard-tokens", "7000")
+    child = subprocess.Popen([sys.executable, "-m", "dtron", *command], cwd=ROOT, start_new_session=True)
+    end = time.monotonic() + 60
+    while not (out / "shard-00003.tokens").exists():
+        assert time.monotonic() < end and child.poll() is None
+        time.sleep(0.005)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    again = dtron(*command, home=home)
+    assert again.returncode == 0 and "going on after shard" in again.stdout, again
+    assert open_store(out).n_documents == 20_000
+    done = dtron(*command, home=home)
+    assert done.returncode == 0 and "prepared already" in done.stdout
+
+
+def test_the_embedded_corpus_by_its_name(tmp_path, capsys):
+    for wrong in (["--split", "test"], ["--subset", "x"]):
+        assert main(["prepare", "stdlib", "--tokenizer", "bpe:300", "--out", str(tmp_path / "out"), *wrong]) == 1
+        assert "stdlib has the splits train and validation" in capsys.readouterr().err
+    out, split = str(tmp_path / "out"), ["--split", "validation", "--processes", "1"]
+    assert main(["prepare", "stdlib", "--tokenizer", "bpe:300", "--out", out, *split]) == 0
+    store = open_store(out)
+    assert 10 < store.n_documents < 200 and store.source["name"] == "the standard library (validation)"
+
+
+@pytest.mark.parametrize(
+    "args,code,said",
+    [
+        (["prepare", "/nowhere/data", "--tokenizer", "bpe:300", "--out", "{out}"], 1, "/nowhere/data"),
+        (["prepare", "{source}", "--tokenizer", "/nowhere", "--out", "{out}"], 1, "--tokenizer = '/nowhere'"),
+        (["prepare", "{source}", "--tokenizer", "bpe:300", "--out", "{out}"], 1, "'body'"),  # the column there is
+        (["prepare", "--show", "{out}"], 1, "manifest.json is missing"),
+        (["prepare", "--show", "{out}", "--out", "x"], 2, "--show takes no"),
+        (["prepare", "{source}", "--out", "{out}"], 2, "--tokenizer and --out are needed"),
+        (["prepare", "{source}", "--processes", "0"], 2, "0 is less than 1"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(source, tmp_path, capsys, args, code, said):
+    args = [arg.format(source=source, out=tmp_path / "out") for arg in args]
+    try:
+        result = main(args)
+    except SystemExit as exit_:
+        result = exit_.code
+    assert result == code and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_needs_neither_torch_nor_the_hubs_libraries(source, tmp_path):
+    absent = ["torch", "datasets", "transformers", "torchdata", "pyarrow"]
+    code = (
+        "import sys\n"
+        f"for name in {absent}: sys.modules[name] = None\n"
+        "from dtron.__main__ import main\n"
+        f"raise SystemExit(main({arguments(source, tmp_path / 'out', '--processes', '1')!r}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_it_is_installed_as_dtron():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert '[project.scripts]\ndtron = "dtron.__main__:main"\n' in pyproject
+    for script in entry_points(group="console_scripts", name="dtron"):  # where the installation is newer than the line
+        assert script.load() is main
