@@ -211,6 +211,15 @@ class TokenStore:
             found.append(ends[low:high].astype(np.int64) + first)
         return np.concatenate(found)
 
+    def document(self, number: int) -> tuple[int, int]:
+        """Where a document's tokens start, and end after its EOS, in the run. IndexError outside [0, n_documents)."""
+        if not 0 <= number < self.n_documents:
+            raise IndexError(f"document {number} of {self.n_documents}")
+        before = np.cumsum([0, *(shard.documents for shard in self.shards)])
+        shard = int(np.searchsorted(before, number, side="right")) - 1
+        ends, first, place = self._shard(shard).ends, int(self._first[shard]), number - int(before[shard])
+        return first + (int(ends[place - 1]) if place else 0), first + int(ends[place])
+
     def document_lengths(self, shard: int) -> np.ndarray:
         """Tokens of each document of a shard, with its EOS, int64."""
         return np.diff(self._shard(shard).ends.astype(np.int64), prepend=0)
