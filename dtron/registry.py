@@ -90,7 +90,11 @@ def find_dataset(section: Dataset, key: str) -> Any:
     try:
         return look_up("dataset", section.dataset, key)
     except UserError as error:
-        raise UserError(f"{error}; nor is it a file or folder here, or a hub name such as owner/name") from None
+        here = Path(section.dataset_path or section.dataset)
+        siblings = [str(path) for path in here.parent.glob("*")] if len(here.parts) > 1 else []
+        near = get_close_matches(str(here), siblings, 1)
+        hint = f" ({near[0]} is near)" if near else ""
+        raise UserError(f"{error}; nor is it a file or folder here{hint}, or a hub name such as owner/name") from None
 
 
 def import_custom(modules: list[str]) -> None:

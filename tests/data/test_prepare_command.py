@@ -60,6 +60,16 @@ def test_prepare_then_show(source, tmp_path, capsys):
         assert int(count) == sum(int(low) <= length <= int(high) for length in lengths)
 
 
+def test_output_may_be_cut_short(source, tmp_path):
+    assert main(arguments(source, tmp_path / "out", "--processes", "1")) == 0
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dtron", "prepare", "--show", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_show_tells_of_damage(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(source, out, "--processes", "1")) == 0
@@ -140,3 +150,12 @@ def test_it_is_installed_as_dtron():
     assert '[project.scripts]\ndtron = "dtron.__main__:main"\n' in pyproject
     for script in entry_points(group="console_scripts", name="dtron"):  # where the installation is newer than the line
         assert script.load() is main
+
+
+def test_bench_compares_the_same_tokens(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    command = [sys.executable, "scripts/bench/prepare.py", "--file", str(tmp_path / "texts.jsonl")]
+    command += ["--tokenizer", "bpe:300", "--processes", "2", "--rounds", "1"]
+    result = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert result["tokens"] > 1000 and result["bare"] > 0 and len(result["ratios"]) == 1
+    assert result["ratio"] == pytest.approx(result["dtron"] / result["bare"], rel=0.2)
