@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+    except BrokenPipeError:
+        return 0  # whoever read our output, such as `head`, has seen enough
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
         return 130
