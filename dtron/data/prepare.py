@@ -215,7 +215,7 @@ class _Journal:
                 self.file, self.state = content["file"], content["state"]
         finished = {shard.name for shard in self.shards}
         for file in self.out.iterdir():
-            if file.suffix == ".partial" or (file.name.startswith("shard-") and file.stem not in finished):
+            if file.name.startswith("shard-") and file.stem not in finished:
                 file.unlink()
         self._save()
 
