@@ -108,7 +108,8 @@ class CausalAttention(nn.Module):
         """q [B, H, S, D], k and v [B, K, S, D], mask from document_mask -> [B, H, S, D]."""
         grouped = q.size(1) != k.size(1)
         if isinstance(mask, BlockMask):
-            return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+            attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+            return attend(q, k, v, block_mask=mask, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 

@@ -188,7 +188,7 @@ class Trainer:
             self.by_document += torch.stack((lengths.sum(), lengths.square().sum()))
         rows, self.model.loss.rows = self.model.loss.rows, None
         if rows and batch.sources is not None:  # on ranks with the last pipeline stage
-            sources = batch.sources.to(self.device)
+            sources = batch.sources.to(self.device, non_blocking=True)
             # The last ones: in its first step torch's pipeline also calls the loss once to learn its shape.
             self.by_source[0].index_add_(0, sources, torch.cat(rows)[-len(sources) :].double())
             valid = (torch.cat(labels) != IGNORE_INDEX).sum(1)

@@ -1,5 +1,7 @@
 """Document masks: a packed document is computed as if it stood alone."""
 
+import warnings
+
 import pytest
 import torch
 from parity.single import MODELS, SEQ, documents, plain_model
@@ -46,6 +48,9 @@ def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.Monkey
     q, k, v = torch.randn(3, 4, 4, 256, 16, generator=torch.Generator().manual_seed(3))
     expected = llama.CausalAttention()(q, k[:, :2, order], v[:, :2, order], dense)
 
+    def allowed(b, h, i, j):  # type: ignore[no-untyped-def]
+        return dense[b, 0, i, j]
+
     class OnGpu(torch.Tensor):
         is_cuda = True
 
@@ -53,3 +58,30 @@ def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.Monkey
     block = document_mask(begins.as_subclass(OnGpu), positions, keys)
     got = llama.CausalAttention()(q, k[:, :2, order], v[:, :2, order], block)
     torch.testing.assert_close(torch.Tensor(got), expected, rtol=1e-4, atol=1e-5)
+    compiled = llama.CausalAttention()
+    compiled.compile(fullgraph=True, backend="aot_eager")  # as a compiled block has it; the backward needs a GPU
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = compiled(q, k[:, :2, order], v[:, :2, order], create_block_mask(allowed, 4, None, 256, 256, "cpu"))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_mask_and_attention_of_gpus_are_compiled_once_for_all_batches() -> None:
+    """Both as CUDA runs them outside of compiled blocks, by inductor on the CPU, forward only."""
+    graphs = []
+    for step in range(3):
+        begins = documents(step).repeat(1, 8) + (torch.arange(256) // SEQ) * SEQ
+        positions = torch.arange(256).expand(8, -1)
+
+        def allowed(b, h, i, j, begins=begins, positions=positions):  # type: ignore[no-untyped-def]
+            return (begins[b, i] == begins[b, j]) & (positions[b, i] >= positions[b, j])
+
+        mask = llama._compiled(create_block_mask)(allowed, 8, None, 256, 256, begins.device)
+        dense = document_mask(begins, positions, torch.stack((begins, positions), 1))
+        q = torch.randn(8, 4, 256, 16, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            got, expected = (llama.CausalAttention()(q, q, q, m) for m in (mask, dense))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1

@@ -154,7 +154,8 @@ KINDS: dict[str, Arguments] = {
         *("--model.hf_assets_path", str(f / "tokenizer"), "--training.shuffle_documents", "7"),
     ],
 }
-SEGMENTS = [(4, 3, []), (4, 6, ["--dp", "2", "--cp", "2"]), (8, 9, [])]  # ranks, last step, layout
+PP_TP = ["--pp", "2", "--tp", "2", "--training.local_batch_size", "2"]
+SEGMENTS = [(4, 3, []), (4, 5, ["--dp", "2", "--cp", "2"]), (4, 7, PP_TP), (8, 9, [])]  # ranks, last step, layout
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,7 +185,9 @@ SCHEDULES = ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV", "Interleav
 
 def test_metrics_of_each_source_are_the_same_on_every_layout(run: Runner, folder: Path) -> None:
     arguments = [*KINDS["mixed"](folder), "--training.steps", "3", "--training.attention_mask", "document"]
-    arguments += ["--model.n_layers", "4", "--training.local_batch_size", "4"]
+    arguments += ["--model.n_layers", "4", "--training.local_batch_size", "4", "--validation.enable"]
+    arguments += ["--validation.dataset", str(folder / "code-prepared"), "--validation.freq", "3"]
+    arguments += ["--validation.local_batch_size", "4"]
     batches, expected = run("sources-one", 1, *arguments)
     for step, row in enumerate(expected, 1):
         tokens = [row[f"source_tokens/{name}-prepared"] for name in ("web", "code")]
@@ -197,11 +200,12 @@ def test_metrics_of_each_source_are_the_same_on_every_layout(run: Runner, folder
         lengths = [np.unique(line, return_counts=True)[1] for line in begins]
         assert row["attended_tokens"] == pytest.approx(sum((n**2).sum() for n in lengths) / begins.size)
     layouts = [(4, "--tp 2 --cp 2"), *((2, f"--pp 2 --parallelism.pipeline_parallel_schedule {s}") for s in SCHEDULES)]
+    assert "validation_loss" in expected[2]
     for number, (ranks, layout) in enumerate(layouts):
         _, rows = run(f"sources-{number}", ranks, *arguments, *layout.split())
         for row, want in zip(rows, expected, strict=True):
             for key in want:
-                if key.startswith(("source", "attended", "flops")):
+                if key.startswith(("source", "attended", "flops", "validation_loss")):
                     assert row[key] == pytest.approx(want[key], rel=1e-5), (layout, key)
 
 
