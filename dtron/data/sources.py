@@ -33,6 +33,7 @@ NO_DATA = re.compile(
     r"(readme|license)(\.\w+)?|dataset_infos?\.json|state\.json|_SUCCESS|_(common_)?metadata", re.IGNORECASE
 )
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+END = 1 << 12  # bytes at either end of a file that its fingerprint holds
 ROWS = 1000  # of a table, turned into Python strings at a time
 
 State = dict[str, Any]
@@ -105,7 +106,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """sha256, hex: changes with what is read (files, sizes, column), not with where it lies."""
+        """sha256, hex: changes with what is read (files, sizes, their ends, column), not with where it lies."""
 
     def read(self, file: int, state: State | None = None) -> DocumentReader:
         """The documents of one file, from its start or from where a reader's state says."""
@@ -155,7 +156,16 @@ def _open_local(spec: SourceSpec, location: Path) -> "LocalSource":
     digest = hashlib.sha256(f"{kind}\n{column}\n".encode())
     for name, path in zip(names, paths, strict=True):
         digest.update(f"{path.stat().st_size} {name}\n".encode())
+        digest.update(_ends(path))
     return LocalSource(spec.location, kind, column, str(base), names, digest.hexdigest())
+
+
+def _ends(path: Path) -> bytes:
+    """The first and last bytes of a file: with its size, all that can be compared at the start of a run."""
+    with path.open("rb") as file:
+        first = file.read(END)
+        file.seek(max(0, path.stat().st_size - END))
+        return first + file.read(END)
 
 
 def _is_data(relative: Path) -> bool:

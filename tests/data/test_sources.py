@@ -127,10 +127,11 @@ def test_fingerprint_is_of_the_files_not_of_their_place(tmp_path):
     others = [
         fingerprint("three", {"a.jsonl": "1", "b.jsonl": "23"}),
         fingerprint("four", {"a.jsonl": "12", "c.jsonl": "3"}),
+        fingerprint("same sizes", {"a.jsonl": "12", "b.jsonl": "4"}),
         fingerprint("five", {"a.txt": "12", "b.txt": "3"}),
         fingerprint("one", {}, text_column="content"),
     ]
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 6
 
 
 # --- mistakes and broken files

@@ -15,6 +15,7 @@ FLOORS = [
     {"data", "checkpoint", "observe"},
     {"registry"},
     {"train"},
+    {"__main__"},
 ]
 ANYWHERE = {"dtron", "compat", "errors"}  # may be imported from anywhere, and import nothing of dtron but each other
 LAZY = {"transformers", "datasets", "tokenizers", "tensorboard", "torchdata"}
