@@ -3,6 +3,7 @@
 Prepared, mixed and on-the-fly data; and the metrics of each source, which no layout may change.
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from ranks import Ranks
 
+from dtron import registry
 from dtron.config import load
 from dtron.data.loader import Batch
 from dtron.data.prepare import prepare
@@ -56,6 +58,9 @@ enable = true
 [compile]
 enable = false
 """
+
+
+MASKLESS = dataclasses.replace(registry.look_up("model", "llama3", "model.name"), document_masks=False)
 
 
 class Recording(Trainer):
@@ -209,8 +214,26 @@ def test_metrics_of_each_source_are_the_same_on_every_layout(run: Runner, folder
                     assert row[key] == pytest.approx(want[key], rel=1e-5), (layout, key)
 
 
+class Bare:
+    """A data set that does not say where its documents begin."""
+
+    vocab_size, tokenizer_json = 8, None
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(S, np.int64), np.zeros(S, np.int64)
+
+
+def bare(*_: Any) -> Bare:
+    return Bare()
+
+
 def build(folder: str, arguments: list[str]) -> str:
     """The message with which a run refuses to start."""
+    registry.register("dataset", "bare", bare)
+    registry.register("model", "maskless", MASKLESS)
     try:
         work(folder, arguments)
     except UserError as error:
@@ -234,6 +257,12 @@ def test_data_that_does_not_fit_is_refused(run: Runner, folder: Path) -> None:
     assert "different tokenizers" in refusal("--training.mixture", json.dumps(stdlib), *cache)
     assert "no effect beside training.mixture" in refusal(*prepared, *mixture((folder / "web-prepared", 1)))
     assert "dataset_split has no effect" in refusal(*prepared, "--training.dataset_split", "train")
+    masked = ["--training.attention_mask", "document"]
+    assert "does not say where its documents begin" in refusal("--training.dataset", "bare", *masked)
+    assert "takes no documents" in refusal(*prepared, *masked, "--model.name", "maskless")
+    assert "mixture weights 1, 0" in refusal(*mixture((folder / "web-prepared", 1), (folder / "code-prepared", 0)))
+    assert "code-prepared) is near" not in (near := refusal("--training.dataset", str(folder / "web-prepare")))
+    assert "web-prepared is near" in near
     assert "did you mean 'stdlib'" in refusal("--training.dataset", "stdlb")
 
 

@@ -57,6 +57,13 @@ SAME = [
     "--model.name llama3 --model.flavor debugmodel",
 ]
 OTHER = [
+    "--training.attention_mask document",
+    '--training.mixture [{"dataset":"elsewhere"}]',
+    '--training.mixture [{"dataset":"elsewhere","weight":2.0}]',
+    "--training.dataset elsewhere",
+    "--training.dataset elsewhere --training.text_column body",
+    "--training.dataset owner/name --training.dataset_subset b",
+    "--training.dataset owner/name --training.dataset_split test",
     "--optimizer.lr 1e-3",
     "--optimizer.weight_decay_exclude *norm*",
     "--lr_scheduler.warmup_steps 1",

@@ -118,8 +118,11 @@ def test_rates_of_a_row(time: Time, tmp_path: Path) -> None:
     clock = StepClock()
     step(clock, time, 0.5, 1.5)
     told.step({"step": 1, "loss": 3.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 2048}, clock)
+    step(clock, time, 0.5, 1.5)
+    told.step({"step": 2, "flops_per_token": 3e6}, clock)  # under document masks: what is done
     told.end()
-    (row,) = report.read_metrics(tmp_path / "metrics.jsonl")
+    row, masked = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert masked["mfu"] == pytest.approx(row["mfu"] / 2)
     got = [row[name] for name in ("step_s", "data_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu")]
     assert got == pytest.approx([2.0, 0.5, 1024.0, 256.0, 256 * 6e6 / 1e9])
 
