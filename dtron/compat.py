@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed.tensor.experimental._context_parallel._attention as cp_impl
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +26,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 __all__ = [
     "CsvSchedule",
+    "all_gather",
     "checkpoint_wrapper",  # 2.11, 2.13; waits for a public module wrapper in torch.utils.checkpoint
     "clean_name",
     "compile_without_autograd_cache",
@@ -114,6 +116,16 @@ def _ring_backward(  # type: ignore[no-untyped-def]
         mesh.get_group(), _SEQUENCE, _CPU_BACKWARD, grad, "grad_out", q, k, v, out, lse, is_causal,
         dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
+
+
+# --- an all-gather with a gradient, 2.13 (the other name is that of 2.11 and 2.12); waits for a public one.
+
+_gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
+
+
+def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """Every rank's tensor joined along `dim` in the order of the ranks; gradients are summed and scattered back."""
+    return _gather(tensor, dim, mesh)
 
 
 # --- pipelining, 2.13; waits for public custom schedules and a public evaluation of every schedule.

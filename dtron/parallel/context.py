@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -48,7 +47,7 @@ def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
 
 
 def _attend_to_all(attend: Any, cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    k, v = all_gather_tensor_autograd(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()
+    k, v = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()
     return attend(q, k, v, mask)
 
 

@@ -108,7 +108,7 @@ def test_hub_name_is_kept_in_the_cache_folder(encoder, tmp_path, monkeypatch):
     encoder.save(tmp_path)
     local = transformers.AutoTokenizer.from_pretrained(tmp_path)
     fake = type("Fake", (), {"from_pretrained": lambda name, **where: calls.append((name, where)) or local})
-    monkeypatch.setattr(transformers, "AutoTokenizer", fake)
+    monkeypatch.setattr("transformers.AutoTokenizer", fake)
     for token, sent in ((None, False), ("hf_x", "hf_x")):
         monkeypatch.delenv("HF_TOKEN", raising=False)
         if token:
