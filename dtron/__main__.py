@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -69,6 +70,11 @@ def _prepare(given: argparse.Namespace) -> None:
         return _show(open_store(given.show))
     if not (given.source and given.out and given.tokenizer):
         given.parser.error("SOURCE, --tokenizer and --out are needed (or --show)")
+    place = Path(given.source).expanduser()
+    if place.is_dir() and Path(given.out).resolve().is_relative_to(place.resolve()):
+        raise UserError(
+            f"--out {given.out} lies inside {given.source}, and would be read as a part of it: name another"
+        )
     source = _source(given)
     encoder = choose_encoder(source, given.tokenizer, given.cache_folder)
     prepare(source, encoder, given.out, processes=given.processes, shard_tokens=given.shard_tokens, log=_say)

@@ -87,10 +87,12 @@ def find_dataset(section: Dataset, key: str) -> Any:
     """The builder of the data set a section names: a registered one, or that of something local or on the hub."""
     if section.dataset not in _REGISTRY["dataset"] and names_a_place(section):
         return build_by_path
+    if section.dataset_path and section.dataset not in _REGISTRY["dataset"]:
+        raise UserError(f"{key}_path = {section.dataset_path!r} is no file or folder here, and no hub name owner/name")
     try:
         return look_up("dataset", section.dataset, key)
     except UserError as error:
-        here = Path(section.dataset_path or section.dataset)
+        here = Path(section.dataset)
         siblings = [str(path) for path in here.parent.glob("*")] if len(here.parts) > 1 else []
         near = get_close_matches(str(here), siblings, 1)
         hint = f" ({near[0]} is near)" if near else ""

@@ -46,7 +46,7 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
     "async tensor parallel": lambda c: c.parallelism.enable_async_tensor_parallel,
     "no tensor parallel": lambda c: c.parallelism.tensor_parallel_degree == 1,
     "CPU offload": lambda c: c.training.enable_cpu_offload,
-    "context parallel": lambda c: c.parallelism.context_parallel_degree > 1,
+    "ring attention": lambda c: c.parallelism.context_parallel_degree > 1 and c.training.attention_mask == "causal",
     "fp32 compute on CUDA": lambda c: c.training.device == "cuda" and c.training.mixed_precision_param == "float32",
     "device cpu": lambda c: c.training.device == "cpu",
 }
@@ -96,7 +96,7 @@ RULES = [
     ),
     Rule("async tensor parallel", "device cpu", "it needs CUDA symmetric memory", "leave it off on CPU", _TEST),
     Rule(
-        "context parallel", "fp32 compute on CUDA",
+        "ring attention", "fp32 compute on CUDA",
         "the flash and cudnn kernels of the ring take 16-bit inputs only",
         "set training.mixed_precision_param bfloat16", _TEST,
     ),

@@ -4,7 +4,6 @@ Each builder has the signature of a registered data set: (config, section, split
 section is [training], [validation] or one of training.mixture.
 """
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from dtron.data.corpus import Log, load_stdlib
 from dtron.data.packed import TokenDataset
 from dtron.data.prepare import prepare_cached
 from dtron.data.shards import is_prepared, open_store
-from dtron.data.sources import SourceSpec, open_source
+from dtron.data.sources import SourceSpec, may_be_on_the_hub, open_source
 from dtron.data.stream import StreamedSource
 from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
@@ -34,8 +33,7 @@ def stdlib(config: Config, section: Dataset, split: Split, seq_len: int, vocab_s
 def names_a_place(section: Dataset) -> bool:
     """Whether a data set that is not registered can be one of `build_by_path`: something local, or a hub name."""
     location = section.dataset_path or section.dataset
-    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) and not Path(location).parent.exists()
-    return Path(location).exists() or bool(is_hub_name)
+    return bool(location) and (Path(location).exists() or ("/" in location and may_be_on_the_hub(location)))
 
 
 def build_by_path(config: Config, section: Dataset, split: Split, seq_len: int, vocab_size: int, log: Log) -> Any:

@@ -44,7 +44,12 @@ LOCK = "prepare.lock"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: what a killed run may lose
 BATCH = 1 << 20  # characters sent to a worker at a time
 BPE_TEXT = 32 << 20  # characters a BPE is trained on
+IN_USE_S = 1.0
 PROGRESS_S = 5.0
+
+
+class InUseError(UserError):
+    """Another process is at the folder."""
 
 
 def prepare(
@@ -94,10 +99,25 @@ def prepare(
 
 
 def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | str, *, log: Log) -> TokenStore:
-    """`prepare` into a folder of `cache_folder` named by what shapes it, unless it is there."""
+    """`prepare` into a folder of `cache_folder` named by what shapes it, unless it is there.
+
+    A killed one goes on at the next call; one that another process is at is waited for.
+    """
     recipe = hashlib.sha256(f"{FORMAT} {source.fingerprint} {encoder.fingerprint}".encode()).hexdigest()
     final = Path(cache_folder) / f"prepared-{recipe[:16]}"
-    build_once(final, lambda folder: prepare(source, encoder, folder, log=log))
+    partial = final.with_name(f".partial-{final.name}")
+    _make_cache(final.parent)
+    while not final.is_dir():
+        try:
+            prepare(source, encoder, partial, log=log)
+            os.replace(partial, final)
+        except InUseError:
+            log(f"waiting for another process, which is tokenizing {source.name}")
+            time.sleep(IN_USE_S)
+        except OSError:
+            if not final.is_dir():  # else another process was first: its content is the same
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
     return open_store(final)
 
 
@@ -110,13 +130,9 @@ def build_once(final: Path, build: Callable[[Path], object]) -> None:
     if final.is_dir():
         return
     partial = final.with_name(f".partial-{final.name}-{uuid.uuid4().hex[:8]}")
+    _make_cache(final.parent)
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"job.cache_folder = {str(final.parent)!r} cannot be written ({error}): name a folder that can"
-        ) from error
-    try:
+        partial.mkdir()
         build(partial)
         os.replace(partial, final)
     except OSError:
@@ -124,6 +140,17 @@ def build_once(final: Path, build: Callable[[Path], object]) -> None:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("permission denied")
+    except OSError as error:
+        raise UserError(
+            f"job.cache_folder = {str(folder)!r} cannot be written ({error}): name a folder that can"
+        ) from error
 
 
 def choose_encoder(source: Source, tokenizer: str, cache_folder: Path | str) -> TextEncoder:
@@ -173,7 +200,7 @@ def _lock(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{out} is being prepared by another process: wait for it, or end it") from error
+            raise InUseError(f"{out} is being prepared by another process: wait for it, or end it") from error
         except OSError:
             pass  # a file system without locks
         yield

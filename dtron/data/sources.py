@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from dtron.errors import UserError
 
-__all__ = ["DocumentReader", "HubSource", "LocalSource", "Source", "SourceSpec", "open_source"]
+__all__ = ["DocumentReader", "HubSource", "LocalSource", "Source", "SourceSpec", "may_be_on_the_hub", "open_source"]
 
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}  # else text
 COMPRESSED = (".gz", ".zst")
@@ -128,10 +128,15 @@ def open_source(spec: SourceSpec, cache_folder: Path | str) -> Source:
                 f"{spec.split!r}): name the folder or file of the split itself, and leave both out"
             )
         return _open_local(spec, location)
-    known = (*KINDS, *COMPRESSED, ".txt")
-    if not HUB_NAME.fullmatch(spec.location) or spec.location.endswith(known):
+    if not may_be_on_the_hub(spec.location):
         raise UserError(f"no such file or folder: {spec.location!r}: give an existing one, or the name of a dataset")
     return HubSource.open(spec, Path(cache_folder))
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether a name that is nothing local can be one of the hub's: not where it looks like a path mistyped."""
+    mistyped = name.endswith((*KINDS, *COMPRESSED, ".txt")) or ("/" in name and Path(name).parent.exists())
+    return HUB_NAME.fullmatch(name) is not None and not mistyped
 
 
 # --- local files

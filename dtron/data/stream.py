@@ -3,8 +3,11 @@
 A run has V virtual streams, the columns: column v gives rows [v G/V, (v+1) G/V) of every global batch of G, whichever
 ranks and worker processes read it. The way of the data, for one source:
 
-files -> reading groups, each with every R-th file in an order of its own each epoch -> blocks of `shuffle_documents`
-documents, each permuted -> dealt in turn to the group's V/R columns -> tokens -> packed into sequences by each column.
+files, in a new order each epoch -> blocks of `shuffle_documents` documents, each permuted -> dealt in turn to the V
+columns -> tokens -> packed into sequences by each column.
+
+So there is one order of all documents, in which each comes once an epoch, however unequal the files are. Every process
+reads all of it and tokenizes its own columns' documents only: reading is cheap beside tokenizing.
 
 A column's state is the place where the block with its next document begins, the document's number and the tokens used
 of it. It says nothing of ranks or workers, so a run continues on any others: at most a block is read again, or a few.
@@ -31,7 +34,7 @@ from dtron.errors import UserError
 if TYPE_CHECKING:
     from dtron.data.tokenizer import TextEncoder
 
-__all__ = ["StreamLoader", "StreamedSource", "column_count", "merge_states", "reading_groups"]
+__all__ = ["StreamLoader", "StreamedSource", "column_count", "merge_states"]
 
 MAX_COLUMNS = 32
 NEAR = 16  # blocks: a column this close behind a reader's place is served by it; one farther gets its own
@@ -43,20 +46,7 @@ State = dict[str, Any]
 
 def column_count(global_batch_size: int) -> int:
     """V, the virtual streams of a new run: the largest divisor of the global batch that is at most 32."""
-    return _largest_divisor(global_batch_size, MAX_COLUMNS)
-
-
-def reading_groups(n_files: int, n_columns: int) -> int:
-    """R, the groups that the files are split into: as many as possible, but of (nearly) the same number of files.
-
-    Groups are read at one pace: one with fewer files would begin its next epoch while others are in their first.
-    """
-    fair = [r for r in range(1, n_columns + 1) if n_columns % r == 0 and (n_files % r == 0 or n_files >= 16 * r)]
-    return max(fair)
-
-
-def _largest_divisor(n: int, at_most: int) -> int:
-    return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
+    return next(d for d in range(min(global_batch_size, MAX_COLUMNS), 0, -1) if global_batch_size % d == 0)
 
 
 class StreamedSource:
@@ -92,7 +82,7 @@ class StreamedSource:
 class _Place(NamedTuple):
     """Where a block begins: JSON-able."""
 
-    number: int  # of its first document, in the group's endless run of documents
+    number: int  # of its first document, in the source's endless run of documents
     epoch: int
     file: int  # in the epoch's order
     reader: State  # of the file's DocumentReader
@@ -105,13 +95,12 @@ class _Document(NamedTuple):
 
 
 class _Reader:
-    """Reads the blocks of one group from `place` on, and deals their documents to the columns it serves."""
+    """Reads the blocks of a source from `place` on, and deals their documents to the columns it serves."""
 
-    def __init__(self, source: StreamedSource, group: int, n_groups: int, n_columns: int, place: _Place) -> None:
-        self._streamed, self._n_columns = source, n_columns // n_groups
-        self._files = range(group, source.source.n_files, n_groups)
-        self._file_seed, self._block_seed = (seed_of(source.seed, 1 + 2 * group + i) for i in range(2))
-        self.waiting: dict[int, deque[_Document]] = {}  # of each column served, by its number in the group
+    def __init__(self, source: StreamedSource, n_columns: int, place: _Place) -> None:
+        self._streamed, self._n_columns = source, n_columns
+        self._file_seed, self._block_seed = seed_of(source.seed, 1), seed_of(source.seed, 2)
+        self.waiting: dict[int, deque[_Document]] = {}  # of each column served
         self.characters: dict[int, int] = {}
         self._wanted: dict[int, int] = {}  # the first document each has not had
         self._place = place
@@ -151,18 +140,18 @@ class _Reader:
     def _open(self) -> None:
         place, file = self._place, self._place.file
         if self._streamed.shuffle_documents > 1:
-            file = int(Permutation(len(self._files), self._file_seed, place.epoch)(np.array(file)))
-        self._documents = self._streamed.source.read(self._files[file], place.reader or None)
+            file = int(Permutation(self._streamed.source.n_files, self._file_seed, place.epoch)(np.array(file)))
+        self._documents = self._streamed.source.read(file, place.reader or None)
 
     def _next_text(self) -> str | None:
         """The next document, or None once at the end of an epoch."""
         while (text := next(self._documents, None)) is None:
             self._place = self._place._replace(file=self._place.file + 1, reader={})
-            if self._place.file < len(self._files):
+            if self._place.file < self._streamed.source.n_files:
                 self._open()
                 continue
             if not self._epoch_has_any:
-                raise self._no_document()
+                raise UserError(f"{self._streamed.name} has no document: give data, or remove empty files")
             self._place = self._place._replace(epoch=self._place.epoch + 1, file=0)
             self._open()
             self._epoch_has_any = False
@@ -170,21 +159,13 @@ class _Reader:
         self._epoch_has_any = True
         return text
 
-    def _no_document(self) -> UserError:
-        n, n_files = len(self._files), self._streamed.source.n_files
-        where = "" if n == n_files else f" in {n} of its {n_files} files, {self._documents.name} among them"
-        return UserError(f"{self._streamed.name} has no document{where}: give data, or remove empty files")
 
+class _Dealer:
+    """The columns of one source that a process holds, served by as few readers as may be."""
 
-class _Group:
-    """The columns of one reading group that a process holds, served by as few readers as may be."""
-
-    def __init__(
-        self, source: StreamedSource, group: int, n_groups: int, n_columns: int, wanted: dict[int, tuple[int, _Place]]
-    ) -> None:
-        self.source = source
-        self._recipe = (source, group, n_groups, n_columns)
-        self._readers: dict[int, _Reader] = {}  # column in the group -> its reader
+    def __init__(self, source: StreamedSource, n_columns: int, wanted: dict[int, tuple[int, _Place]]) -> None:
+        self.source, self._n_columns = source, n_columns
+        self._readers: dict[int, _Reader] = {}  # of each column
         self._left = dict(wanted)  # columns without a reader -> (their next document, the place of its block)
         for column in sorted(wanted, key=lambda column: wanted[column][1].number):
             self._attach(column)
@@ -215,7 +196,7 @@ class _Group:
             if 0 <= place.number - reader.place.number <= near:
                 break
         else:
-            reader = _Reader(*self._recipe, place)
+            reader = _Reader(self.source, self._n_columns, place)
         reader.serve(column, document)
         self._readers[column] = reader
 
@@ -226,20 +207,20 @@ class _Column:
     A sequence's last label is the next one's first input, so that no token goes without a prediction.
     """
 
-    def __init__(self, group: _Group, column: int, state: State) -> None:
-        self._group, self._column, self._start = group, column, state
+    def __init__(self, dealer: _Dealer, column: int, state: State) -> None:
+        self._dealer, self._column, self._start = dealer, column, state
         self._used = state["used"]  # tokens of the first document held
         self._held: deque[tuple[_Document, np.ndarray]] = deque()  # with its tokens
 
     def next_sequence(self) -> Row:
         """(inputs [S], labels [S]) int64, and documents [S] where the source has them."""
-        source = self._group.source
+        source = self._dealer.source
         size = source.seq_len + 1
         window, documents = np.empty(size, np.int64), np.zeros(size, np.int64)
         filled, used = 0, self._used
         for i in count():
             if i == len(self._held):
-                taken = self._group.take(self._column)
+                taken = self._dealer.take(self._column)
                 self._held.extend(zip(taken, source.encoder.encode([d.text for d in taken]), strict=True))
             piece = self._held[i][1][used : used + size - filled]
             window[filled : filled + len(piece)] = piece
@@ -262,12 +243,12 @@ class _Column:
         return {"document": document.number, "used": self._used, "block": document.block._asdict()}
 
 
-def _start_state(column: int, n_groups: int) -> State:
+def _start_state(column: int) -> State:
     """A column's state before its first sequence.
 
-    document: number of its next document in its group's run, of which it has used `used` tokens; block: a `_Place`.
+    document: number of its next document in the source's run, of which it has used `used` tokens; block: a `_Place`.
     """
-    return {"document": column // n_groups, "used": 0, "block": _Place(0, 0, 0, {})._asdict()}
+    return {"document": column, "used": 0, "block": _Place(0, 0, 0, {})._asdict()}
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -318,14 +299,11 @@ class _StepRows(torch.utils.data.IterableDataset):
     def _open(self, columns: list[int]) -> dict[tuple[int, int], _Column]:
         streams: dict[tuple[int, int], _Column] = {}
         for s, source in enumerate(self.sources):
-            if not isinstance(source, StreamedSource):
-                continue
-            n_groups = reading_groups(source.source.n_files, self.n_columns)
-            for g in range(n_groups):
-                states = {c: self.places[f"{s}/{c}"] for c in columns if c % n_groups == g}
-                wanted = {c // n_groups: (x["document"], _Place(**x["block"])) for c, x in states.items()}
-                group = _Group(source, g, n_groups, self.n_columns, wanted)
-                streams |= {(s, c): _Column(group, c // n_groups, state) for c, state in states.items()}
+            if isinstance(source, StreamedSource):
+                states = {column: self.places[f"{s}/{column}"] for column in columns}
+                wanted = {column: (x["document"], _Place(**x["block"])) for column, x in states.items()}
+                dealer = _Dealer(source, self.n_columns, wanted)
+                streams |= {(s, column): _Column(dealer, column, state) for column, state in states.items()}
         return streams
 
     def _column_rows(self, column: int, start: int, streams: dict[tuple[int, int], _Column]) -> Iterator[Row]:
@@ -386,9 +364,8 @@ class StreamLoader:
         places = {}
         for s, source in enumerate(self._data.sources):
             if isinstance(source, StreamedSource):
-                n_groups = reading_groups(source.source.n_files, self._data.n_columns)
                 for column in self._data.columns(0, 1):
-                    places[f"{s}/{column}"] = _start_state(column, n_groups)
+                    places[f"{s}/{column}"] = _start_state(column)
         if state is None and consumed == 0:
             return places
         known = state["places"] if state else {}

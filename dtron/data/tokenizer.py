@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dtron.data.sources import may_be_on_the_hub
 from dtron.errors import UserError
 
 __all__ = ["END_OF_TEXT", "TextEncoder", "read_tokenizer", "train_bpe"]
@@ -154,6 +155,8 @@ def read_tokenizer(name: str, cache_folder: Path | str, key: str) -> TextEncoder
     """
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists() and not may_be_on_the_hub(name):
+        raise UserError(f"{key} = {name!r} is no local file or folder: expected a folder with tokenizer.json")
     try:
         if file.is_file():
             text, eos = file.read_text(encoding="utf-8"), _eos_token(file.with_name("tokenizer_config.json"))

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dtron import registry
+from dtron import compat, registry
 from dtron.checkpoint.store import Progress
 from dtron.config import Config
-from dtron.config.sections import Dataset
+from dtron.config.sections import Dataset, Training
 from dtron.data.loader import StepLoader, ValidationLoader
 from dtron.data.order import Mixture
 from dtron.data.stream import StreamedSource, StreamLoader, merge_states
 from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.train.launch import World
+
+BUILD_TIMEOUT_S = 24 * 3600  # ranks wait for the one that tokenizes a validation set, which says how far it is
 
 __all__ = ["RunData", "open_data", "source_names"]
 
@@ -51,10 +53,14 @@ def open_data(
     tokens are not those of the other ranks, or of the checkpoint.
     """
     c, v = config.training, config.validation
+    compat.set_timeout(BUILD_TIMEOUT_S)
     sections: list[Dataset] = [*c.mixture] or [c]
     data = [_build(config, section, "train", c.seq_len, vocab_size, world) for section in sections]
     held_out = _build(config, v, "validation", v.seq_len or c.seq_len, vocab_size, world) if v.enable else None
+    if c.shuffle_documents != Training().shuffle_documents and not any(isinstance(d, StreamedSource) for d in data):
+        raise UserError("training.shuffle_documents has no effect on prepared data, which is shuffled as a whole")
     _check_one_tokenizer([*zip(sections, data, strict=True), (v, held_out)])
+    compat.set_timeout(config.comm.init_timeout_seconds)
     mixture = Mixture([getattr(section, "weight", 1.0) for section in sections])
     _check_same_data(_fingerprint(data, mixture), progress, _named(sections[0]), world)
     rank: Any = {"dp_rank": dp_rank, "dp_size": degrees.dp}
@@ -136,8 +142,8 @@ def _check_same_data(fingerprint: str, progress: Progress, name: str, world: Wor
     recorded = progress.data_fingerprint
     if recorded and fingerprint != recorded:
         raise UserError(
-            f"dataset {name} is not the one this run was trained on (another Python version or other mixture weights, "
-            f"say): its fingerprint is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring it back, or start a "
-            "run of its own"
+            f"dataset {name} is not the one this run was trained on (other files or another tokenizer or, of stdlib, "
+            f"another Python version): its fingerprint is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring "
+            "it back, or start a run of its own"
         )
     progress.data_fingerprint = fingerprint

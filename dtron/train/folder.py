@@ -24,6 +24,7 @@ def run_identity(config: Config, model_config: Any) -> str:
         "loss": t.loss,
         "data": [[dataclasses.asdict(source) for source in t.mixture] or one, config.model.hf_assets_path],
         "attention_mask": t.attention_mask,
+        "shuffle_documents": t.shuffle_documents,
         "seq_len": t.seq_len,
         "max_norm": t.max_norm,
         "initial": config.checkpoint.initial_load_path,

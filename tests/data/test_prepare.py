@@ -1,11 +1,13 @@
 """From a source to a folder of shards: the same bytes whatever the processes and however often it was ended."""
 
 import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,6 +360,27 @@ def test_cached_is_prepared_once_and_keyed(encoder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="job.cache_folder"):
         prepare_cached(source, encoder, tmp_path / "file" / "cache", log=silent)
+
+
+def test_cached_goes_on_after_a_kill_and_waits_for_another(encoder, whole, tmp_path):
+    said, cache = [], tmp_path / "cache"
+    first = prepare_cached(Lists(), encoder, cache, log=silent)
+    partial = cache / f".partial-{first.folder.name}"
+    shutil.move(first.folder, partial)  # finished, and killed before it was moved into place
+
+    def log(line):
+        said.append(line)
+        if "waiting" in line and len(said) == 1:
+            held.close()
+
+    held = (partial / "prepare.lock").open("w")
+    (partial / MANIFEST).unlink()  # or killed in the middle, by a process that another has followed
+    fcntl.flock(held, fcntl.LOCK_EX)
+    source = Lists()
+    (partial / JOURNAL).write_text(json.dumps({"recipe": {}, "shards": [], "file": 0, "state": None}))
+    again = prepare_cached(source, encoder, cache, log=log)
+    assert again.fingerprint == first.fingerprint and again.folder == first.folder and not partial.exists()
+    assert said[0].startswith("waiting for another process") and source.reads
 
 
 def test_bpe_is_trained_on_the_first_texts(tmp_path, monkeypatch):

@@ -159,3 +159,16 @@ def test_bench_compares_the_same_tokens(tmp_path):
     result = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
     assert result["tokens"] > 1000 and result["bare"] > 0 and len(result["ratios"]) == 1
     assert result["ratio"] == pytest.approx(result["dtron"] / result["bare"], rel=0.2)
+
+
+def test_out_inside_the_source_is_refused(source, tmp_path, capsys):
+    assert main(arguments(source.parent, tmp_path / "out" / "deep")) == 1
+    assert "lies inside" in capsys.readouterr().err and os.listdir(tmp_path) == ["texts.jsonl"]
+
+
+def test_mistyped_tokenizer_is_told_at_once(source, tmp_path, capsys):
+    for name in (str(tmp_path / "nope"), "bpe:", "./nope"):
+        command = ["prepare", str(source), "--text-column", "body", "--tokenizer", name, "--out", str(tmp_path / "out")]
+        began = time.monotonic()
+        assert main(command) == 1 and time.monotonic() - began < 5  # no retries over a network
+        assert f"--tokenizer = {name!r} is no local file or folder" in capsys.readouterr().err

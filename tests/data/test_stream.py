@@ -19,7 +19,7 @@ from dtron.config.sections import DataLoader
 from dtron.data import stream
 from dtron.data.order import Mixture
 from dtron.data.sources import HubSource, LocalSource, SourceSpec, open_source
-from dtron.data.stream import StreamedSource, StreamLoader, column_count, merge_states, reading_groups
+from dtron.data.stream import StreamedSource, StreamLoader, column_count, merge_states
 from dtron.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -152,47 +152,38 @@ def documents_of(tokens):
     return [bytes(run).decode() for run in (runs if tokens[-1] == EOS else runs[:-1])]
 
 
-def group_runs(batches, n_columns, n_groups):
-    """The documents of every reading group in their order, as far as all of its columns have come."""
+def run_of(batches, n_columns):
+    """The documents in the order in which they were dealt, as far as all columns have come."""
     columns = [documents_of(tokens) for tokens in columns_of(batches, n_columns)]
-    runs = []
-    for group in range(n_groups):
-        dealt = itertools.takewhile(all, itertools.zip_longest(*columns[group::n_groups]))
-        runs.append([text for turn in dealt for text in turn])
-    return runs
+    return [text for turn in itertools.takewhile(all, itertools.zip_longest(*columns)) for text in turn]
 
 
-@pytest.mark.parametrize("kind,n_files,gbs", [("jsonl", 1, 8), ("jsonl", 3, 8), ("parquet", 8, 4), ("txt", 3, 16)])
-def test_every_document_once_an_epoch_in_another_order_each(kind, n_files, gbs, tmp_path):
-    files = texts_of(n_files)
-    source = write(tmp_path / "data", kind, files)
-    n_groups = reading_groups(source.n_files, gbs)
-    batches, _ = steps([streamed(source)], 1600 // gbs, gbs=gbs)
-    for group, run in enumerate(group_runs(batches, gbs, n_groups)):
-        per_file = [source.read(file) for file in range(group, source.n_files, n_groups)]
-        expected = sorted(text for reader in per_file for text in reader)
-        size = len(expected)
-        epochs = [run[i : i + size] for i in range(0, len(run) - size + 1, size)]
-        assert len(epochs) >= 3
-        for epoch in epochs:
-            assert sorted(epoch) == expected
-        assert len(set(map(tuple, epochs))) == len(epochs)
+@pytest.mark.parametrize(
+    "kind,sizes,gbs",
+    [
+        ("jsonl", [40], 8),
+        ("jsonl", [30, 30, 30], 8),
+        ("parquet", [10] * 8, 4),
+        ("txt", [30, 30, 30], 16),
+        ("jsonl", [30, 30, 30, 3], 8),  # the last shard is short
+        ("jsonl", [80, 3], 4),
+    ],
+)
+def test_every_document_once_an_epoch_in_another_order_each(kind, sizes, gbs, tmp_path):
+    texts = texts_of(len(sizes), max(sizes) * len(sizes))
+    source = write(tmp_path / "data", kind, [part[:size] for part, size in zip(texts, sizes, strict=True)])
+    batches, _ = steps([streamed(source)], 2400 // gbs, gbs=gbs)
+    run = run_of(batches, gbs)
+    expected = sorted(text for file in range(source.n_files) for text in source.read(file))
+    size = len(expected)
+    epochs = [run[i : i + size] for i in range(0, len(run) - size + 1, size)]
+    assert len(epochs) >= 3
+    for epoch in epochs:
+        assert sorted(epoch) == expected
+    assert len(set(map(tuple, epochs))) == len(epochs)
 
 
-def test_epochs_are_the_same_size_for_every_group():
-    assert [reading_groups(n, 8) for n in (1, 2, 3, 4, 6, 8, 9, 24, 100, 128, 1000)] == [
-        1,
-        2,
-        1,
-        4,
-        2,
-        8,
-        1,
-        8,
-        4,
-        8,
-        8,
-    ]
+def test_streams_divide_the_global_batch():
     assert [column_count(n) for n in (1, 7, 32, 48, 64, 74, 37)] == [1, 7, 32, 24, 32, 2, 1]
 
 
@@ -200,7 +191,7 @@ def test_without_shuffle_the_order_is_the_source_s_own(tmp_path):
     files = texts_of(3, 30)
     source = streamed(write(tmp_path / "data", "jsonl", files), shuffle_documents=1)
     batches, _ = steps([source], 400, gbs=2)
-    [run] = group_runs(batches, 2, 1)
+    run = run_of(batches, 2)
     epoch = [text for texts in files for text in texts]
     assert len(run) > 60 and run == (epoch * 99)[: len(run)]
     with pytest.raises(UserError, match="shuffle_documents = 0"):

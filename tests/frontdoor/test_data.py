@@ -68,3 +68,28 @@ def test_damaged_shard_ends_the_run_with_its_name(damage: str, data: Path, tmp_p
     run = torchrun(tmp_path, 2, "--training.local_batch_size", "4", config=configured(dataset=str(prepared)))
     said = "".join(run.err)
     assert run.code != 0 and said.count("shard-00000") == 1 and "Traceback" not in said, run.everything()
+
+
+def test_other_ranks_wait_for_a_validation_set_that_takes_long(data: Path, tmp_path: Path) -> None:
+    """Longer than comm.init_timeout_seconds, which bounds everything else before the first step."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    config = configured(dataset=str(data / "text")).replace('dataset = "uneven"', 'dataset = "slow"')
+    config = config.replace("[model]\n", f'[model]\nhf_assets_path = "{data / "tokenizer"}"\n')
+    config = config.replace('custom_import = ["frontdoor_parts"]', 'custom_import = ["slow"]')
+    arguments = ["--training.local_batch_size", "4", "--training.steps", "1", "--validation.enable"]
+    run = torchrun(tmp_path, 2, *arguments, "--comm.init_timeout_seconds", "4", config=config)
+    assert run.code == 0, run.everything()
+
+
+SLOW = """
+import dataclasses, os, time
+from dtron.data.build import build_by_path
+from dtron.registry import register
+
+def slow(config, section, split, seq_len, vocab_size, log):
+    if os.environ["LOCAL_RANK"] == "0":
+        time.sleep(7)
+    return build_by_path(config, dataclasses.replace(section, dataset=config.training.dataset), split, seq_len, 0, log)
+
+register("dataset", "slow", slow)
+"""

@@ -30,6 +30,17 @@ def test_every_document_is_computed_as_if_alone(name: str) -> None:
     assert not torch.allclose(together[7], model(tokens)[7], atol=1e-3)
 
 
+def test_positions_restart_with_every_document() -> None:
+    """Seen where the rotary embedding gets them: attention itself sees differences of positions only."""
+    model = plain_model(MODELS["small"])
+    seen = []
+    model.layers["0"].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))  # cos [B, S, 1, D/2]
+    begins = documents(0)
+    model(torch.zeros(8, SEQ, dtype=torch.int64), documents=begins)
+    angles = (torch.arange(SEQ) - begins)[..., None, None] * llama.rope_frequencies(model.config)
+    torch.testing.assert_close(seen[0], angles.cos())
+
+
 def test_one_document_is_plain_causal_attention() -> None:
     model = plain_model(MODELS["small"])
     tokens = torch.randint(0, 96, (2, SEQ), generator=torch.Generator().manual_seed(1))

@@ -263,6 +263,12 @@ def test_data_that_does_not_fit_is_refused(run: Runner, folder: Path) -> None:
     assert "mixture weights 1, 0" in refusal(*mixture((folder / "web-prepared", 1), (folder / "code-prepared", 0)))
     assert "code-prepared) is near" not in (near := refusal("--training.dataset", str(folder / "web-prepare")))
     assert "web-prepared is near" in near
+    elsewhere = refusal(*prepared, "--training.dataset_path", str(folder / "nowhere"))
+    assert elsewhere.startswith("training.dataset_path") and "nowhere" in elsewhere
+    assert "shuffle_documents has no effect" in refusal(*prepared, "--training.shuffle_documents", "5")
+    assert "is unknown" in refusal("--training.dataset", "")
+    mistyped = refusal("--training.dataset", str(folder / "web"), "--model.hf_assets_path", str(folder / "tokeniser"))
+    assert "model.hf_assets_path" in mistyped and "no local file or folder" in mistyped
     assert "did you mean 'stdlib'" in refusal("--training.dataset", "stdlb")
 
 
