@@ -30,6 +30,7 @@ __all__ = [
     "row_indices",
     "rows_of",
     "seed_of",
+    "torch_loader",
 ]
 
 IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
@@ -183,22 +184,25 @@ def _collate(rows: list[Row] | UserError) -> Batch | UserError:
     return rows if isinstance(rows, UserError) else collate(rows)
 
 
-def _torch_loader(
-    datasets: Sequence[SequenceDataset], batch_sampler: Any, options: DataLoader
-) -> torch.utils.data.DataLoader:
-    """torch's loader over lists of indices; page-locks memory only where there is a GPU to copy to."""
-    return torch.utils.data.DataLoader(
-        _Rows(datasets),  # type: ignore[arg-type]
-        batch_sampler=batch_sampler,
-        collate_fn=_collate,
-        num_workers=options.num_workers,
-        persistent_workers=options.persistent_workers,
-        prefetch_factor=options.prefetch_factor,
-        pin_memory=options.pin_memory and torch.cuda.is_available(),
+def torch_loader(dataset: Any, collate: Any, options: DataLoader, **more: Any) -> torch.utils.data.DataLoader:
+    """torch's loader with the configured workers. more: further arguments of it, in place of those."""
+    arguments = {
+        "num_workers": options.num_workers,
+        "persistent_workers": options.persistent_workers,
+        "prefetch_factor": options.prefetch_factor,
         # By default every new iterator would draw from the global generator, which a resumed run
         # would then find at another place than a run that was never interrupted.
-        generator=torch.Generator(),
-    )
+        "generator": torch.Generator(),
+    }
+    return torch.utils.data.DataLoader(dataset, collate_fn=collate, **(arguments | more))
+
+
+def _rows_loader(
+    datasets: Sequence[SequenceDataset], batch_sampler: Any, options: DataLoader
+) -> torch.utils.data.DataLoader:
+    """Over lists of (data set, index); page-locks memory only where there is a GPU to copy to."""
+    pin = options.pin_memory and torch.cuda.is_available()
+    return torch_loader(_Rows(datasets), _collate, options, batch_sampler=batch_sampler, pin_memory=pin)
 
 
 class StepLoader:
@@ -224,7 +228,7 @@ class StepLoader:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
         lengths = [len(dataset) for dataset in datasets]
         self._sampler = _EndlessRows(lengths, mixture, global_batch_size, rows, seed, shuffle, consumed)
-        self._loader = _torch_loader(datasets, self._sampler, options)
+        self._loader = _rows_loader(datasets, self._sampler, options)
         self.seek(consumed)
 
     @property
@@ -281,7 +285,7 @@ class ValidationLoader:
         whole_pass = -(-len(dataset) // global_batch_size)
         self._n_batches = whole_pass if steps < 0 else min(steps, whole_pass)
         sampler = _PassRows(len(dataset), global_batch_size, rows, self._n_batches)
-        self._loader = _torch_loader([dataset], sampler, options)
+        self._loader = _rows_loader([dataset], sampler, options)
 
     def __len__(self) -> int:
         """Batches in one pass."""

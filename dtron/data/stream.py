@@ -26,7 +26,7 @@ import torch
 import torch.utils.data
 
 from dtron.config.sections import DataLoader
-from dtron.data.loader import Batch, Row, SequenceDataset, collate, rows_of, seed_of
+from dtron.data.loader import Batch, Row, SequenceDataset, collate, rows_of, seed_of, torch_loader
 from dtron.data.order import Mixture, Permutation, sample_indices
 from dtron.data.sources import Source
 from dtron.errors import UserError
@@ -391,7 +391,8 @@ class StreamLoader:
     def __next__(self) -> Batch:
         if self._items is None:
             self._data.start, self._data.places = self._consumed, self._places
-            self._items = iter(self._torch_loader())
+            workers = self._n_workers
+            self._items = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
         items = []
         for _ in range(max(1, self._n_workers)):  # torch takes one item from each worker in turn
             item = next(self._items)
@@ -408,18 +409,6 @@ class StreamLoader:
             batch = batch._replace(sources=torch.from_numpy(sources))
         self._consumed += data.global_batch_size
         return batch
-
-    def _torch_loader(self) -> torch.utils.data.DataLoader:
-        options = self._options
-        return torch.utils.data.DataLoader(
-            self._data,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self._n_workers,
-            persistent_workers=options.persistent_workers,
-            prefetch_factor=options.prefetch_factor,
-            generator=torch.Generator(),  # by default it would draw from the global one, see `loader`
-        )
 
     def _in_order(self, batches: list[Batch]) -> Batch:
         """The workers' parts as one batch, its rows in the order of the global batch."""

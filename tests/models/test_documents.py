@@ -47,6 +47,7 @@ def test_one_document_is_plain_causal_attention() -> None:
     torch.testing.assert_close(model(tokens, documents=torch.zeros_like(tokens)), model(tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA runs, FlexAttention and its mask, here on the CPU, uncompiled and forward only."""
     begins = documents(0)[:4].repeat(1, 8)  # 256 tokens: two blocks of 128
