@@ -79,10 +79,16 @@ class Ranks:
         results: dict[int, Any] = {}
         while len(results) < len(pipes):
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-            ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, end - time.monotonic()))
+            # A rank that dies closes no pipe: those forked after it hold its end too.
+            ends = {process.sentinel: rank for rank, (process, _) in enumerate(self._workers[: len(pipes)])}
+            ready = multiprocessing.connection.wait([*waiting, *ends], timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 self.close()
                 raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang")
+            if dead := [ends[sentinel] for sentinel in ready if sentinel in ends]:
+                codes = {rank: self._workers[rank][0].exitcode for rank in dead}
+                self.close()
+                raise RankError(f"ranks died, with the exit codes {codes}")
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 good, results[rank] = pipe.recv()  # type: ignore[union-attr]
