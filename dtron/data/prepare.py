@@ -202,7 +202,7 @@ def _lock(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise InUseError(f"{out} is being prepared by another process: wait for it, or end it") from error
         except OSError:
-            pass  # a file system without locks
+            pass  # a file system without locks: two processes at one folder are then the user's to avoid
         yield
 
 
