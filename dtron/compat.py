@@ -13,6 +13,7 @@ import torch.distributed.tensor.experimental._context_parallel._attention as cp_
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
@@ -26,22 +27,28 @@ from torch.distributed.tensor.experimental import register_sharding
 
 __all__ = [
     "CsvSchedule",
+    "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
+    "FsspecWriter",
     "all_gather",
     "checkpoint_wrapper",  # 2.11, 2.13; waits for a public module wrapper in torch.utils.checkpoint
     "clean_name",
     "compile_without_autograd_cache",
     "cpu_flash_attention",
+    "can_skip_updates",
+    "copy_of_dtensor",
     "csv_actions",
     "enable_async_tensor_parallel",
     "enable_ring_attention",
     "keep_forward_only",
     "ring_attention_style",
     "set_timeout",
+    "skip_update_where",
     "stages_of_rank",
     "warn_about_torch_version",
 ]
 
 OLDEST, NEWEST = (2, 11), (2, 13)
+OWN_TIMEOUT = "checkpoint"  # description of the groups whose members may wait long for each other
 
 
 def warn_about_torch_version() -> str | None:
@@ -199,9 +206,33 @@ def enable_async_tensor_parallel(tp_mesh: DeviceMesh) -> None:
 
 
 def set_timeout(seconds: int) -> None:
-    """Let collectives of every group of this rank fail after `seconds`; gloo's point-to-point keeps its first."""
+    """Let collectives of every group of this rank fail after `seconds`; gloo's point-to-point keeps its first.
+
+    Groups that were described as `OWN_TIMEOUT` keep the one they were made with.
+    """
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if group.group_desc != OWN_TIMEOUT:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+# --- a DTensor whose shard lies in CPU memory while its mesh is of GPUs, 2.11 and 2.13; from_local() would move it.
+
+
+def copy_of_dtensor(like: DTensor, shard: torch.Tensor) -> DTensor:
+    """`like` with another shard in place of its own."""
+    return DTensor(shard, like._spec, requires_grad=False)
+
+
+# --- steps that change nothing, 2.11 and 2.13: what torch.amp.GradScaler asks of an optimizer; waits for a public way.
+
+
+def skip_update_where(optimizer: torch.optim.Optimizer, found: torch.Tensor) -> None:
+    """Let the next step() leave weights and state as they are if `found`, a float32 scalar on the device, is 1."""
+    optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
+
+
+def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 # --- torch.compile, 2.13.

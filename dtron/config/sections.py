@@ -145,6 +145,11 @@ class Training(Dataset):
     global_batch_size: int = key(-1, "sequences an optimizer step; -1: local batch x data-parallel ranks")
     seq_len: int = key(2048, "tokens a sequence", minimum=1)
     max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0)
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop", "a loss or gradient that is NaN or infinite ends the run, or its step changes nothing (fused Adam)"
+    )
+    spike_factor: float = key(0.0, "a gradient norm this many times its running mean is a spike; 0: none is", minimum=0)
+    on_spike: Literal["skip", "stop"] = key("skip", "a spike's step changes nothing (fused Adam), or the run ends")
     steps: int = key(10000, "optimizer steps of the whole run", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU")
     enable_cpu_offload: bool = key(False, "keep weights, gradients and optimizer state in CPU memory (CUDA only)")
@@ -202,9 +207,13 @@ class Parallelism:
 @dataclass
 class Checkpoint:
     enable: bool = key(False, "save checkpoints, and resume from the newest")
-    folder: str = key("checkpoint", "folder of the checkpoints, inside the run folder")
+    folder: str = key(
+        "checkpoint", "folder of the checkpoints, inside the run folder; or an fsspec URL, which gets one a run"
+    )
     interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
-    initial_load_path: str | None = key(None, "checkpoint folder (.../step-N) whose weights start this run")
+    initial_load_path: str | None = key(
+        None, "checkpoint (.../step-N), a local folder or an fsspec URL, whose weights start this run; torchtitan's too"
+    )
     initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too")
     initial_load_in_hf: bool = key(False, "", lacks="Hugging Face weights are not read yet")
     initial_load_in_hf_quantized: bool = key(False, "", lacks="quantized weights are not read yet")
@@ -214,11 +223,15 @@ class Checkpoint:
         "float32", "", lacks="checkpoints keep the fp32 master weights"
     )
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = key(
-        "disabled", "", lacks="saving is synchronous so far"
+        "disabled",
+        "async: training goes on from a copy in CPU memory; with_pinned_mem: it does not even wait for the copy (CUDA)",
     )
     keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
+    keep_every_n_steps: int = key(0, "checkpoints of these steps are never deleted; 0: none", minimum=0)
     load_step: int = key(-1, "the step to resume from; -1: the newest")
-    exclude_from_loading: list[str] = key([], "", lacks="whole checkpoints are loaded so far")
+    exclude_from_loading: list[str] = key(
+        [], 'parameters of initial_load_path that are not loaded, by name or pattern, for example ["lm_head.*"]'
+    )
     enable_first_step_checkpoint: bool = key(False, "also save after step 1")
     create_seed_checkpoint: bool = key(
         False, "", lacks="weights start equal on every layout; no seed checkpoint is needed"

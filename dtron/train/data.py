@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dtron import compat, registry
-from dtron.checkpoint.store import Progress
+from dtron.checkpoint.files import Progress
 from dtron.config import Config
 from dtron.config.sections import Dataset, Training
 from dtron.data.loader import StepLoader, ValidationLoader

@@ -1,21 +1,51 @@
 """Which folder a run writes to: resumed where the same run left checkpoints, fresh otherwise, never overwritten."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from dtron.checkpoint import store
-from dtron.config import Config
+from dtron.checkpoint.load import resumable_steps
+from dtron.checkpoint.place import Place
+from dtron.config import Config, flatten, load
 from dtron.errors import UserError
 
-__all__ = ["choose_run_folder", "run_identity"]
+__all__ = ["LOCK", "RunFolder", "check_writable", "checkpoint_place", "choose_run_folder", "hold", "run_identity"]
+
+LOCK = "run.lock"
+# The keys that `run_identity` is made of, as they are written.
+IDENTITY_SECTIONS = ("model.", "optimizer.", "lr_scheduler.", "training.dataset", "training.mixture")
+IDENTITY_KEYS = {
+    "training.text_column",
+    "training.loss",
+    "training.attention_mask",
+    "training.shuffle_documents",
+    "training.seq_len",
+    "training.max_norm",
+    "checkpoint.initial_load_path",
+    "checkpoint.initial_load_model_only",
+    "checkpoint.exclude_from_loading",
+    "debug.seed",
+}
+
+
+@dataclasses.dataclass
+class RunFolder:
+    """A run's folder, and its number of this attempt; `resumes`: it holds checkpoints; `told`: a line for the user."""
+
+    path: Path
+    attempt: int
+    resumes: bool
+    told: str = ""
 
 
 def run_identity(config: Config, model_config: Any) -> str:
     """Hash of what makes two runs the same training: model, data, optimizer, seed; not layout, length or batch size."""
-    t = config.training
+    t, c = config.training, config.checkpoint
     one = [t.dataset, t.dataset_path, t.dataset_subset, t.dataset_split, t.text_column]
     same = {
         "model": [config.model.name, dataclasses.asdict(model_config), config.model.converters],
@@ -27,27 +57,37 @@ def run_identity(config: Config, model_config: Any) -> str:
         "shuffle_documents": t.shuffle_documents,
         "seq_len": t.seq_len,
         "max_norm": t.max_norm,
-        "initial": config.checkpoint.initial_load_path,
+        "initial": [c.initial_load_path, c.initial_load_model_only, c.exclude_from_loading],
         "seed": config.debug.seed,
     }
     return hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def choose_run_folder(config: Config, model_config: Any) -> tuple[Path, Path | None, int]:
-    """The run folder (made), the checkpoint to resume from if a run of the same identity left one, and the attempt.
+def checkpoint_place(config: Config, run_folder: Path | str) -> Place:
+    """Where a run's checkpoints lie: in its folder, or under a URL in a folder of the same name."""
+    folder = config.checkpoint.folder
+    if "://" in folder:
+        return Place.at(folder) / Path(run_folder).name
+    return Place.at(Path(run_folder) / folder)
 
-    UserError where checkpoint.load_step names a step that cannot be resumed from.
+
+def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
+    """The run's folder: one where the same run left checkpoints, or a new one, which is made.
+
+    UserError where checkpoint.load_step names a step and there is no such run.
     """
     stem = f"{config.model.name}-{config.model.flavor}-{run_identity(config, model_config)}"
     parent, c = Path(config.job.dump_folder), config.checkpoint
     if c.enable:
-        for folder in sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True):
-            checkpoint = _checkpoint_in(folder / c.folder, c.load_step)
-            if checkpoint:
-                return folder, checkpoint, 1 + len(list(folder.glob("config*.toml")))
+        local = sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+        remote = [name for name in Place.at(c.folder).names() if name.startswith(stem)] if "://" in c.folder else []
+        for folder in (*local, *(parent / name for name in remote)):
+            if resumable_steps(checkpoint_place(config, folder)):
+                folder.mkdir(parents=True, exist_ok=True)
+                return RunFolder(folder, 1 + len(list(folder.glob("config*.toml"))), True)
         if c.load_step != -1:
             raise UserError(
-                f"no run of this model, data and optimizer in {parent} has a whole checkpoint of step {c.load_step} "
+                f"no run of this model, data and optimizer in {parent} has a checkpoint of step {c.load_step} "
                 "with optimizer state; set checkpoint.load_step to one that is there, or -1 for the newest"
             )
     number = 1
@@ -55,19 +95,75 @@ def choose_run_folder(config: Config, model_config: Any) -> tuple[Path, Path | N
         folder = parent / (stem if number == 1 else f"{stem}-{number}")
         try:
             folder.mkdir(parents=True)
-            return folder, None, 1
+            return RunFolder(folder, 1, False, _not_resumed(config, folder))
         except FileExistsError:
             number += 1
 
 
-def _checkpoint_in(folder: Path, load_step: int) -> Path | None:
-    if damaged := store.damaged_in(folder):
+def _not_resumed(config: Config, folder: Path) -> str:
+    """A line that names the keys in which this run differs from the most like one that could have been resumed."""
+    if not config.checkpoint.enable:
+        return ""
+    found = []
+    for other in folder.parent.glob("*/config.toml"):
+        if resumable_steps(Place.at(other.parent / config.checkpoint.folder)):
+            found.append((_differences(config, other), other.parent))
+    if not found:
+        return ""
+    keys, other_folder = min(found, key=lambda pair: len(pair[0]))
+    what = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+    return (
+        f"a run of its own, not a resume of {other_folder}, from which it differs in {what or 'the model or its files'}"
+    )
+
+
+def _differences(config: Config, other: Path) -> list[str]:
+    try:
+        theirs = flatten(load(["--job.config_file", str(other)]))
+    except UserError:
+        return ["a config.toml that is of another version"]
+    pairs = [(key, mine, theirs[key]) for key, mine in flatten(config).items()]
+    return [
+        f"{key} ({mine!r} here, {there!r} there)"
+        for key, mine, there in pairs
+        if mine != there and (key in IDENTITY_KEYS or key.startswith(IDENTITY_SECTIONS))
+    ]
+
+
+def hold(folder: Path) -> TextIO:
+    """Keep other runs out of a folder until this process ends, however it ends. UserError if there is one in it.
+
+    A POSIX lock: unlike that of flock, no forked worker keeps it.
+    """
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
         raise UserError(
-            f"{damaged[-1]} has no {store.PROGRESS_FILE}: it is damaged and cannot be resumed; move it away to go on "
-            "from the checkpoint before it"
-        )
-    if load_step == -1:
-        return store.newest(folder)
-    path = folder / f"step-{load_step}"
-    whole = load_step in store.steps_in(folder) and not store.read_progress(path).model_only
-    return path if whole else None
+            f"{folder} is in use by {owner}: the same run is going on there; wait for it, stop it, or set another "
+            "job.dump_folder"
+        ) from None
+    except OSError:
+        return file  # a file system without locks: two runs in one folder are then the user's to avoid
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def check_writable(place: Place, rank: int) -> None:
+    """UserError if checkpoints cannot be written to `place` from here."""
+    probe = place / f"probe-{rank}"
+    try:
+        place.make()
+        probe.write(b"dtron")
+        place.remove_files([probe.name])
+    except OSError as error:
+        raise UserError(
+            f"no checkpoint can be written to {place}: {error}; give job.dump_folder (or checkpoint.folder) a place "
+            "that can be written to, or set checkpoint.enable = false"
+        ) from None

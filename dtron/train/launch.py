@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -24,6 +24,7 @@ from dtron import compat
 from dtron.config import Config, HelpRequested, flatten, load, to_toml
 from dtron.errors import UserError
 from dtron.train.setup import Setup, resolve
+from dtron.train.signals import StopRequest
 
 if TYPE_CHECKING:
     from dtron.train.trainer import Trainer
@@ -36,12 +37,13 @@ KILLED_WAIT_S = 2.0  # longer than torchrun needs to notice a rank that was kill
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks; `store` is the rendezvous store they all reach."""
+    """This process among the ranks; `store` is the rendezvous store they all reach; `stop`: signals that reached it."""
 
     rank: int
     local_rank: int
     size: int
     store: dist.Store
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -163,6 +165,7 @@ def _exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoReturn:
     """Rank 0 speaks. Another rank speaks only if rank 0 is still there after the wait: the mistake was its own."""
+    StopRequest().disarm()  # torchrun is to stop the waiting at once
     _is_first_to_fail(rank, world)  # ranks that lose contact with this one are to be silent
     where = ""
     if rank != 0:
@@ -178,6 +181,7 @@ def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoRe
 
 def _exit_with_traceback(rank: int, world: World | None, error: BaseException) -> NoReturn:
     """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped."""
+    StopRequest().disarm()
     if _is_first_to_fail(rank, world):
         # A rank that was killed could not say that it was first. torchrun stops this one before it takes the blame.
         time.sleep(KILLED_WAIT_S)

@@ -4,14 +4,17 @@ import contextlib
 import math
 import os
 import shlex
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dtron.checkpoint.save import Saved
 from dtron.config import Config, flatten
-from dtron.observe.console import EtaClock, format_step, format_summary, use_color
+from dtron.observe.console import EtaClock, format_step, format_summary, human_bytes, human_seconds, use_color
 from dtron.observe.metrics import MetricsWriter, read_metrics
 from dtron.train.launch import World
 
@@ -26,14 +29,28 @@ class StepClock:
 
     def __init__(self) -> None:
         self._steps, self._data_s, self._paused_s, self._since = 0, 0.0, 0.0, time.perf_counter()
+        self._began = self._since
+        self._usual_s: deque[float] = deque(maxlen=50)  # of the last steps beside which nothing was saved
+        self._saving_s: list[float] = []
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
         """Around the wait for a step's batch."""
-        began = time.perf_counter()
+        began = self._began = time.perf_counter()
         yield
         self._data_s += time.perf_counter() - began
         self._steps += 1
+
+    def end_step(self, saving: bool) -> None:
+        """At the end of a step; saving: a checkpoint is being written beside it."""
+        (self._saving_s if saving else self._usual_s).append(time.perf_counter() - self._began)
+
+    def slowdown(self) -> float | None:
+        """How much longer steps took beside the last save than usual steps do; None if there were none of either."""
+        saving, self._saving_s = self._saving_s, []
+        if not saving or not self._usual_s:
+            return None
+        return statistics.median(saving) / statistics.median(self._usual_s)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -88,6 +105,26 @@ class Report:
             self._writer.log(row)
             beside = f" (unigram entropy of this set {self._entropy:.4f} nats)" if self._entropy else ""
             print(f"step {step}: validation loss {loss:.4f} nats a token{beside}", flush=True)
+
+    def saved(self, saved: Saved, failed_saves: int, slowdown: float | None) -> None:
+        """A save is over: what it cost, or why it failed."""
+        if not self._writer:
+            return
+        for line in saved.told:
+            print(f"warning: {line}", flush=True)
+        if saved.error:
+            self._writer.log({"step": saved.step, "failed_saves": failed_saves})
+            text = f"warning: the checkpoint of step {saved.step} could not be saved ({saved.error})"
+            print(f"{text}; the one before it is untouched", flush=True)
+            return
+        row = {"step": saved.step, "checkpoint_stall_s": saved.stall_s, "checkpoint_save_s": saved.save_s}
+        self._writer.log({**row, "checkpoint_bytes": saved.bytes, "checkpoint_slowdown": slowdown})
+        beside = f", and its steps took {slowdown:.2f} x as long meanwhile" if slowdown else ""
+        print(
+            f"step {saved.step}: saved {human_bytes(saved.bytes)} in {human_seconds(saved.save_s)}; "
+            f"training stood still for {saved.stall_s:.3f}s{beside}",
+            flush=True,
+        )
 
     def end(self) -> None:
         """Close the files and print the summary."""

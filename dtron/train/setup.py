@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from dtron import registry
-from dtron.checkpoint import store
+from dtron.checkpoint.load import check_source
+from dtron.checkpoint.place import Place
 from dtron.config import Config
 from dtron.config.legal import check_legal
 from dtron.config.sections import Dataset, Training
@@ -135,10 +136,14 @@ def _check_values(c: Config) -> None:
         ("metrics.save_tb_folder", c.metrics.save_tb_folder),
         ("profiling.save_traces_folder", c.profiling.save_traces_folder),
     ):
+        if key == "checkpoint.folder" and "://" in folder:
+            continue
         if Path(folder).is_absolute() or ".." in Path(folder).parts or Path(folder) == Path():
             raise UserError(f"{key} is {folder!r}; expected the name of a folder inside the run folder")
     if c.checkpoint.initial_load_path:
-        store.read_progress(Path(c.checkpoint.initial_load_path))
+        check_source(Place.at(c.checkpoint.initial_load_path))
+    elif c.checkpoint.exclude_from_loading:
+        raise UserError("checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path")
     if c.training.max_norm == 0:
         raise UserError(
             "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"

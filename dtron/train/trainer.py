@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
-from pathlib import Path
+import hashlib
+import json
+import time
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 import dtron
 from dtron import compat, registry
-from dtron.checkpoint import store
+from dtron.checkpoint.save import Saved, Saver
 from dtron.config import to_toml
 from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.errors import UserError
@@ -21,9 +23,9 @@ from dtron.observe.device import max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import meta_model, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
+from dtron.train.begin import SAVED_MARKER, begin, load_begun, saves
 from dtron.train.data import open_data
-from dtron.train.finite import FiniteCheck
-from dtron.train.folder import choose_run_folder
+from dtron.train.guard import StepGuard
 from dtron.train.launch import World
 from dtron.train.optimizer import build_optimizers, learning_rate_factor, scale_gradients, squared_gradient_norm
 from dtron.train.report import Report, StepClock
@@ -39,10 +41,9 @@ class Trainer:
         self.setup, self.world = setup, world
         cuda = setup.device_type == "cuda"
         self.device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-        self.run_folder, resume_from, attempt = self._choose_folder()
-        self.progress = store.read_progress(resume_from) if resume_from else store.Progress()
-        self.progress.attempt = attempt
-        self.config = self._resolve_batch(resume_from)
+        self.begun = begin(setup, world)
+        self.run_folder, self.progress = self.begun.run_folder, self.begun.progress
+        self.config = self._resolve_batch()
         self.mesh = Mesh(setup.degrees, setup.device_type)
         compat.set_timeout(setup.config.comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
         self.model = parallelize(
@@ -56,9 +57,13 @@ class Trainer:
         # Since the last logged step: [loss, tokens] of each source of a mixture; of documents [tokens, their squares].
         self.by_source = torch.zeros(2, len(self.data.sources), dtype=torch.float64, device=self.device)
         self.by_document = torch.zeros(2, dtype=torch.float64)
-        self._load(resume_from)
+        load_begun(self.begun, setup, self.model, self.optimizers, world)
+        self.saver = Saver(self.begun.checkpoints, self.config.checkpoint) if saves(self.config) else None
+        self.saved_step = self.progress.step if self.begun.resume_from else -1
         self.report = self._build_report()
-        self.finite = FiniteCheck(self.device, world.size)
+        self.guard = StepGuard(
+            self.config.training, self.optimizers, self.progress, self.device, world.size, world.say
+        )  # fmt: skip
 
     # --- the joints
 
@@ -83,11 +88,14 @@ class Trainer:
             self.world.say(f"nothing to do: step {steps} of {steps} is done; raise training.steps to go on")
             return
         gc.disable()  # collections at different times on different ranks would make all wait for each
+        self.world.stop.arm()
         clock = StepClock()
         with profiler(c.profiling, self.run_folder, self.world.rank, steps_done=self.progress.step) as trace:
             for step in range(first, steps + 1):
+                saving = self.saver is not None and self.saver.busy
                 stats, share = self.train_step(clock)
-                self.finite.watch(step, stats, share)
+                self.guard.watch(step, stats, share)
+                clock.end_step(saving)
                 trace.step()
                 if step % c.training.gc_freq == 0:
                     gc.collect(1)
@@ -99,13 +107,18 @@ class Trainer:
                     if self.data.validation and (step == steps or step % c.validation.freq == 0):
                         self.report.validation(step, self.validate())
                     if self._save_is_due(step):
-                        self._save(step)
-        self.finite.finish()
+                        self._save(step, clock)
+                    elif self.saver:
+                        self._tell(self.saver.poll(), clock)
+                if self.guard.stop_asked:
+                    break
+        self._finish(clock)
         gc.enable()
         self.report.end()
 
     def train_step(self, clock: StepClock) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns [loss, gradient norm before clipping] and this rank's share of the loss."""
+        """One optimizer step. Returns what `StepGuard.watch` reads, and this rank's share of the loss."""
+        self._seed_random(self.progress.step + 1)
         with clock.data():
             batch = Batch(*self.next_batch())
         loss = self.model.loss
@@ -119,8 +132,11 @@ class Trainer:
         self._count(batch, [arguments[1] for arguments in forwards])
 
         stats = self._reduce(share)
+        stats = torch.cat((stats, self.guard.judge(stats)))
         parameters = [p for _, p in self.model.named_parameters()]
         scale_gradients(parameters, stats[1], self.config.training.max_norm)
+        if self.saver:
+            self.saver.before_update()
         self.progress.step += 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -195,57 +211,35 @@ class Trainer:
             self.by_source[1].index_add_(0, sources, valid.double())
 
     def _reduce(self, share: Tensor) -> Tensor:
-        """[loss, gradient norm] of the global batch, by one all-reduce over the world, in float64."""
+        """[loss, gradient norm, ranks asked to stop] of the global batch: one all-reduce over the world, in float64."""
         d = self.setup.degrees
         squares = squared_gradient_norm(self.model.named_parameters(), self.model.aliases, d.stage, self.device)
-        stats = torch.stack((share.double() / d.tp, squares))
+        asked = torch.full_like(squares, bool(self.world.stop.asked))
+        stats = torch.stack((share.double() / d.tp, squares, asked))
         dist.all_reduce(stats)
         stats[1].sqrt_()
         return stats
 
     # --- beginnings
 
-    def _choose_folder(self) -> tuple[Path, Path | None, int]:
-        """Run folder, checkpoint to resume from and number of this attempt. Rank 0 looks, so that all agree."""
-        chosen: list[Any] = [None]
-        if self.world.rank == 0:
-            try:
-                chosen = [choose_run_folder(self.setup.config, self.setup.model_config)]
-            except (OSError, UserError) as error:
-                chosen = [UserError(f"job.dump_folder {self.setup.config.job.dump_folder}: {error}")]
-        dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], UserError):
-            raise chosen[0]
-        return chosen[0]
-
-    def _resolve_batch(self, resume_from: Path | None) -> Any:
+    def _resolve_batch(self) -> Any:
         """The configuration with the global batch of the run: given, recorded by the checkpoint, or local x dp."""
         c, given = self.setup.config, self.setup.config.training.global_batch_size
-        recorded = self.progress.global_batch_size
-        if resume_from:
-            self.world.say(f"resuming from {resume_from}")
+        recorded, steps = self.progress.global_batch_size, self.progress.steps
+        if self.begun.resume_from:
+            self.world.say(f"resuming from {self.begun.resume_from}")
             if given not in (-1, recorded):
                 self.world.say(f"the global batch changes from {recorded} to {given} sequences, as configured")
-        wanted = recorded if given == -1 and resume_from else given
+            if c.training.steps != steps and c.lr_scheduler.total_steps is None:
+                self.world.say(
+                    f"training.steps changes from {steps} to {c.training.steps}, and with it the learning rate from "
+                    f"here on; lr_scheduler.total_steps = {steps} would keep it"
+                )
+        wanted = recorded if given == -1 and self.begun.resume_from else given
         self.progress.global_batch_size = check_batch(c, self.setup.degrees, wanted)
+        self.progress.steps = c.training.steps
         training = dataclasses.replace(c.training, global_batch_size=self.progress.global_batch_size)
         return dataclasses.replace(c, training=training)
-
-    def _load(self, resume_from: Path | None) -> None:
-        c = self.config.checkpoint
-        if resume_from:
-            later = [step for step in store.steps_in(resume_from.parent) if step > self.progress.step]
-            if later and not c.load_only:
-                raise UserError(
-                    f"resuming from step {self.progress.step} would later meet the checkpoints of step "
-                    f"{', '.join(map(str, later))} in {resume_from.parent}; move them away, or start a run of its own "
-                    "with another job.dump_folder and checkpoint.initial_load_path"
-                )
-            store.load(resume_from, self.model, self.optimizers)
-        elif c.initial_load_path:
-            path = Path(c.initial_load_path)
-            store.load(path, self.model, None if c.initial_load_model_only else self.optimizers)
-            self.world.say(f"weights from {path}")
 
     def _build_report(self) -> Report:
         model = meta_model(self.setup.spec, self.setup.model_config)
@@ -281,7 +275,7 @@ class Trainer:
     # --- ends of a step
 
     def _log(self, stats: Tensor, clock: StepClock) -> None:
-        loss, norm = stats.tolist()
+        loss, norm = stats[:2].tolist()
         memory = torch.tensor(max_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         row = {
@@ -291,6 +285,8 @@ class Trainer:
             "lr": self.learning_rate(self.progress.step),
         }
         row |= {"tokens": self.progress.tokens, "max_memory_bytes": int(memory), **self._sums()}
+        if self.progress.skipped:
+            row["skipped_steps"] = self.progress.skipped
         self.report.step(row, clock)
 
     def _sums(self) -> dict[str, Any]:
@@ -313,16 +309,55 @@ class Trainer:
 
     def _save_is_due(self, step: int) -> bool:
         c = self.config.checkpoint
-        if not c.enable or c.load_only:
+        if self.saver is None:
             return False
         last = step == self.config.training.steps
         return last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint)
 
-    def _save(self, step: int) -> None:
-        self.finite.finish()  # nothing that is not finite is ever saved
-        c = self.config.checkpoint
-        weights_only = step == self.config.training.steps and c.last_save_model_only
+    def _save(self, step: int, clock: StepClock) -> None:
+        assert self.saver is not None
+        self.guard.finish()  # nothing that is not finite is ever saved
+        weights_only = step == self.config.training.steps and self.config.checkpoint.last_save_model_only
         self.progress.streams = self.data.gathered_state()
-        folder = self.run_folder / c.folder
-        store.save(folder / f"step-{step}", self.model, None if weights_only else self.optimizers, self.progress)
-        store.delete_old(folder, c.keep_latest_k)
+        ended = self.saver.save(self.model, None if weights_only else self.optimizers, self.progress)
+        self.saved_step = step
+        self._tell(ended, clock)
+
+    def _tell(self, ended: list[Saved], clock: StepClock) -> None:
+        """Report the saves that are over; one that failed is told and counted, and the run goes on."""
+        for saved in ended:
+            self.last_save = saved
+            self.progress.failed_saves += bool(saved.error)
+            self.report.saved(saved, self.progress.failed_saves, clock.slowdown())
+
+    def _finish(self, clock: StepClock) -> None:
+        """After the last step, or the one that a signal asked to be the last. UserError if it could not be saved."""
+        self.guard.finish()
+        step, c = self.progress.step, self.config.checkpoint
+        stopped = self.guard.stop_asked and step < self.config.training.steps
+        if stopped and self.saver is None:
+            why = "checkpoint.load_only is true" if c.enable else "checkpoint.enable is false"
+            raise UserError(f"stopped by a signal after step {step}, and nothing was saved: {why}")
+        if self.saver is None:
+            return
+        if step != self.saved_step:
+            self._save(step, clock)
+        self._tell(self.saver.wait(), clock)
+        if self.last_save.error:
+            raise UserError(
+                f"the checkpoint of step {step} could not be saved: {self.last_save.error}; the same command goes on "
+                f"from the newest one in {self.begun.checkpoints}"
+            )
+        if stopped and self.world.rank == 0:
+            marker = {"step": step, "checkpoint": f"{self.begun.checkpoints}/step-{step}", "unix_s": time.time()}
+            (self.run_folder / SAVED_MARKER).write_text(json.dumps(marker) + "\n")
+            print(f"stopped by a signal after step {step}, which is saved", flush=True)
+
+    def _seed_random(self, step: int) -> None:
+        """Random numbers of a step, as dropout takes them, are a function of (seed, step, place in the mesh).
+
+        So nothing of them is saved, and a resume draws what the uninterrupted run would have. The ranks of one tensor
+        parallel group draw alike.
+        """
+        key = f"{self.config.debug.seed} {step} {self.mesh.dp_rank} {self.mesh.cp_rank} {self.mesh.pp_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)

@@ -84,7 +84,7 @@ def dtron_step(setup: Setup, world: World) -> Step:
 
     def step() -> torch.Tensor:
         stats, share = trainer.train_step(clock)
-        trainer.finite.watch(trainer.progress.step, stats, share)
+        trainer.guard.watch(trainer.progress.step, stats, share)
         return stats[0]
 
     return step

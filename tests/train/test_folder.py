@@ -1,16 +1,18 @@
 """Where a run writes: resumed where the same run left checkpoints, fresh otherwise, and nothing is overwritten."""
 
-import json
+import multiprocessing
 import os
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dtron.checkpoint.store import Progress
-from dtron.config import Config, load
+from dtron.checkpoint.files import Manifest, Progress
+from dtron.checkpoint.load import resumable_steps
+from dtron.checkpoint.place import Place
+from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
-from dtron.train.folder import choose_run_folder, run_identity
+from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold, run_identity
 from dtron.train.setup import resolve
 
 BASE = "--training.device cpu --checkpoint.enable"
@@ -21,11 +23,13 @@ def config_of(folder: Path, arguments: str = "") -> Config:
 
 
 def choose(folder: Path, arguments: str = "") -> tuple[str, str | None, int]:
-    """(name of the run folder, step resumed from, attempt)."""
+    """(name of the run folder, newest step it could be resumed from, attempt)."""
     config = config_of(folder, arguments)
-    run, checkpoint, attempt = choose_run_folder(config, resolve(config, 1).model_config)
-    assert run.is_dir() and run.parent == folder / "outputs"
-    return run.name, checkpoint.name if checkpoint else None, attempt
+    run = choose_run_folder(config, resolve(config, 1).model_config)
+    assert run.path.is_dir() and run.path.parent == folder / "outputs"
+    steps = resumable_steps(checkpoint_place(config, run.path)) if config.checkpoint.enable else []
+    assert run.resumes == bool(steps)
+    return run.path.name, f"step-{steps[0]}" if steps else None, run.attempt
 
 
 def save(folder: Path, run: str, step: int, attempt: int = 1, model_only: bool = False) -> None:
@@ -33,7 +37,7 @@ def save(folder: Path, run: str, step: int, attempt: int = 1, model_only: bool =
     (folder / "outputs" / run / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml")).touch()
     path = folder / "outputs" / run / "checkpoint" / f"step-{step}"
     path.mkdir(parents=True)
-    (path / "dtron.json").write_text(json.dumps(asdict(Progress(step=step)) | {"model_only": model_only}))
+    (path / "dtron.json").write_bytes(Manifest(Progress(step=step, model_only=model_only), {}).to_json())
 
 
 def identity(arguments: str) -> str:
@@ -74,6 +78,8 @@ OTHER = [
     "--model.rope_theta 1000.0",
     "--debug.seed 1",
     "--checkpoint.initial_load_path elsewhere",
+    "--checkpoint.initial_load_path elsewhere --checkpoint.no_initial_load_model_only",
+    "--checkpoint.initial_load_path elsewhere --checkpoint.exclude_from_loading lm_head.*",
 ]
 
 
@@ -85,7 +91,7 @@ def test_identity_ignores(arguments: str) -> None:
 def test_identity_tells_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "dtron.json").write_text("{}")
+    (tmp_path / "elsewhere" / "dtron.json").write_bytes(Manifest(Progress(), {}).to_json())
     found = [identity(arguments) for arguments in ["", *OTHER]]
     assert len(set(found)) == len(found), found
 
@@ -122,7 +128,7 @@ def test_what_cannot_be_resumed_from_is_passed_over(tmp_path: Path) -> None:
     name, _, _ = choose(tmp_path)
     save(tmp_path, name, 10)
     save(tmp_path, name, 20, model_only=True)  # the end of a run, for export
-    (tmp_path / "outputs" / name / "checkpoint" / "step-40.partial").mkdir()  # cut short by a kill
+    (tmp_path / "outputs" / name / "checkpoint" / "step-40.partial-1").mkdir()  # cut short by a kill
     assert choose(tmp_path) == (name, "step-10", 2)
 
 
@@ -131,10 +137,9 @@ def test_load_step(tmp_path: Path) -> None:
     save(tmp_path, name, 10)
     save(tmp_path, name, 20)
     save(tmp_path, name, 30, model_only=True)
-    assert choose(tmp_path, "--checkpoint.load_step 10") == (name, "step-10", 2)
-    for step in (15, 30):
-        with pytest.raises(UserError, match=f"checkpoint of step {step} .*set checkpoint.load_step"):
-            choose(tmp_path, f"--checkpoint.load_step {step}")
+    assert choose(tmp_path, "--checkpoint.load_step 10") == (name, "step-20", 2)
+    with pytest.raises(UserError, match="checkpoint of step 10 .*set checkpoint.load_step"):
+        choose(tmp_path, "--checkpoint.load_step 10 --debug.seed 1")
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [name]
 
 
@@ -143,3 +148,90 @@ def test_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "outputs" / f"{name}-2").write_text("mine")
     assert choose(tmp_path) == (f"{name}-3", None, 1)
     assert (tmp_path / "outputs" / f"{name}-2").read_text() == "mine"
+
+
+def begun(folder: Path, arguments: str = "") -> str:
+    """What the user is told when a run is chosen; it leaves its configuration and a checkpoint."""
+    config = config_of(folder, arguments)
+    run = choose_run_folder(config, resolve(config, 1).model_config)
+    if not run.resumes:
+        save(folder, run.path.name, 10)
+        (run.path / "config.toml").write_text(to_toml(config))
+    return run.told
+
+
+def test_a_changed_run_is_told_by_the_changed_key(tmp_path: Path) -> None:
+    assert begun(tmp_path) == begun(tmp_path) == ""  # the first run, and its resume
+    assert "differs in debug.seed (1 here, 0 there)" in begun(tmp_path, "--debug.seed 1")
+    told = begun(tmp_path, "--debug.seed 1 --model.vocab_size 512")
+    assert "differs in model.vocab_size (512 here, None there)" in told and "debug.seed" not in told
+    assert "training.dataset ('owner/name' here, 'stdlib' there)" in begun(tmp_path, "--training.dataset owner/name")
+    assert begun(tmp_path, "--checkpoint.no_enable") == ""
+
+
+def _held(folder: str, answers: Any) -> None:
+    try:
+        hold(Path(folder))
+        answers.put("held")
+    except UserError as error:
+        answers.put(str(error))
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    answers: Any = context.Queue()
+
+    def try_to_hold() -> str:
+        process = context.Process(target=_held, args=(str(tmp_path), answers))
+        process.start()
+        process.join()
+        return answers.get(timeout=10)
+
+    file = hold(tmp_path)
+    said = try_to_hold()
+    assert f"is in use by process {os.getpid()} on " in said and "another job.dump_folder" in said
+    file.close()
+    assert try_to_hold() == "held"
+    hold(tmp_path)  # the process that held it has ended
+
+
+def _check_as_nobody(folder: str, answers: Any) -> None:
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        check_writable(Place.at(folder), 0)
+        answers.put("")
+    except UserError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_folder_without_write_permission(tmp_path: Path, mode: int) -> None:
+    for part in (tmp_path, *tmp_path.parents[:2]):
+        part.chmod(0o755)
+    (tmp_path / "run").mkdir(mode=0o777)
+    (tmp_path / "run").chmod(mode)
+    context = multiprocessing.get_context("fork")
+    answers: Any = context.Queue()
+    process = context.Process(target=_check_as_nobody, args=(str(tmp_path / "run"), answers))
+    process.start()
+    said = answers.get(timeout=10)
+    process.join()
+    if mode == 0o777:
+        assert said == "" and list((tmp_path / "run").iterdir()) == []
+    else:
+        assert "no checkpoint can be written to" in said and "Permission denied" in said
+
+
+def test_something_that_is_no_folder_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="no checkpoint can be written to"):
+        check_writable(Place.at(tmp_path / "file" / "checkpoint"), 0)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_checkpoints_behind_a_url_get_a_folder_a_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "--checkpoint.folder memory://bucket/runs")
+    assert checkpoint_place(config, tmp_path / "llama3-x").url == "memory://bucket/runs/llama3-x"
+    assert checkpoint_place(config_of(tmp_path), tmp_path / "x") == Place.at(tmp_path / "x" / "checkpoint")

@@ -18,7 +18,6 @@ from dtron.config.sections import LRScheduler
 from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.registry import cross_entropy
-from dtron.train.folder import choose_run_folder
 from dtron.train.optimizer import learning_rate_factor, squared_gradient_norm
 from dtron.train.setup import resolve
 
@@ -58,7 +57,8 @@ def test_schedule_that_ends_before_the_run_stays_defined(decay_ratio: float | No
         ("--metrics.save_tb_folder ../tb", "metrics.save_tb_folder"),
         ("--compile.enable --compile.backend inductr", "compile.backend 'inductr' is unknown to torch; known: "),
         ("--compile.enable --compile.components=", "compile.components is empty"),
-        ("--checkpoint.initial_load_path /nowhere", "/nowhere is no dtron checkpoint"),
+        ("--checkpoint.initial_load_path /nowhere", "/nowhere is no whole checkpoint: it has no dtron.json"),
+        ("--checkpoint.exclude_from_loading lm_head.*", "exclude_from_loading has no effect without"),
         ("--profiling.enable_profiling --profiling.profile_freq 2", "profiling.profile_freq = 2"),
         ("--model.rope_theta=-1", "model.rope_theta is -1.0; expected a positive number"),
         ("--job.custom_import .relative", "cannot import '.relative'"),
@@ -80,15 +80,6 @@ def test_hf_config_that_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="holds a JSON list"):
         resolve(load([*TINY, "--model.hf_config_path", str(tmp_path)]), 1)
-
-
-def test_checkpoint_that_lost_its_progress_file_is_named(tmp_path: Path) -> None:
-    setup = resolve(load([*TINY, "--job.dump_folder", str(tmp_path), "--checkpoint.enable"]), 1)
-    folder, resume_from, _ = choose_run_folder(setup.config, setup.model_config)
-    assert resume_from is None
-    (folder / "checkpoint" / "step-4").mkdir(parents=True)
-    with pytest.raises(UserError, match="step-4 has no dtron.json: it is damaged"):
-        choose_run_folder(setup.config, setup.model_config)
 
 
 def _evaluate_other_size() -> list[float]:

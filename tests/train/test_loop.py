@@ -1,8 +1,7 @@
-"""Small parts of the loop: the watch on NaN, the clock, the batch that holds, and every key in use."""
+"""Small parts of the loop: the clock, the batch that holds, and every key in use."""
 
 import ast
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -13,55 +12,12 @@ from ranks import Ranks
 from dtron import registry
 from dtron.config import load
 from dtron.config.keys import KEYS
-from dtron.train import finite, report
-from dtron.train.finite import FiniteCheck
+from dtron.train import report
 from dtron.train.launch import World
 from dtron.train.report import Report, StepClock
 from dtron.train.setup import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-GOOD, NAN, INF = torch.tensor([2.0, 1.0]), torch.tensor([torch.nan, 1.0]), torch.tensor([2.0, torch.inf])
-
-
-# --- a loss that is not finite
-
-
-def watch(stats: torch.Tensor, bad_rank: int) -> str:
-    check = FiniteCheck(torch.device("cpu"), dist.get_world_size())
-    check.watch(6, GOOD, torch.tensor(1.0))
-    try:
-        check.watch(7, stats, torch.tensor(torch.nan if dist.get_rank() == bad_rank else 1.0))
-    except FloatingPointError as error:
-        return str(error)
-    check.finish()
-    return ""
-
-
-def test_finite_check_names_step_and_rank(ranks: Ranks) -> None:
-    loss = ranks.run(2, watch, NAN, 1)
-    assert loss[0] == loss[1] == "step 7: loss nan, gradient norm 1.0: the loss of rank 1 is not finite"
-    norm = ranks.run(2, watch, INF, -1)[0]
-    assert norm == "step 7: loss 2.0, gradient norm inf: the loss is finite on every rank, its gradient is not"
-    assert ranks.run(2, watch, GOOD, -1) == ["", ""]
-
-
-def test_finite_check_on_cuda_looks_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the event: no wait in the step itself, an answer in the next one, and at the end."""
-    waited = []
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(True))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(finite.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
-    check = FiniteCheck(torch.device("cuda"), 1)
-    check.watch(1, GOOD, torch.tensor(1.0))
-    check.watch(2, NAN, torch.tensor(torch.nan))
-    assert len(waited) == 1  # step 1's, while step 2 runs
-    with pytest.raises(FloatingPointError, match="step 2: loss nan.*rank 0"):
-        check.watch(3, GOOD, torch.tensor(1.0))
-    check = FiniteCheck(torch.device("cuda"), 1)
-    check.watch(1, INF, torch.tensor(1.0))
-    with pytest.raises(FloatingPointError, match="step 1: loss 2.0, gradient norm inf"):
-        check.finish()
-    check.finish()  # and then nothing is left to look at
 
 
 # --- the clock
@@ -108,6 +64,17 @@ def test_clock_leaves_pauses_out(time: Time) -> None:
     assert clock.read() == pytest.approx((1.0, 0.5))
     step(clock, time, 0.5, 1.5)
     assert clock.read() == pytest.approx((2.0, 0.5))
+
+
+def test_slowdown_is_of_the_steps_beside_a_save(time: Time) -> None:
+    clock = StepClock()
+    assert clock.slowdown() is None
+    for seconds, saving in ((1.0, False), (1.0, False), (9.0, False), (3.0, True), (1.5, True), (2.0, True)):
+        step(clock, time, 0.0, seconds)
+        clock.end_step(saving)
+        time.now += 50.0  # validation and saving, after the step
+    assert clock.slowdown() == pytest.approx(2.0)
+    assert clock.slowdown() is None, "told once"
 
 
 def test_rates_of_a_row(time: Time, tmp_path: Path) -> None:

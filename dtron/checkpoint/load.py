@@ -1,0 +1,181 @@
+"""Loading: which checkpoint a run goes on from, whether it is what was written, and its tensors into any layout."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from dtron.checkpoint.files import Manifest, find_damage, read_manifest, set_aside, steps_in
+from dtron.checkpoint.place import Place
+from dtron.checkpoint.save import named_tensors
+from dtron.errors import UserError
+from dtron.parallel.compose import ParallelModel
+
+__all__ = ["check_excluded", "check_source", "find_good", "load", "resumable_steps", "verify_on_all_ranks"]
+
+METADATA = ".metadata"
+
+
+def check_source(checkpoint: Place) -> None:
+    """UserError unless weights can be loaded from `checkpoint`: one of dtron's."""
+    read_manifest(checkpoint)
+
+
+def resumable_steps(folder: Place) -> list[int]:
+    """Steps that a run may resume from, or would have: all but those with weights only. Descending."""
+    steps = []
+    for step in reversed(steps_in(folder)):
+        try:
+            if read_manifest(folder / f"step-{step}").progress.model_only:
+                continue
+        except UserError:
+            pass  # damaged: told when it is its turn
+        steps.append(step)
+    return steps
+
+
+def find_good(folder: Place, load_step: int, keep: bool, say: Callable[[str], None]) -> Manifest | None:
+    """On all ranks: the newest checkpoint in `folder` that is as it was written; None if there is none at all.
+
+    One that is damaged is named, and set aside unless `keep`, so that its step can be saved anew; then the one before
+    it is looked at. UserError if all are damaged, or the one that `load_step` asks for is (-1: the newest).
+    """
+    steps = _from_rank_0(lambda: resumable_steps(folder))
+    if load_step != -1:
+        if load_step not in steps:
+            there = ", ".join(map(str, reversed(steps))) or "none"
+            raise UserError(
+                f"{folder} has no checkpoint of step {load_step} with optimizer state; set checkpoint.load_step to one "
+                f"that is there ({there}), or to -1 for the newest"
+            )
+        steps = [load_step]
+    for step in steps:
+        checkpoint = folder / f"step-{step}"
+        try:
+            return verify_on_all_ranks(checkpoint)
+        except UserError as error:
+            if load_step != -1:
+                raise
+            say(f"warning: {error}; going back to the checkpoint before it")
+            if not keep:
+                target = _from_rank_0(lambda: set_aside(checkpoint))  # noqa: B023 - called at once
+                say(f"warning: it is kept as {target}")
+    if steps:
+        raise UserError(
+            f"no checkpoint in {folder} is as it was written (steps {', '.join(map(str, reversed(steps)))}); nothing "
+            "starts from scratch on its own: move the run folder away, or set another job.dump_folder"
+        )
+    return None
+
+
+def verify_on_all_ranks(checkpoint: Place) -> Manifest:
+    """The manifest of a checkpoint whose files are as they were written. UserError, naming the files, on all ranks.
+
+    Each rank reads a share of the files.
+    """
+    manifest = _from_rank_0(lambda: read_manifest(checkpoint))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: list[list[str]] = [[]] * world
+    dist.all_gather_object(found, find_damage(checkpoint, sorted(manifest.files.items())[rank::world]))
+    if problems := [problem for part in found for problem in part]:
+        more = f" and {len(problems) - 3} files more" if len(problems) > 3 else ""
+        raise UserError(f"{checkpoint} is damaged: {'; '.join(problems[:3])}{more}")
+    return manifest
+
+
+def load(
+    checkpoint: Place,
+    model: ParallelModel,
+    optimizers: list[torch.optim.Optimizer] | None,
+    exclude: Sequence[str] = (),
+) -> None:
+    """Read weights, and optimizer state unless None, into this layout, without the parameters that `exclude` names.
+
+    UserError on all ranks if the checkpoint does not fit.
+    """
+    if optimizers:
+        _create_state(optimizers)
+    named = [(name, tensor) for name, tensor, _ in named_tensors(model, optimizers)]
+    kept = [(name, tensor) for name, tensor in named if _is_excluded(name, exclude)]
+    named = [(name, tensor) for name, tensor in named if not _is_excluded(name, exclude)]
+    tensors = dict(reversed(named))  # of two copies of a tied parameter the first
+    reader = checkpoint.reader()
+    _check_fits(checkpoint, reader, tensors)
+    dcp.load(tensors, storage_reader=reader)
+    with torch.no_grad():
+        for name, tensor in named:
+            if tensors[name] is not tensor:
+                tensor.copy_(tensors[name])
+        for name, tensor in kept:
+            if name.startswith("optimizer."):
+                tensor.zero_()  # as it was before the step that made it
+
+
+def check_excluded(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """UserError if a pattern names no parameter."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"checkpoint.exclude_from_loading: {pattern!r} fits no parameter; expected names or patterns such as "
+                f"{names[-1]} or layers.0.*"
+            )
+
+
+def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
+    """name: `model.<parameter>` or `optimizer.<parameter>.<state>`."""
+    kind, _, parameter = name.partition(".")
+    parameter = parameter.rpartition(".")[0] if kind == "optimizer" else parameter
+    return any(fnmatch.fnmatch(parameter, pattern) for pattern in patterns)
+
+
+def _check_fits(checkpoint: Place, reader: Any, tensors: dict[str, Tensor]) -> None:
+    """UserError on all ranks if any rank's tensors are not all in the checkpoint, each in its shape."""
+    saved = reader.read_metadata().state_dict_metadata
+    problem = ""
+    for name, tensor in tensors.items():
+        if name not in saved:
+            problem = f"it has no {name}"
+        elif tuple(saved[name].size) != tuple(tensor.shape):
+            problem = f"{name} is {list(saved[name].size)} there and {list(tensor.shape)} in this model"
+        if problem:
+            break
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if problem := next(filter(None, problems), ""):
+        raise UserError(
+            f"{checkpoint} does not fit this model: {problem}; change the model's dimensions, or leave the parameter "
+            "out by checkpoint.exclude_from_loading where it is an initial_load_path"
+        )
+
+
+def _from_rank_0(what: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on all ranks, its UserError included: shared folders may show each machine something else."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [what()]
+        except (UserError, OSError) as error:
+            answer = [error if isinstance(error, UserError) else UserError(str(error))]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def _create_state(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Make the optimizers allocate their state, by a step that changes nothing: zero gradients, learning rate 0."""
+    for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

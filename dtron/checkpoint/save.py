@@ -1,0 +1,249 @@
+"""Saving: every rank its own shards, through torch.distributed.checkpoint (DCP), beside the training or in its way.
+
+The names know no layout: `model.<parameter>` and `optimizer.<parameter>.<state>`, as in the plain model; the second
+copy of a tied parameter is saved under the first one's name. A checkpoint gets its final name when the files of all
+ranks and the manifest with their checksums are on disk; a save that fails on any rank leaves nothing behind.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
+
+from dtron import compat
+from dtron.checkpoint.files import MANIFEST, Manifest, Progress, delete_old, read_manifest
+from dtron.checkpoint.place import Place
+from dtron.config.sections import Checkpoint
+from dtron.parallel.compose import ParallelModel
+
+__all__ = ["Saved", "Saver", "named_tensors"]
+
+SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the slowest disk
+
+
+@dataclass
+class Saved:
+    """How a save ended. `stall_s`: training stood still; `save_s`: until all was durable; `error`: why it failed."""
+
+    step: int
+    stall_s: float
+    save_s: float = 0.0
+    bytes: int = 0
+    error: str = ""
+    told: tuple[str, ...] = ()  # lines for the user
+
+
+def named_tensors(
+    model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None
+) -> Iterator[tuple[str, Tensor, torch.nn.Parameter]]:
+    """Every tensor to save under its layout-free name, and its parameter; copies of a tied one have the same name."""
+    for name, p in model.named_parameters():
+        canonical = model.aliases.get(name, name)
+        yield f"model.{canonical}", p.detach(), p
+        for optimizer in optimizers or ():
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"optimizer.{canonical}.{key}", value, p
+
+
+class Saver:
+    """Writes the checkpoints of one run into `folder`, one at a time. Make it, and call it, on all ranks alike."""
+
+    def __init__(self, folder: Place, config: Checkpoint) -> None:
+        self._folder, self._config = folder, config
+        # Saves talk through a group of their own: beside the training, and with all the time that disks need.
+        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT, group_desc=compat.OWN_TIMEOUT)
+        self._background = config.async_mode != "disabled"
+        self._copies = _Copies(pinned=config.async_mode == "async_with_pinned_mem")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[Saved, Future[tuple[int, float, list[str]]]] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """A save is being written."""
+        return self._pending is not None and not self._pending[1].done()
+
+    def save(
+        self, model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None, progress: Progress
+    ) -> list[Saved]:
+        """Save; optimizers None: weights only. Returns what became of the save before, and of this one if it is over.
+
+        A save that is still running is waited for. In the background this one goes on after the return, from copies.
+        """
+        ended = self.wait()
+        began = time.perf_counter()
+        tensors = {name: tensor for name, tensor, _ in reversed(list(named_tensors(model, optimizers)))}
+        manifest = Manifest(copy.deepcopy(progress), {})
+        manifest.progress.model_only = optimizers is None
+        if self._background:
+            tensors = self._copies.take(tensors)
+        future = self._thread.submit(self._write, tensors, manifest)
+        saved = Saved(progress.step, 0.0)
+        self._pending = saved, future
+        if not self._background:
+            future.exception()
+        saved.stall_s = time.perf_counter() - began
+        return [*ended, *self.poll()]
+
+    def before_update(self) -> None:
+        """Call before weights change: on a GPU, the update waits (the host does not) for copies still being made."""
+        self._copies.before_update()
+
+    def poll(self) -> list[Saved]:
+        """What became of a save that is over, once; no waiting."""
+        return [] if self.busy else self.wait()
+
+    def wait(self) -> list[Saved]:
+        """Wait for a save that is still running: what became of it."""
+        if self._pending is None:
+            return []
+        (saved, future), self._pending = self._pending, None
+        began = time.perf_counter()
+        try:
+            saved.bytes, saved.save_s, told = future.result()
+            saved.told = tuple(told)
+        except Exception as error:  # whatever went wrong, the training goes on and the user is told
+            saved.error = _reason(error)
+        saved.stall_s += time.perf_counter() - began
+        return [saved]
+
+    def _write(self, tensors: dict[str, Tensor], manifest: Manifest) -> tuple[int, float, list[str]]:
+        """On the background thread of every rank: (bytes in all, seconds, lines to tell)."""
+        began = time.perf_counter()
+        self._copies.finish()
+        final = self._folder / f"step-{manifest.progress.step}"
+        partial = final
+        if final.local:
+            partial = self._folder / f"{final.name}.partial-{manifest.progress.attempt}"
+        try:
+            dcp.save(tensors, storage_writer=_writer(partial, final, manifest), process_group=self._group)
+        except BaseException:
+            if dist.get_rank() == 0 and final.local and partial.exists():
+                partial.remove()  # all ranks have stopped writing; a full disk is to have its space back
+            raise
+        told: list[str] = []
+        if dist.get_rank() == 0:
+            told = delete_old(self._folder, self._config.keep_latest_k, self._config.keep_every_n_steps)
+            manifest = read_manifest(final)
+        return sum(size for size, _ in manifest.files.values()), time.perf_counter() - began, told
+
+
+class _Copies:
+    """The state as it was when it was taken, in CPU memory that is allocated once."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned and torch.cuda.is_available()
+        self._buffers: dict[str, Tensor] = {}
+        self._stream = torch.cuda.Stream() if self._pinned else None
+        self._copied: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of all local shards. In pinned memory they are complete only after `finish`."""
+        if self._stream is None:
+            return {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+            self._copied = self._stream.record_event()
+        return copies
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if name not in self._buffers:
+            pinned = self._pinned and shard.is_cuda
+            self._buffers[name] = torch.empty_like(shard, device="cpu", pin_memory=pinned)
+        buffer = self._buffers[name].copy_(shard, non_blocking=self._pinned)
+        return compat.copy_of_dtensor(tensor, buffer) if isinstance(tensor, DTensor) else buffer
+
+    def before_update(self) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def finish(self) -> None:
+        """Wait, on the background thread, until the copies are complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+@dataclass(frozen=True)
+class _Written(WriteResult):
+    """What DCP tells its coordinator of each tensor, and of the file it lies in: bytes and CRC-32."""
+
+    file: str
+    file_bytes: int
+    crc32: int
+
+
+class _Verified:
+    """Of a DCP writer: read back and sum up what was written; the coordinator writes the manifest, then the name."""
+
+    partial: Place
+    final: Place
+    manifest: Manifest
+
+    def write_data(self, plan: Any, planner: Any) -> TorchFuture[list[WriteResult]]:
+        results = super().write_data(plan, planner).wait()  # type: ignore[misc]
+        names = {result.storage_data.relative_path for result in results}
+        sums = {name: ((self.partial / name).size(), (self.partial / name).crc32()) for name in names}
+        future: TorchFuture[list[WriteResult]] = TorchFuture()
+        future.set_result([
+            _Written(r.index, r.size_in_bytes, r.storage_data, name, *sums[name])
+            for r in results
+            for name in [r.storage_data.relative_path]
+        ])  # fmt: skip
+        return future
+
+    def finish(self, metadata: Any, results: list[list[_Written]]) -> None:
+        super().finish(metadata, results)  # type: ignore[misc]
+        files = {r.file: (r.file_bytes, r.crc32) for written in results for r in written}
+        if lost := [name for name, (size, _) in files.items() if not self._is_here(name, size)]:
+            raise OSError(
+                f"{lost[0]}, which another rank has written, cannot be seen from rank 0: checkpoints need a folder "
+                "that all machines share"
+            )
+        files[".metadata"] = (self.partial / ".metadata").size(), (self.partial / ".metadata").crc32()
+        self.manifest.files = files
+        (self.partial / MANIFEST).write(self.manifest.to_json())
+        if self.partial != self.final:
+            self.partial.sync()
+            self.partial.move(self.final)
+            self.final.parent.sync()
+
+    def _is_here(self, name: str, size: int) -> bool:
+        file = self.partial / name
+        return file.exists() and file.size() == size
+
+
+class _LocalWriter(_Verified, dcp.FileSystemWriter):  # type: ignore[misc]
+    pass
+
+
+class _UrlWriter(_Verified, compat.FsspecWriter):  # type: ignore[misc]
+    pass
+
+
+def _writer(partial: Place, final: Place, manifest: Manifest) -> Any:
+    writer: Any = _LocalWriter(str(partial.local)) if partial.local else _UrlWriter(partial.url)
+    writer.partial, writer.final, writer.manifest = partial, final, manifest
+    return writer
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of DCP's summary the first rank's error."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    rank = min(failures)
+    return f"rank {rank}: {type(failures[rank][0]).__name__}: {failures[rank][0]}".splitlines()[0]

@@ -1,0 +1,114 @@
+"""Where a run begins: its folder, the checkpoint it goes on from, and the weights it starts with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from dtron.checkpoint.files import Progress, clean, steps_in
+from dtron.checkpoint.load import check_excluded, find_good, load, verify_on_all_ranks
+from dtron.checkpoint.place import Place
+from dtron.config import Config
+from dtron.errors import UserError
+from dtron.parallel.compose import ParallelModel, meta_model
+from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold
+from dtron.train.launch import World
+from dtron.train.setup import Setup
+
+__all__ = ["SAVED_MARKER", "Begun", "begin", "load_begun", "saves"]
+
+LONG_RUN_STEPS = 1000
+SAVED_MARKER = "SAVED"  # in the run folder: a signal ended the run, and all of it is saved
+
+
+@dataclass
+class Begun:
+    """`resume_from`: the verified checkpoint to go on from, None for a fresh run; `lock`: held while it is open."""
+
+    run_folder: Path
+    checkpoints: Place
+    resume_from: Place | None
+    progress: Progress
+    lock: TextIO | None
+
+
+def saves(config: Config) -> bool:
+    """Whether the run writes checkpoints."""
+    return config.checkpoint.enable and not config.checkpoint.load_only
+
+
+def begin(setup: Setup, world: World) -> Begun:
+    """Choose the run folder and the newest good checkpoint in it. UserError on all ranks where that cannot be."""
+    config = setup.config
+    chosen: list[Any] = [None]
+    lock = None
+    if world.rank == 0:  # it alone looks, so that all agree
+        try:
+            folder = choose_run_folder(config, setup.model_config)
+            lock = hold(folder.path)
+            (folder.path / SAVED_MARKER).unlink(missing_ok=True)  # of the attempt before
+            chosen = [folder]
+        except (OSError, UserError) as error:
+            chosen = [UserError(f"job.dump_folder {config.job.dump_folder}: {error}")]
+    dist.broadcast_object_list(chosen)
+    if isinstance(chosen[0], UserError):
+        raise chosen[0]
+    folder = chosen[0]
+    if folder.told:
+        world.say(folder.told)
+    checkpoints = checkpoint_place(config, folder.path)
+    if saves(config):
+        _check_storage(checkpoints, world)
+    elif config.training.steps > LONG_RUN_STEPS and not config.checkpoint.enable:
+        world.say(
+            f"warning: {config.training.steps} steps without checkpoints: a failure loses all of them; "
+            "set checkpoint.enable = true"
+        )
+    manifest = None
+    if config.checkpoint.enable:
+        manifest = find_good(checkpoints, config.checkpoint.load_step, not saves(config), world.say)
+    progress = manifest.progress if manifest else Progress()
+    progress.attempt = folder.attempt
+    resume_from = checkpoints / f"step-{progress.step}" if manifest else None
+    return Begun(folder.path, checkpoints, resume_from, progress, lock)
+
+
+def _check_storage(checkpoints: Place, world: World) -> None:
+    """UserError on all ranks if some machine cannot write checkpoints."""
+    problem = ""
+    if world.local_rank == 0:
+        try:
+            check_writable(checkpoints, world.rank)
+            if world.rank == 0:
+                clean(checkpoints)
+        except UserError as error:
+            problem = str(error)
+    problems = [""] * world.size
+    dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), ""):
+        raise UserError(found)
+
+
+def load_begun(
+    begun: Begun, setup: Setup, model: ParallelModel, optimizers: list[torch.optim.Optimizer], world: World
+) -> None:
+    """Load the checkpoint that is resumed, or the weights that a fresh run is given, into this layout."""
+    c = setup.config.checkpoint
+    if begun.resume_from:
+        later = [step for step in steps_in(begun.checkpoints) if step > begun.progress.step]
+        if later and saves(setup.config):
+            raise UserError(
+                f"resuming from step {begun.progress.step} would later meet the checkpoints of step "
+                f"{', '.join(map(str, later))} in {begun.checkpoints}; move them away, or start a run of its own "
+                "with another job.dump_folder and checkpoint.initial_load_path"
+            )
+        load(begun.resume_from, model, optimizers)
+    elif c.initial_load_path:
+        place = Place.at(c.initial_load_path)
+        names = [name for name, _ in meta_model(setup.spec, setup.model_config).named_parameters()]
+        check_excluded(c.exclude_from_loading, names)
+        verify_on_all_ranks(place)
+        load(place, model, None if c.initial_load_model_only else optimizers, c.exclude_from_loading)
+        world.say(f"weights from {place}")

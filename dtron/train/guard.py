@@ -1,0 +1,134 @@
+"""What is decided on every step's loss and gradient norm, without waiting for the device: go on, skip the update, stop.
+
+The numbers are equal on all ranks, so all ranks decide alike. The update itself is skipped on the device; the host
+reads on CPU at once, on CUDA one step later, what was decided.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtron import compat
+from dtron.checkpoint.files import Progress
+from dtron.config.sections import Training
+from dtron.errors import UserError
+
+__all__ = ["StepGuard"]
+
+MEMORY = 0.98  # of the running mean of the gradient norm: it forgets in about 50 steps
+JUDGED_AFTER = 20  # steps; before, the norm falls too fast to say what is a spike
+MAX_SKIPPED_IN_A_ROW = 10
+NONFINITE, SPIKE = 1.0, 2.0
+
+
+class StepGuard:
+    """`stop_asked`: some rank was asked to stop, known after `watch` or `finish`.
+
+    UserError if steps are to be skipped and an optimizer cannot.
+    """
+
+    def __init__(
+        self,
+        config: Training,
+        optimizers: list[torch.optim.Optimizer],
+        progress: Progress,
+        device: torch.device,
+        world_size: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._optimizers, self._progress = config, optimizers, progress
+        self._cuda, self._world_size, self._say = device.type == "cuda", world_size, say
+        self._norm = torch.tensor([progress.norm_mean, progress.norm_weight], dtype=torch.float64, device=device)
+        self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
+        self.stop_asked = False
+        self._skips = [
+            kind
+            for kind, skipped in (
+                (NONFINITE, config.on_nonfinite == "skip"),
+                (SPIKE, config.spike_factor > 0 and config.on_spike == "skip"),
+            )
+            if skipped
+        ]
+        if self._skips and not all(map(compat.can_skip_updates, optimizers)):
+            raise UserError(
+                "training.on_nonfinite = skip and training.on_spike = skip need an optimizer that can leave out a step "
+                "on the device: AdamW or Adam with optimizer.implementation = fused; set them to stop, or "
+                "training.spike_factor to 0"
+            )
+
+    @torch.no_grad()
+    def judge(self, stats: Tensor) -> Tensor:
+        """stats [loss, gradient norm] of the global batch -> [0, NONFINITE or SPIKE; mean norm so far].
+
+        Sets what the optimizers' next step does. A spike is a norm of more than `spike_factor` times the mean of the
+        norms before it, each weighing 0.98 of the next.
+        """
+        loss, norm = stats[0], stats[1]
+        mean, weight = self._norm.unbind()
+        finite = loss.isfinite() & norm.isfinite()
+        judged = weight >= 1 - MEMORY**JUDGED_AFTER - 1e-9
+        spike = finite & judged & (norm * weight > self._config.spike_factor * mean) & (self._config.spike_factor > 0)
+        verdict = torch.where(finite, spike * SPIKE, NONFINITE).to(stats.dtype)
+        counted = torch.stack((mean * MEMORY + norm * (1 - MEMORY), weight * MEMORY + (1 - MEMORY)))
+        self._norm = torch.where(verdict == 0, counted, self._norm)
+        if self._skips:
+            found = sum((verdict == kind for kind in self._skips), torch.zeros_like(finite)).float()
+            for optimizer in self._optimizers:
+                compat.skip_update_where(optimizer, found)
+        return torch.stack((verdict, mean / weight))
+
+    def watch(self, step: int, stats: Tensor, share: Tensor) -> None:
+        """stats: [loss, norm, ranks asked to stop, verdict, mean norm] of `step`; share: this rank's part of the loss.
+
+        Raises FloatingPointError where a verdict is to end the run: of this step on CPU, of the one before on CUDA.
+        """
+        previous = self._pending
+        event = None
+        if self._cuda:
+            stats = stats.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (step, stats, share, event)
+        if not self._cuda:
+            self.finish()
+        elif previous is not None:
+            self._read(*previous)
+
+    def finish(self) -> None:
+        """Read what is still unread, and note it in the progress that is saved."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._read(*pending)
+        self._progress.norm_mean, self._progress.norm_weight = self._norm.tolist()
+
+    def _read(self, step: int, stats: Tensor, share: Tensor, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        loss, norm, stop, verdict, mean = stats.tolist()
+        self.stop_asked |= stop > 0
+        progress = self._progress
+        if verdict == 0:
+            progress.skipped_in_a_row = 0
+            return
+        text = f"step {step}: loss {loss}, gradient norm {norm}: "
+        if verdict == SPIKE:
+            text += f"a spike, over training.spike_factor {self._config.spike_factor} times the running mean {mean:.4g}"
+        else:
+            text += self._whose(share)
+        if verdict not in self._skips:
+            raise FloatingPointError(text)
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"{text}; {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped")
+        self._say(f"warning: {text}; its update is skipped ({progress.skipped} so far)")
+
+    def _whose(self, share: Tensor) -> str:
+        finite: list[bool] = [True] * self._world_size
+        dist.all_gather_object(finite, bool(torch.isfinite(share)))
+        ranks = ", ".join(str(rank) for rank, good in enumerate(finite) if not good)
+        if ranks:
+            return f"the loss of rank {ranks} is not finite"
+        return "the loss is finite on every rank, its gradient is not"

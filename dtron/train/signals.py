@@ -1,0 +1,35 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: noted on the rank they reach; the ranks agree on a step, save there and end."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+__all__ = ["StopRequest"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """`asked`: the name of the signal that reached this process since `arm`, or empty."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        self._pid = os.getpid()
+
+    def arm(self) -> None:
+        """From here on a signal is a request. Before, and after `disarm`, it ends the process, which loses nothing."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def disarm(self) -> None:
+        """Let signals end the process at once."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a loader's worker: Slurm signals those too, and the training needs them until it has saved
+        if not self.asked:
+            self.asked = signal.Signals(number).name
+            os.write(sys.stderr.fileno(), f"{self.asked}: saving after this step, then stopping\n".encode())

@@ -1,0 +1,188 @@
+"""NaN and spikes: the step is named, skipped or ends the run, alike on all ranks, without a wait a step."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from dtron import compat
+from dtron.checkpoint.files import Progress
+from dtron.config.sections import Training
+from dtron.errors import UserError
+from dtron.train import guard
+from dtron.train.guard import MAX_SKIPPED_IN_A_ROW, StepGuard
+
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+
+def make(config: Training, optimizers: Any = (), device: str = "cpu", progress: Progress | None = None) -> StepGuard:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return StepGuard(config, list(optimizers), progress or Progress(), torch.device(device), world, print)
+
+
+def one(check: StepGuard, step: int, loss: float, norm: float, share: float = 1.0, asked: float = 0.0) -> float:
+    """A step's numbers through the guard: its verdict."""
+    stats = torch.tensor([loss, norm, asked], dtype=torch.float64)
+    judged = check.judge(stats)
+    check.watch(step, torch.cat((stats, judged)), torch.tensor(share))
+    return judged[0].item()
+
+
+def watch(loss: float, norm: float, bad_rank: int) -> str:
+    check = make(Training())
+    one(check, 6, 2.0, 1.0)
+    try:
+        one(check, 7, loss, norm, NAN if dist.get_rank() == bad_rank else 1.0)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_step_and_rank_are_named(ranks: Ranks) -> None:
+    loss = ranks.run(2, watch, NAN, 1.0, 1)
+    assert loss[0] == loss[1] == "step 7: loss nan, gradient norm 1.0: the loss of rank 1 is not finite"
+    norm = ranks.run(2, watch, 2.0, INF, -1)[0]
+    assert norm == "step 7: loss 2.0, gradient norm inf: the loss is finite on every rank, its gradient is not"
+    assert ranks.run(2, watch, 2.0, 1.0, -1) == ["", ""]
+
+
+def test_on_cuda_the_host_looks_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the event: no wait in the step itself, an answer in the next one, and at the end."""
+    waited = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(guard.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
+
+    def cuda() -> StepGuard:
+        check = make(Training())
+        check._cuda = True
+        return check
+
+    check = cuda()
+    one(check, 1, 2.0, 1.0, asked=1.0)
+    assert not waited and not check.stop_asked
+    one(check, 2, NAN, 1.0, NAN)
+    assert len(waited) == 1 and check.stop_asked  # step 1's, while step 2 runs
+    with pytest.raises(FloatingPointError, match="step 2: loss nan.*rank 0"):
+        one(check, 3, 2.0, 1.0)
+    check = cuda()
+    one(check, 1, 2.0, INF)
+    with pytest.raises(FloatingPointError, match="step 1: loss 2.0, gradient norm inf"):
+        check.finish()
+    check.finish()  # and then nothing is left to look at
+
+
+# --- skipping
+
+
+def skipped_steps(kind: str) -> tuple[bool, list[float], int]:
+    """Three AdamW steps on a sharded weight, the second bad: (as after the other two alone, verdicts, count)."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def train(norms: list[float]) -> tuple[torch.Tensor, list[float], int]:
+        p = nn.Parameter(distribute_tensor(torch.arange(8.0).reshape(4, 2), mesh, [Shard(0)], src_data_rank=None))
+        optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.1, fused=True)
+        progress = Progress()
+        config = Training(on_nonfinite="skip", spike_factor=3.0) if kind == "nan" else Training(spike_factor=3.0)
+        check = make(config, [optimizer], progress=progress)
+        check._norm = torch.tensor([0.9, 0.9], dtype=torch.float64)  # as after many steps of norm 1
+        verdicts = []
+        for step, norm in enumerate(norms):
+            gradient = torch.full((4, 2), norm) * torch.arange(1.0, 9.0).reshape(4, 2)
+            p.grad = distribute_tensor(gradient, mesh, [Shard(0)], src_data_rank=None)
+            verdicts.append(one(check, step, 2.0, norm))
+            optimizer.step()
+        state = [v.full_tensor() if isinstance(v, DTensor) else v for v in optimizer.state[p].values()]
+        return (
+            torch.cat([p.full_tensor().flatten(), *(s.detach().flatten() for s in state)]),
+            verdicts,
+            progress.skipped,
+        )
+
+    bad = NAN if kind == "nan" else 50.0
+    with_bad, verdicts, count = train([1.0, bad, 0.5])
+    without, _, _ = train([1.0, 0.5])
+    return torch.equal(with_bad, without), verdicts, count
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("nan", guard.NONFINITE), ("spike", guard.SPIKE)])
+def test_a_skipped_step_changes_neither_weights_nor_state(ranks: Ranks, kind: str, verdict: float) -> None:
+    for equal, verdicts, count in ranks.run(2, skipped_steps, kind):
+        assert equal and verdicts == [0.0, verdict, 0.0] and count == 1
+
+
+def test_without_the_guard_a_nan_spoils_the_weights() -> None:
+    """What skip_update_where prevents."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    p.grad = torch.full((3,), NAN)
+    optimizer.step()
+    assert p.isnan().all()
+
+
+def spikes(config: Training, norms: list[float]) -> list[float]:
+    check = make(config, [torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)])
+    return [one(check, step, 2.0, norm) for step, norm in enumerate(norms)]
+
+
+def test_what_a_spike_is() -> None:
+    config = Training(spike_factor=3.0)
+    early = [100.0, 1.0] + [1.0] * 17
+    assert spikes(config, [*early, 50.0]) == [0.0] * 20, "a run's first 20 steps are not judged"
+    calm = [1.0] * 30
+    assert spikes(config, [*calm, 2.9, 3.5, 3.5, 2.9]) == [0.0] * 31 + [2.0, 2.0, 0.0], "a spike does not move the mean"
+    assert spikes(Training(), [*calm, 1e9]) == [0.0] * 31, "0: none is"
+
+
+def test_a_spike_can_end_the_run() -> None:
+    check = make(Training(spike_factor=3.0, on_spike="stop"))
+    for step in range(30):
+        one(check, step, 2.0, 1.0)
+    with pytest.raises(FloatingPointError, match="step 30: .* a spike, over training.spike_factor 3.0 .* mean 1"):
+        one(check, 30, 2.0, 4.0)
+
+
+def test_decisions_survive_a_resume() -> None:
+    """The running mean is in the checkpoint, to the last bit."""
+    config, norms = Training(spike_factor=1.5, on_spike="stop"), [1.0 + 0.01 * i for i in range(40)]
+    whole, progress = make(config), Progress()
+    for step, norm in enumerate(norms):
+        one(whole, step, 2.0, norm)
+    half = make(config, progress=progress)
+    for step, norm in enumerate(norms[:25]):
+        one(half, step, 2.0, norm)
+    half.finish()
+    resumed = make(config, progress=Progress(norm_mean=progress.norm_mean, norm_weight=progress.norm_weight))
+    for step, norm in enumerate(norms[25:]):
+        one(resumed, step, 2.0, norm)
+    assert torch.equal(resumed._norm, whole._norm)
+
+
+def test_a_run_that_only_skips_ends() -> None:
+    dist_free = Training(on_nonfinite="skip")
+    check = make(dist_free, [torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)])
+    check._whose = lambda share: "its gradient is not"  # type: ignore[method-assign]
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        one(check, step, NAN, 1.0)
+    one(check, 50, 2.0, 1.0)  # a good one in between
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        one(check, step, NAN, 1.0)
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped"):
+        one(check, 99, NAN, 1.0)
+
+
+@pytest.mark.parametrize("config", [Training(on_nonfinite="skip"), Training(spike_factor=2.0)])
+def test_an_optimizer_that_cannot_skip_is_refused(config: Training) -> None:
+    p = nn.Parameter(torch.ones(1))
+    for optimizer in (torch.optim.SGD([p], lr=0.1), torch.optim.AdamW([p], foreach=True)):
+        assert not compat.can_skip_updates(optimizer)
+        with pytest.raises(UserError, match="optimizer.implementation = fused"):
+            make(config, [optimizer])
+    make(Training(spike_factor=2.0, on_spike="stop"), [torch.optim.SGD([p], lr=0.1)])  # stopping needs nothing
