@@ -99,7 +99,8 @@ def _check(
     where: str,
 ) -> list[str]:
     """The second of two tied matrices if the model has but one, else none. UserError, on all ranks, if one misfits."""
-    mistakes = (_mistake(name, tensor, shapes, prefix) for name, tensor in tensors.items())
+    weights_first = sorted(tensors.items(), key=lambda item: item[0].startswith("optimizer."))
+    mistakes = (_mistake(name, tensor, shapes, prefix) for name, tensor in weights_first)
     first = next((mistake for mistake in mistakes if mistake), None)
     # It takes all ranks to tell what none asks for: as bits, 1 kB a rank at 8,000 weights.
     pattern = re.compile(re.escape(prefix) + r"(tok_embeddings|layers\.\d+|norm|output)\.")
@@ -124,10 +125,10 @@ def _mistake(name: str, tensor: Tensor, shapes: dict[str, list[int]], prefix: st
     theirs, ours = _their_name(name, prefix), list(tensor.shape)
     if (shape := shapes.get(theirs)) == ours:
         return None
-    mend = RIGHT_MODEL
-    if name.startswith("optimizer.") and not any(key.startswith("optimizer.state.") for key in shapes):
-        mend = "it holds weights only, so set checkpoint.initial_load_model_only = true"
     there = "is missing there" if shape is None else f"is of shape {shape} there"
+    # The weights fit, or they would have been named before.
+    alone = name.startswith("optimizer.") and shape is None
+    mend = "set checkpoint.initial_load_model_only = true to take the weights alone" if alone else RIGHT_MODEL
     return f"{name} (torchtitan's name: {theirs or 'none'}) {there} and of shape {ours} in the model; {mend}"
 
 

@@ -347,9 +347,15 @@ def test_a_parameter_that_torchtitan_has_not_is_refused() -> None:
         fill({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
 
 
-def test_a_file_of_weights_alone_says_so(model: Llama, tmp_path: Path) -> None:
+def test_state_that_the_file_lacks_is_named_after_the_weights(model: Llama, tmp_path: Path) -> None:
     theirs, _ = torchtitans_own()
     path = save(tmp_path / "weights", {name: p.detach() for name, p in theirs.items()})
     fill(named(model.named_parameters(), None), path)
-    with pytest.raises(UserError, match=r"optimizer\..*weights only.*initial_load_model_only = true"):
-        fill(named(model.named_parameters(), adamw(model.parameters())), path)
+    tensors = named(model.named_parameters(), adamw(model.parameters()))
+    states_first = dict(reversed(tensors.items()))
+    with pytest.raises(UserError, match=r"optimizer\.lm_head.*missing.*set checkpoint\.initial_load_model_only = true"):
+        fill(states_first, path)
+    with pytest.raises(UserError, match=r"momentum_buffer.*missing.*set checkpoint\.initial_load_model_only = true"):
+        fill({"optimizer.norm.weight.momentum_buffer": torch.ones(64)})
+    with pytest.raises(UserError, match=r"model\.norm\.weight .*shape \[64\].*choose the model"):
+        fill({**states_first, "model.norm.weight": torch.ones(8)}, path)
