@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dtron.config.sections import Metrics
 from dtron.errors import UserError
 
-__all__ = ["LAYOUT", "TAGS", "MetricsWriter", "Tag", "read_metrics", "tag_of"]
+__all__ = ["LAYOUT", "TAGS", "MetricsWriter", "Tag", "last_row", "read_metrics", "tag_of"]
 
 
 class Tag(NamedTuple):
@@ -37,8 +37,13 @@ TAGS: dict[str, Tag] = {
     "data_s": Tag("time/data_s"),
     "max_memory_bytes": Tag("memory/max_gib", 1 / 2**30),
     "tokens": Tag("tokens"),
+    "goodput": Tag("goodput/percent", 100.0),
+    "checkpoint_stall_s": Tag("time/checkpoint_stall_s"),
+    "failed_saves": Tag("checkpoint/failed_saves"),
+    "skipped_steps": Tag("optim/skipped_steps"),
 }
-_NOT_DRAWN = {"step", "attempt", "nonfinite"}
+_AS_THEY_ARE = ("source_loss/", "source_tokens/", "spent_s/")  # keys that are tags themselves
+_NOT_DRAWN = {"step", "attempt", "nonfinite", "unix_s"}
 
 # The dashboard: category -> chart -> kind and patterns of tags. One category, as TensorBoard opens only the first.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
@@ -52,6 +57,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "Step time (s): whole step and its parts": ["Multiline", ["^time/.*$"]],
         "Peak memory (GiB)": ["Multiline", ["^memory/max_gib$"]],
         "Tokens seen (all ranks)": ["Multiline", ["^tokens$"]],
+        "Goodput (% of wall time in useful steps)": ["Multiline", ["^goodput/percent$"]],
+        "Where the wall time went (s)": ["Multiline", ["^spent_s/.*$"]],
     }
 }
 
@@ -65,11 +72,12 @@ SOURCE_CHARTS: dict[str, list[Any]] = {
 def tag_of(key: str) -> Tag | None:
     """The tag of a row's key; None: not drawn. Other seconds go under time/, other numbers under other/.
 
-    `source_loss/NAME` and `source_tokens/NAME`, of each source of a mixture, are tags as they are.
+    `source_loss/NAME` and `source_tokens/NAME`, of each source of a mixture, and `spent_s/PART`, of the wall time,
+    are tags as they are.
     """
     if key in _NOT_DRAWN:
         return None
-    if key in TAGS or key.startswith("source_"):
+    if key in TAGS or key.startswith(_AS_THEY_ARE):
         return TAGS.get(key) or Tag(key)
     return Tag(f"time/{key}" if key.endswith("_s") else f"other/{key}")
 
@@ -89,6 +97,23 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         old = rows.get(row["step"], {})
         rows[row["step"]] = _merge(old, row) if old.get("attempt") == row.get("attempt") else row
     return [rows[step] for step in sorted(rows)]
+
+
+def last_row(path: Path | str, key: str = "step") -> dict[str, Any] | None:
+    """The row that was written last and holds `key`, of whichever attempt; None where there is none, or no file.
+
+    Not always `read_metrics`' last one: an attempt that resumed may have died before it got as far as the one before.
+    """
+    if not Path(path).exists():
+        return None
+    for line in reversed(Path(path).read_bytes().splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if key in row:
+            return row
+    return None
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dtron.observe.console import (
     human_seconds,
     use_color,
 )
+from dtron.observe.goodput import PARTS
 
 ROW = {
     "step": 120,
@@ -153,6 +154,25 @@ def test_the_summary_tells_the_run_with_the_formula_of_its_mfu() -> None:
     assert "6 x matmul parameters + 12 x layers x dim x seq_len" in text
     assert lines["peak"] == "memory   3.00 GiB"
     assert lines["outputs"] == "outputs/run" and lines["resume"] == "with   torchrun train.py"
+
+
+def account(unix_s: float, **spent: float) -> dict[str, float]:
+    parts = {f"spent_s/{part}": float(spent.get(part, 0.0)) for part in PARTS}
+    return {"goodput": spent.get("steps", 0.0) / max(1.0, sum(parts.values())), **parts, "unix_s": unix_s}
+
+
+def test_the_summary_says_where_the_wall_time_went() -> None:
+    spent = {"steps": 931, "data": 3, "startup": 21, "checkpoint": 10, "replayed": 30, "other": 4.6, "validation": 0.4}
+    newest = {**ROW, "step": 7, **account(200.0, **{part: 8 * s for part, s in spent.items()})}
+    older = {**ROW, "step": 9, **account(100.0, steps=1)}  # of an attempt before, which got on further
+    text = format_summary([newest, older, {**ROW, "step": 11}], "out", "cmd")
+    (line,) = [line for line in text.splitlines() if line.startswith("goodput")]
+    assert line == (
+        "goodput       93.1% of 2h13m: data 0.3%, start-up 2.1%, checkpoints 1.0%, replayed 3.0%, other 0.5%"
+    )
+    assert "goodput       100.0% of 10s\n" in format_summary([{**ROW, **account(1.0, steps=10)}], "out", "cmd")
+    assert "goodput       0.0% of 0.0s\n" in format_summary([{**ROW, **account(1.0)}], "out", "cmd")
+    assert "goodput" not in format_summary([ROW], "out", "cmd")
 
 
 def test_the_summary_of_a_cpu_run_and_of_no_run_claim_nothing() -> None:

@@ -16,7 +16,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from dtron.config.sections import Metrics
 from dtron.errors import UserError
-from dtron.observe.metrics import LAYOUT, TAGS, MetricsWriter, read_metrics, tag_of
+from dtron.observe.goodput import PARTS, Ledger
+from dtron.observe.metrics import LAYOUT, TAGS, MetricsWriter, last_row, read_metrics, tag_of
 
 ROW: dict[str, Any] = {
     "step": 1,
@@ -32,6 +33,10 @@ ROW: dict[str, Any] = {
     "max_memory_bytes": 3 * 2**30,
     "validation_loss": 10.0,
     "validation_perplexity": math.exp(10.0),
+    "goodput": 0.9,
+    "checkpoint_stall_s": 0.25,
+    "failed_saves": 1,
+    "skipped_steps": 2,
 }
 CONFIG_TEXT = "[training]\nsteps = 7"
 
@@ -118,15 +123,56 @@ def test_a_row_that_is_not_finite_is_valid_json_and_says_so(tmp_path: Path) -> N
     assert (row["loss"], row["grad_norm"], row["lr"], row["mfu"]) == (None, None, 0.1, None)
 
 
+def test_the_last_row_is_the_one_written_last(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) is None
+    path.touch()
+    assert last_row(path) is None
+    log_steps(tmp_path, 1, range(1, 6), loss=1.0)
+    log_steps(tmp_path, 2, range(3, 5), loss=2.0)
+    assert last_row(path) == {"step": 4, "loss": 2.0, "attempt": 2}, "of the second attempt, though the first got on"
+    metrics = writer(tmp_path, attempt=2)
+    metrics.log({"step": 4, "validation_loss": 3.0})
+    metrics.close()
+    assert last_row(path) == {"step": 4, "validation_loss": 3.0, "attempt": 2}
+    assert last_row(path, "loss") == {"step": 4, "loss": 2.0, "attempt": 2}
+    assert last_row(path, "unix_s") is None
+
+
+@pytest.mark.parametrize("stump", [b"{", b'{"step": 6, "lo', b'{"step": 6, "loss": 1.0, "attempt": 2', b"\n"])
+def test_the_last_row_of_a_run_that_was_killed_is_the_last_whole_one(tmp_path: Path, stump: bytes) -> None:
+    log_steps(tmp_path, 1, range(1, 6), loss=1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + stump)
+    assert last_row(path) == {"step": 5, "loss": 1.0, "attempt": 1}
+    path.write_bytes(stump)
+    assert last_row(path) is None
+
+
+def test_a_ledger_goes_on_from_the_file(tmp_path: Path) -> None:
+    ledger, metrics = Ledger(1e9), writer(tmp_path)
+    ledger.add("steps", 30.0)
+    metrics.log({"step": 1, **ledger.row(1e9 + 40)})
+    metrics.log({"step": 1, "validation_loss": 3.0})
+    metrics.close()
+    row = Ledger(1e9 + 50, None, last_row(tmp_path / "metrics.jsonl", "unix_s")).row(1e9 + 50)
+    assert {part: row[f"spent_s/{part}"] for part in PARTS if row[f"spent_s/{part}"]} == {
+        "replayed": 30.0, "down": 10.0, "other": 10.0,
+    }  # fmt: skip
+
+
 def test_every_metric_has_a_tag_and_every_chart_shows_one() -> None:
-    undrawn = {key for key in [*ROW, "attempt", "nonfinite"] if tag_of(key) is None}
-    assert undrawn == {"step", "attempt", "nonfinite"}
+    undrawn = {key for key in [*ROW, "attempt", "nonfinite", "unix_s"] if tag_of(key) is None}
+    assert undrawn == {"step", "attempt", "nonfinite", "unix_s"}
     assert set(TAGS) == set(ROW) - undrawn
-    names = [tag.name for tag in TAGS.values()]
+    account = [tag for key in Ledger(0.0).row(1.0) if (tag := tag_of(key)) and key not in TAGS]
+    assert account == [(f"spent_s/{part}", 1.0) for part in PARTS]
+    names = [tag.name for tag in [*TAGS.values(), *account]]
     assert len(set(names)) == len(names)
     for charts in LAYOUT.values():
         for title, (_, patterns) in charts.items():
             assert any(re.search(pattern, name) for pattern in patterns for name in names), title
+    assert tag_of("goodput") == ("goodput/percent", 100.0)
     assert tag_of("checkpoint_s") == ("time/checkpoint_s", 1.0)
     assert tag_of("pipeline_bubble") == ("other/pipeline_bubble", 1.0)
 
