@@ -9,20 +9,68 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dtron.checkpoint.files import Manifest, find_damage, read_manifest, set_aside, steps_in
+from dtron.checkpoint import torchtitan
+from dtron.checkpoint.files import MANIFEST, Manifest, find_damage, read_manifest, set_aside, steps_in
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import named_tensors
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["check_excluded", "check_source", "find_good", "load", "resumable_steps", "verify_on_all_ranks"]
+__all__ = [
+    "check_excluded",
+    "check_source",
+    "find_good",
+    "load",
+    "load_initial",
+    "resumable_steps",
+    "verify_on_all_ranks",
+]
 
 METADATA = ".metadata"
 
 
 def check_source(checkpoint: Place) -> None:
-    """UserError unless weights can be loaded from `checkpoint`: one of dtron's."""
-    read_manifest(checkpoint)
+    """UserError unless weights can be loaded from `checkpoint`: one of dtron's, or of torchtitan's."""
+    if not _is_foreign(checkpoint):
+        read_manifest(checkpoint)
+
+
+def _is_foreign(checkpoint: Place) -> bool:
+    """Whether DCP files without a manifest lie there, torchtitan's."""
+    if (checkpoint / MANIFEST).exists() or not (checkpoint / METADATA).exists():
+        return False
+    try:
+        names = checkpoint.reader().read_metadata().state_dict_metadata
+    except Exception as error:  # a pickle that is damaged may raise anything
+        raise UserError(f"{checkpoint / METADATA} cannot be read: {type(error).__name__}: {error}") from None
+    if not torchtitan.is_torchtitan(names):
+        raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
+    return True
+
+
+def load_initial(
+    checkpoint: Place,
+    model: ParallelModel,
+    optimizers: list[torch.optim.Optimizer] | None,
+    exclude: Sequence[str],
+    heads: tuple[int, int],
+) -> None:
+    """What a fresh run starts with, from another run of dtron, verified first, or from torchtitan.
+
+    heads: query and key/value heads of the model. UserError on all ranks if the checkpoint is damaged or does not fit.
+    """
+    if not _from_rank_0(lambda: _is_foreign(checkpoint)):
+        verify_on_all_ranks(checkpoint)
+        load(checkpoint, model, optimizers, exclude)
+        return
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        try:
+            torchtitan.load(checkpoint.reader(), tensors, *heads, excluded=lambda name: _is_excluded(name, exclude))
+        except (dcp.api.CheckpointException, OSError) as error:
+            raise UserError(f"{checkpoint} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+
+    _fill(model, optimizers, exclude, read)
 
 
 def resumable_steps(folder: Place) -> list[int]:
@@ -97,15 +145,29 @@ def load(
 
     UserError on all ranks if the checkpoint does not fit.
     """
+    reader = checkpoint.reader()
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        _check_fits(checkpoint, reader, tensors)
+        dcp.load(tensors, storage_reader=reader)
+
+    _fill(model, optimizers, exclude, read)
+
+
+def _fill(
+    model: ParallelModel,
+    optimizers: list[torch.optim.Optimizer] | None,
+    exclude: Sequence[str],
+    read: Callable[[dict[str, Tensor]], None],
+) -> None:
+    """Let `read` fill the tensors of this rank in place, by their layout-free names."""
     if optimizers:
         _create_state(optimizers)
     named = [(name, tensor) for name, tensor, _ in named_tensors(model, optimizers)]
     kept = [(name, tensor) for name, tensor in named if _is_excluded(name, exclude)]
     named = [(name, tensor) for name, tensor in named if not _is_excluded(name, exclude)]
     tensors = dict(reversed(named))  # of two copies of a tied parameter the first
-    reader = checkpoint.reader()
-    _check_fits(checkpoint, reader, tensors)
-    dcp.load(tensors, storage_reader=reader)
+    read(tensors)
     with torch.no_grad():
         for name, tensor in named:
             if tensors[name] is not tensor:
@@ -136,7 +198,7 @@ def _check_fits(checkpoint: Place, reader: Any, tensors: dict[str, Tensor]) -> N
     """UserError on all ranks if any rank's tensors are not all in the checkpoint, each in its shape."""
     saved = reader.read_metadata().state_dict_metadata
     problem = ""
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[0].startswith("optimizer."), item[0])):
         if name not in saved:
             problem = f"it has no {name}"
         elif tuple(saved[name].size) != tuple(tensor.shape):

@@ -8,16 +8,15 @@ import torch
 import torch.distributed as dist
 
 from dtron.checkpoint.files import Progress, clean, steps_in
-from dtron.checkpoint.load import check_excluded, find_good, load, verify_on_all_ranks
+from dtron.checkpoint.load import check_excluded, find_good, load, load_initial
 from dtron.checkpoint.place import Place
-from dtron.config import Config
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel, meta_model
-from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold
+from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold, saves
 from dtron.train.launch import World
 from dtron.train.setup import Setup
 
-__all__ = ["SAVED_MARKER", "Begun", "begin", "load_begun", "saves"]
+__all__ = ["SAVED_MARKER", "Begun", "begin", "load_begun"]
 
 LONG_RUN_STEPS = 1000
 SAVED_MARKER = "SAVED"  # in the run folder: a signal ended the run, and all of it is saved
@@ -32,11 +31,6 @@ class Begun:
     resume_from: Place | None
     progress: Progress
     lock: TextIO | None
-
-
-def saves(config: Config) -> bool:
-    """Whether the run writes checkpoints."""
-    return config.checkpoint.enable and not config.checkpoint.load_only
 
 
 def begin(setup: Setup, world: World) -> Begun:
@@ -58,8 +52,8 @@ def begin(setup: Setup, world: World) -> Begun:
     folder = chosen[0]
     if folder.told:
         world.say(folder.told)
-    checkpoints = checkpoint_place(config, folder.path)
-    if saves(config):
+    checkpoints = checkpoint_place(config.checkpoint, folder.path)
+    if saves(config.checkpoint):
         _check_storage(checkpoints, world)
     elif config.training.steps > LONG_RUN_STEPS and not config.checkpoint.enable:
         world.say(
@@ -68,7 +62,7 @@ def begin(setup: Setup, world: World) -> Begun:
         )
     manifest = None
     if config.checkpoint.enable:
-        manifest = find_good(checkpoints, config.checkpoint.load_step, not saves(config), world.say)
+        manifest = find_good(checkpoints, config.checkpoint.load_step, not saves(config.checkpoint), world.say)
     progress = manifest.progress if manifest else Progress()
     progress.attempt = folder.attempt
     resume_from = checkpoints / f"step-{progress.step}" if manifest else None
@@ -98,7 +92,7 @@ def load_begun(
     c = setup.config.checkpoint
     if begun.resume_from:
         later = [step for step in steps_in(begun.checkpoints) if step > begun.progress.step]
-        if later and saves(setup.config):
+        if later and saves(setup.config.checkpoint):
             raise UserError(
                 f"resuming from step {begun.progress.step} would later meet the checkpoints of step "
                 f"{', '.join(map(str, later))} in {begun.checkpoints}; move them away, or start a run of its own "
@@ -109,6 +103,6 @@ def load_begun(
         place = Place.at(c.initial_load_path)
         names = [name for name, _ in meta_model(setup.spec, setup.model_config).named_parameters()]
         check_excluded(c.exclude_from_loading, names)
-        verify_on_all_ranks(place)
-        load(place, model, None if c.initial_load_model_only else optimizers, c.exclude_from_loading)
+        heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
+        load_initial(place, model, None if c.initial_load_model_only else optimizers, c.exclude_from_loading, heads)
         world.say(f"weights from {place}")

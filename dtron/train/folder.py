@@ -9,12 +9,23 @@ import socket
 from pathlib import Path
 from typing import Any, TextIO
 
+from dtron.checkpoint.files import steps_in
 from dtron.checkpoint.load import resumable_steps
 from dtron.checkpoint.place import Place
 from dtron.config import Config, flatten, load
+from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 
-__all__ = ["LOCK", "RunFolder", "check_writable", "checkpoint_place", "choose_run_folder", "hold", "run_identity"]
+__all__ = [
+    "LOCK",
+    "RunFolder",
+    "check_writable",
+    "checkpoint_place",
+    "choose_run_folder",
+    "hold",
+    "run_identity",
+    "saves",
+]
 
 LOCK = "run.lock"
 # The keys that `run_identity` is made of, as they are written.
@@ -63,16 +74,15 @@ def run_identity(config: Config, model_config: Any) -> str:
     return hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def checkpoint_place(config: Config, run_folder: Path | str) -> Place:
+def checkpoint_place(config: Checkpoint, run_folder: Path) -> Place:
     """Where a run's checkpoints lie: in its folder, or under a URL in a folder of the same name."""
-    folder = config.checkpoint.folder
-    if "://" in folder:
-        return Place.at(folder) / Path(run_folder).name
-    return Place.at(Path(run_folder) / folder)
+    if "://" in config.folder:
+        return Place.at(config.folder) / run_folder.name
+    return Place.at(run_folder / config.folder)
 
 
 def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
-    """The run's folder: one where the same run left checkpoints, or a new one, which is made.
+    """The run's folder: one where the same run left checkpoints or had not come to its first, or a new one, made here.
 
     UserError where checkpoint.load_step names a step and there is no such run.
     """
@@ -82,9 +92,11 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
         local = sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True)
         remote = [name for name in Place.at(c.folder).names() if name.startswith(stem)] if "://" in c.folder else []
         for folder in (*local, *(parent / name for name in remote)):
-            if resumable_steps(checkpoint_place(config, folder)):
+            if resumable_steps(checkpoint_place(c, folder)):
                 folder.mkdir(parents=True, exist_ok=True)
-                return RunFolder(folder, 1 + len(list(folder.glob("config*.toml"))), True)
+                return RunFolder(folder, _attempt(folder), True)
+        if abandoned := next(filter(_has_saved_nothing, local), None):
+            return RunFolder(abandoned, _attempt(abandoned), False, _not_resumed(config, abandoned))
         if c.load_step != -1:
             raise UserError(
                 f"no run of this model, data and optimizer in {parent} has a checkpoint of step {c.load_step} "
@@ -98,6 +110,27 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
             return RunFolder(folder, 1, False, _not_resumed(config, folder))
         except FileExistsError:
             number += 1
+
+
+def _attempt(folder: Path) -> int:
+    return 1 + len(list(folder.glob("config*.toml")))
+
+
+def _has_saved_nothing(folder: Path) -> bool:
+    """Whether a run with checkpoints ended here before its first: the same run may begin in this folder once more."""
+    text = folder / "config.toml"
+    if not folder.is_dir() or not text.is_file():
+        return folder.is_dir() and not set(os.listdir(folder)) - {LOCK}
+    try:
+        c = load(["--job.config_file", str(text)]).checkpoint
+    except UserError:
+        return False
+    return saves(c) and not steps_in(checkpoint_place(c, folder))
+
+
+def saves(config: Checkpoint) -> bool:
+    """Whether a run writes checkpoints."""
+    return config.enable and not config.load_only
 
 
 def _not_resumed(config: Config, folder: Path) -> str:

@@ -15,20 +15,22 @@ from typing import Any
 from dtron.checkpoint.save import Saved
 from dtron.config import Config, flatten
 from dtron.observe.console import EtaClock, format_step, format_summary, human_bytes, human_seconds, use_color
-from dtron.observe.metrics import MetricsWriter, read_metrics
+from dtron.observe.goodput import Ledger, process_start_s
+from dtron.observe.metrics import MetricsWriter, last_row, read_metrics
 from dtron.train.launch import World
 
 __all__ = ["Report", "StepClock"]
 
 
 class StepClock:
-    """Seconds a step and seconds waiting for data, as means over the steps since the last reading.
+    """Seconds a step and seconds waiting for data, as means over the steps since the last reading; and their sums.
 
     Wall time between readings, without pauses: on a GPU the single steps of a loop that runs ahead mean nothing.
     """
 
     def __init__(self) -> None:
         self._steps, self._data_s, self._paused_s, self._since = 0, 0.0, 0.0, time.perf_counter()
+        self._spent, self._accounted = dict.fromkeys(("data", "validation", "checkpoint"), 0.0), self._since
         self._began = self._since
         self._usual_s: deque[float] = deque(maxlen=50)  # of the last steps beside which nothing was saved
         self._saving_s: list[float] = []
@@ -39,7 +41,23 @@ class StepClock:
         began = self._began = time.perf_counter()
         yield
         self._data_s += time.perf_counter() - began
+        self._spent["data"] += time.perf_counter() - began
         self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self, part: str) -> Iterator[None]:
+        """Around what is no part of a step: validation, checkpoint."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+        self._spent[part] += time.perf_counter() - began
+
+    def account(self) -> dict[str, float]:
+        """Seconds of each part of the goodput that passed since the last account."""
+        now = time.perf_counter()
+        parts = {**self._spent, "steps": now - self._accounted - sum(self._spent.values())}
+        self._spent, self._accounted = dict.fromkeys(self._spent, 0.0), now
+        return parts
 
     def end_step(self, saving: bool) -> None:
         """At the end of a step; saving: a checkpoint is being written beside it."""
@@ -52,13 +70,6 @@ class StepClock:
             return None
         return statistics.median(saving) / statistics.median(self._usual_s)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is no part of a step: validation, checkpoints."""
-        began = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - began
-
     def read(self) -> tuple[float, float]:
         """(seconds a step, of which waiting for data), and start over."""
         now = time.perf_counter()
@@ -69,20 +80,43 @@ class StepClock:
 
 
 class Report:
-    """Writes on rank 0 only. flops: a token; peak: FLOP/s a GPU, or None; entropy: nats a token, or None."""
+    """Writes on rank 0 only. flops: a token; peak: FLOP/s a GPU, or None; entropy: nats a token, or None.
+
+    saved_ledger: what `account` gave for the checkpoint that is resumed.
+    """
 
     def __init__(
         self, world: World, config: Config, config_text: str, run_folder: Path, attempt: int,
-        flops: float, peak: float | None, entropy: float | None,
+        flops: float, peak: float | None, entropy: float | None, saved_ledger: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._world, self._config, self._folder = world, config, run_folder
         self._flops, self._peak, self._entropy = flops, peak, entropy
         self._eta = EtaClock(config.training.steps)
         self._color = use_color(sys.stdout, config.metrics.disable_color_printing)
         self._writer = None
+        self._began_s = process_start_s()
+        self._since = time.monotonic() - (time.time() - self._began_s)  # one clock, that nobody sets back
         if world.rank == 0:
             (run_folder / _config_name(attempt)).write_text(config_text)
+            before = last_row(run_folder / "metrics.jsonl", "unix_s")
+            self._ledger = Ledger(self._began_s, saved_ledger, before)
             self._writer = MetricsWriter(run_folder, config_text, flatten(config), config.metrics, attempt)
+
+    def _now_s(self) -> float:
+        return self._began_s + time.monotonic() - self._since
+
+    def started(self) -> None:
+        """The first step begins."""
+        if self._writer:
+            self._ledger.add("startup", self._now_s() - self._began_s)
+
+    def account(self, clock: StepClock) -> dict[str, float]:
+        """Where the run's wall time went so far, over all its attempts; empty but on rank 0."""
+        if not self._writer:
+            return {}
+        for part, seconds in clock.account().items():
+            self._ledger.add(part, seconds)
+        return self._ledger.row(self._now_s())
 
     def step(self, row: dict[str, Any], clock: StepClock) -> None:
         """Complete a row with its times and rates, and write it everywhere."""
@@ -92,7 +126,7 @@ class Report:
         flops = row.get("flops_per_token", self._flops)  # under document masks it changes with the documents
         mfu = per_gpu * flops / self._peak if self._peak else None
         rates = {"tokens_per_s": tokens_per_s, "tokens_per_s_per_gpu": per_gpu, "mfu": mfu}
-        row = {**row, "step_s": step_s, "data_s": data_s, **rates}
+        row = {**row, "step_s": step_s, "data_s": data_s, **rates, **self.account(clock)}
         self._eta.tick(step_s)
         if self._writer:
             self._writer.log(row)
@@ -126,10 +160,11 @@ class Report:
             flush=True,
         )
 
-    def end(self) -> None:
+    def end(self, step: int, clock: StepClock) -> None:
         """Close the files and print the summary."""
         if not self._writer:
             return
+        self._writer.log({"step": step, **self.account(clock)})
         self._writer.close()
         rows = read_metrics(self._folder / "metrics.jsonl")
         more = {"unigram_entropy": self._entropy, "flops_per_token": self._flops, "peak_flops": self._peak}

@@ -23,8 +23,9 @@ from dtron.observe.device import max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import meta_model, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
-from dtron.train.begin import SAVED_MARKER, begin, load_begun, saves
+from dtron.train.begin import SAVED_MARKER, begin, load_begun
 from dtron.train.data import open_data
+from dtron.train.folder import saves
 from dtron.train.guard import StepGuard
 from dtron.train.launch import World
 from dtron.train.optimizer import build_optimizers, learning_rate_factor, scale_gradients, squared_gradient_norm
@@ -58,7 +59,7 @@ class Trainer:
         self.by_source = torch.zeros(2, len(self.data.sources), dtype=torch.float64, device=self.device)
         self.by_document = torch.zeros(2, dtype=torch.float64)
         load_begun(self.begun, setup, self.model, self.optimizers, world)
-        self.saver = Saver(self.begun.checkpoints, self.config.checkpoint) if saves(self.config) else None
+        self.saver = Saver(self.begun.checkpoints, self.config.checkpoint) if saves(self.config.checkpoint) else None
         self.saved_step = self.progress.step if self.begun.resume_from else -1
         self.report = self._build_report()
         self.guard = StepGuard(
@@ -89,6 +90,7 @@ class Trainer:
             return
         gc.disable()  # collections at different times on different ranks would make all wait for each
         self.world.stop.arm()
+        self.report.started()
         clock = StepClock()
         with profiler(c.profiling, self.run_folder, self.world.rank, steps_done=self.progress.step) as trace:
             for step in range(first, steps + 1):
@@ -103,18 +105,20 @@ class Trainer:
                     self._log(stats, clock)
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
-                with clock.paused():
-                    if self.data.validation and (step == steps or step % c.validation.freq == 0):
+                if self.data.validation and (step == steps or step % c.validation.freq == 0):
+                    with clock.paused("validation"):
                         self.report.validation(step, self.validate())
+                with clock.paused("checkpoint"):
                     if self._save_is_due(step):
                         self._save(step, clock)
                     elif self.saver:
                         self._tell(self.saver.poll(), clock)
                 if self.guard.stop_asked:
                     break
-        self._finish(clock)
+        with clock.paused("checkpoint"):
+            self._finish(clock)
         gc.enable()
-        self.report.end()
+        self.report.end(self.progress.step, clock)
 
     def train_step(self, clock: StepClock) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns what `StepGuard.watch` reads, and this rank's share of the loss."""
@@ -265,7 +269,10 @@ class Trainer:
         if cuda and peak is None:
             self.world.say(f"the peak FLOP/s of {name} is not known here: MFU is left out")
         entropy = getattr(self.data.held_out, "unigram_entropy", None) if self.world.rank == 0 else None
-        return Report(self.world, c, to_toml(c), self.run_folder, self.progress.attempt, flops, peak, entropy)
+        return Report(
+            self.world, c, to_toml(c), self.run_folder, self.progress.attempt, flops, peak, entropy,
+            self.progress.ledger,
+        )  # fmt: skip
 
     def _flops_per_token(self, attended: float) -> float:
         """attended: tokens that a token's attention counts, the sequence or the mean of the documents."""
@@ -319,6 +326,7 @@ class Trainer:
         self.guard.finish()  # nothing that is not finite is ever saved
         weights_only = step == self.config.training.steps and self.config.checkpoint.last_save_model_only
         self.progress.streams = self.data.gathered_state()
+        self.progress.ledger = self.report.account(clock)
         ended = self.saver.save(self.model, None if weights_only else self.optimizers, self.progress)
         self.saved_step = step
         self._tell(ended, clock)

@@ -27,7 +27,7 @@ def choose(folder: Path, arguments: str = "") -> tuple[str, str | None, int]:
     config = config_of(folder, arguments)
     run = choose_run_folder(config, resolve(config, 1).model_config)
     assert run.path.is_dir() and run.path.parent == folder / "outputs"
-    steps = resumable_steps(checkpoint_place(config, run.path)) if config.checkpoint.enable else []
+    steps = resumable_steps(checkpoint_place(config.checkpoint, run.path)) if config.checkpoint.enable else []
     assert run.resumes == bool(steps)
     return run.path.name, f"step-{steps[0]}" if steps else None, run.attempt
 
@@ -96,10 +96,29 @@ def test_identity_tells_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(set(found)) == len(found), found
 
 
-def test_without_checkpoint_every_run_is_fresh(tmp_path: Path) -> None:
-    name, checkpoint, attempt = choose(tmp_path)
+def left_by(folder: Path, run: str, arguments: str = "") -> None:
+    """What a run leaves that was killed before its first checkpoint."""
+    (folder / "outputs" / run / "config.toml").write_text(to_toml(config_of(folder, arguments)))
+    (folder / "outputs" / run / "metrics.jsonl").touch()
+
+
+def test_without_checkpoints_every_run_is_fresh(tmp_path: Path) -> None:
+    off = "--checkpoint.no_enable"
+    name, checkpoint, attempt = choose(tmp_path, off)
     assert (checkpoint, attempt) == (None, 1) and name.startswith("llama3-debugmodel-")
+    left_by(tmp_path, name, off)
+    assert choose(tmp_path, off) == (f"{name}-2", None, 1)
+    assert choose(tmp_path, off) == (f"{name}-3", None, 1)
+
+
+def test_a_run_that_saved_nothing_yet_begins_again_in_its_folder(tmp_path: Path) -> None:
+    name, _, _ = choose(tmp_path)
+    assert choose(tmp_path) == (name, None, 1), "it failed before it wrote anything"
+    left_by(tmp_path, name)
+    assert choose(tmp_path) == (name, None, 2)
+    left_by(tmp_path, name, "--checkpoint.no_enable")  # of a run that was never to save: not this one's
     assert choose(tmp_path) == (f"{name}-2", None, 1)
+    (tmp_path / "outputs" / f"{name}-2" / "mine").touch()
     assert choose(tmp_path) == (f"{name}-3", None, 1)
 
 
@@ -116,7 +135,7 @@ def test_rerun_resumes(tmp_path: Path) -> None:
 
 
 def test_newest_run_with_checkpoints_resumes(tmp_path: Path) -> None:
-    first, second, third = (choose(tmp_path)[0] for _ in range(3))
+    first, second, third = (choose(tmp_path, "--checkpoint.no_enable")[0] for _ in range(3))
     save(tmp_path, first, 30)
     save(tmp_path, second, 10)
     for age, name in enumerate((third, second, first)):
@@ -144,9 +163,9 @@ def test_load_step(tmp_path: Path) -> None:
 
 
 def test_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
-    name, _, _ = choose(tmp_path)
+    name, _, _ = choose(tmp_path, "--checkpoint.no_enable")
     (tmp_path / "outputs" / f"{name}-2").write_text("mine")
-    assert choose(tmp_path) == (f"{name}-3", None, 1)
+    assert choose(tmp_path, "--checkpoint.no_enable") == (f"{name}-3", None, 1)
     assert (tmp_path / "outputs" / f"{name}-2").read_text() == "mine"
 
 
@@ -233,5 +252,5 @@ def test_something_that_is_no_folder_is_in_the_way(tmp_path: Path) -> None:
 
 def test_checkpoints_behind_a_url_get_a_folder_a_run(tmp_path: Path) -> None:
     config = config_of(tmp_path, "--checkpoint.folder memory://bucket/runs")
-    assert checkpoint_place(config, tmp_path / "llama3-x").url == "memory://bucket/runs/llama3-x"
-    assert checkpoint_place(config_of(tmp_path), tmp_path / "x") == Place.at(tmp_path / "x" / "checkpoint")
+    assert checkpoint_place(config.checkpoint, tmp_path / "llama3-x").url == "memory://bucket/runs/llama3-x"
+    assert checkpoint_place(config_of(tmp_path).checkpoint, tmp_path / "x") == Place.at(tmp_path / "x" / "checkpoint")

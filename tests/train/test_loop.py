@@ -58,7 +58,7 @@ def test_clock_divides_by_the_steps_since_the_last_reading(time: Time) -> None:
 def test_clock_leaves_pauses_out(time: Time) -> None:
     clock = StepClock()
     step(clock, time, 0.5, 0.5)
-    with clock.paused():  # validation, a checkpoint
+    with clock.paused("validation"):  # validation, a checkpoint
         time.now += 60.0
     step(clock, time, 0.5, 0.5)
     assert clock.read() == pytest.approx((1.0, 0.5))
@@ -87,7 +87,7 @@ def test_rates_of_a_row(time: Time, tmp_path: Path) -> None:
     told.step({"step": 1, "loss": 3.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 2048}, clock)
     step(clock, time, 0.5, 1.5)
     told.step({"step": 2, "flops_per_token": 3e6}, clock)  # under document masks: what is done
-    told.end()
+    told.end(2, StepClock())
     row, masked = report.read_metrics(tmp_path / "metrics.jsonl")
     assert masked["mfu"] == pytest.approx(row["mfu"] / 2)
     got = [row[name] for name in ("step_s", "data_s", "tokens_per_s", "tokens_per_s_per_gpu", "mfu")]
@@ -102,7 +102,7 @@ def test_resume_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path:
         load(["--checkpoint.enable", "--metrics.no_enable_tensorboard"]),
         "", tmp_path, 1, 1.0, None, None,
     )  # fmt: skip
-    told.end()
+    told.end(2, StepClock())
     assert "torchrun --standalone --nproc_per_node 4 train.py --job.description 'two words' --checkpoint.enable" in (
         capsys.readouterr().out
     )
