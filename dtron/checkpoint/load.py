@@ -65,12 +65,9 @@ def load_initial(
         return
 
     def read(tensors: dict[str, Tensor]) -> None:
-        try:
-            torchtitan.load(checkpoint.reader(), tensors, *heads, excluded=lambda name: _is_excluded(name, exclude))
-        except (dcp.api.CheckpointException, OSError) as error:
-            raise UserError(f"{checkpoint} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        torchtitan.load(checkpoint.reader(), tensors, *heads, excluded=lambda name: _is_excluded(name, exclude))
 
-    _fill(model, optimizers, exclude, read)
+    _fill(checkpoint, model, optimizers, exclude, read)
 
 
 def resumable_steps(folder: Place) -> list[int]:
@@ -151,10 +148,11 @@ def load(
         _check_fits(checkpoint, reader, tensors)
         dcp.load(tensors, storage_reader=reader)
 
-    _fill(model, optimizers, exclude, read)
+    _fill(checkpoint, model, optimizers, exclude, read)
 
 
 def _fill(
+    checkpoint: Place,
     model: ParallelModel,
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str],
@@ -167,7 +165,10 @@ def _fill(
     kept = [(name, tensor) for name, tensor in named if _is_excluded(name, exclude)]
     named = [(name, tensor) for name, tensor in named if not _is_excluded(name, exclude)]
     tensors = dict(reversed(named))  # of two copies of a tied parameter the first
-    read(tensors)
+    try:
+        read(tensors)
+    except (dcp.api.CheckpointException, OSError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {str(error).strip().splitlines()[-1]}") from error
     with torch.no_grad():
         for name, tensor in named:
             if tensors[name] is not tensor:

@@ -113,7 +113,7 @@ class Saver:
         try:
             saved.bytes, saved.save_s, told = future.result()
             saved.told = tuple(told)
-        except Exception as error:  # whatever went wrong, the training goes on and the user is told
+        except (Exception, dcp.api.CheckpointException) as error:  # the training goes on, and the user is told
             saved.error = _reason(error)
         saved.stall_s += time.perf_counter() - began
         return [saved]

@@ -6,6 +6,7 @@ layout; rank r of dp takes the r-th contiguous block of those rows. The order of
 and a checkpoint needs to hold `consumed` only.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -184,12 +185,19 @@ def _collate(rows: list[Row] | UserError) -> Batch | UserError:
     return rows if isinstance(rows, UserError) else collate(rows)
 
 
+def _ignore_signals(worker: int) -> None:
+    """Slurm and Ctrl-C signal the workers too, and the training needs them until it has saved; they end with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def torch_loader(dataset: Any, collate: Any, options: DataLoader, **more: Any) -> torch.utils.data.DataLoader:
     """torch's loader with the configured workers. more: further arguments of it, in place of those."""
     arguments = {
         "num_workers": options.num_workers,
         "persistent_workers": options.persistent_workers,
         "prefetch_factor": options.prefetch_factor,
+        "worker_init_fn": _ignore_signals,
         # By default every new iterator would draw from the global generator, which a resumed run
         # would then find at another place than a run that was never interrupted.
         "generator": torch.Generator(),

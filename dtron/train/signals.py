@@ -29,7 +29,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a loader's worker: Slurm signals those too, and the training needs them until it has saved
+            return  # a forked child: it is not the one to save
         if not self.asked:
             self.asked = signal.Signals(number).name
             os.write(sys.stderr.fileno(), f"{self.asked}: saving after this step, then stopping\n".encode())

@@ -81,6 +81,12 @@ class NotANumber:
         return cross_entropy(logits * torch.nan if bad else logits, labels)
 
 
+def dropping(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy under dropout."""
+    return cross_entropy(torch.nn.functional.dropout(logits, 0.2), labels)
+
+
 register("dataset", "uneven", uneven)
+register("loss", "dropping", dropping)
 register("dataset", "failing", failing)
 register("loss", "nan_on_rank_1", NotANumber())

@@ -1,13 +1,9 @@
 """Ranks that die, hang or go astray: all end soon, and the cause is what is printed last and what torchrun names."""
 
-import os
 import re
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-from frontdoor import CONFIG, Run, torchrun
+from frontdoor import Run, torchrun
 
 TWO_RANKS = ("--training.local_batch_size", "4", "--training.steps", "1000")
 
@@ -65,20 +61,3 @@ def test_loss_that_is_not_a_number(tmp_path: Path) -> None:
     )
     assert "step 3: loss nan" in root_cause(run)
     assert steps(run) == [1, 2]
-
-
-def test_interrupt(tmp_path: Path) -> None:
-    def interrupt(torchrun_process: subprocess.Popen[bytes]) -> None:
-        end = time.monotonic() + 150
-        while not any(path.stat().st_size for path in tmp_path.glob("outputs/*/metrics.jsonl")):
-            assert time.monotonic() < end and torchrun_process.poll() is None
-            time.sleep(0.1)
-        os.kill(torchrun_process.pid, signal.SIGINT)
-
-    began = time.monotonic()
-    config = CONFIG.replace("steps = 20", "steps = 100000")
-    run = torchrun(tmp_path, 2, "--training.local_batch_size", "4", config=config, meanwhile=interrupt)
-    assert run.code != 0
-    assert run.err == ["interrupted\n", ""], run.everything()
-    assert steps(run)[0] == 1
-    assert time.monotonic() - began < 200

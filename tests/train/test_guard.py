@@ -1,22 +1,30 @@
 """NaN and spikes: the step is named, skipped or ends the run, alike on all ranks, without a wait a step."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import RankError, Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dtron import compat
-from dtron.checkpoint.files import Progress
+from dtron import compat, registry
+from dtron.checkpoint.files import Progress, read_manifest
+from dtron.checkpoint.place import Place
+from dtron.config import load
 from dtron.config.sections import Training
 from dtron.errors import UserError
+from dtron.observe.metrics import read_metrics
+from dtron.registry import cross_entropy
 from dtron.train import guard
 from dtron.train.guard import MAX_SKIPPED_IN_A_ROW, StepGuard
+from dtron.train.launch import World
+from dtron.train.setup import resolve
+from dtron.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -186,3 +194,78 @@ def test_an_optimizer_that_cannot_skip_is_refused(config: Training) -> None:
         with pytest.raises(UserError, match="optimizer.implementation = fused"):
             make(config, [optimizer])
     make(Training(spike_factor=2.0, on_spike="stop"), [torch.optim.SGD([p], lr=0.1)])  # stopping needs nothing
+
+
+# --- in a run
+
+
+class BadOnce:
+    """Cross entropy that is NaN, or a thousand times too large, in one call of one rank."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.calls = what, 0
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        factor = (NAN if self.what == "nan" else 1000.0) if self.calls == 25 and dist.get_rank() == 1 else 1.0
+        return cross_entropy(logits, labels) * factor
+
+
+def numbers(*_: Any) -> Any:
+    """Sequence i: the digits of the square of i."""
+
+    class Numbers:
+        vocab_size, tokenizer_json = 96, None
+
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, i: int) -> Any:
+            text = (torch.arange(17) * (i * i + 1) % 96).numpy()
+            return text[:-1], text[1:]
+
+    return Numbers()
+
+
+def run_with(what: str, folder: str, arguments: str) -> tuple[list[dict[str, Any]], list[str], int, bool]:
+    """Rows of the metrics, what rank 0 was told, skipped steps and whether the weights are finite."""
+    said: list[str] = []
+
+    class Quiet(World):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    registry.register("dataset", "numbers", numbers)
+    registry.register("loss", "bad_once", BadOnce(what))
+    tiny = "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
+    tiny += "--model.vocab_size 96 --training.dataset numbers --training.loss bad_once --training.seq_len 16 "
+    tiny += "--training.device cpu --training.local_batch_size 2 --training.steps 30 --checkpoint.enable "
+    tiny += f"--metrics.no_enable_tensorboard --metrics.log_freq 1 --job.dump_folder {folder} "
+    rank, size = dist.get_rank(), dist.get_world_size()
+    trainer = Trainer(resolve(load((tiny + arguments).split()), size), Quiet(rank, rank, size, dist.HashStore()))
+    trainer.run()
+    finite = all(bool(p.to_local().isfinite().all()) for _, p in trainer.model.named_parameters())  # type: ignore[operator]
+    rows = read_metrics(trainer.run_folder / "metrics.jsonl")
+    return rows, said, trainer.progress.skipped, finite
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments", "text"),
+    [
+        ("nan", "--training.on_nonfinite skip", "step 25: loss nan, gradient norm nan: the loss of rank 1 is not finite"),
+        ("spike", "--training.spike_factor 20", "a spike, over training.spike_factor 20.0 times the running mean"),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_without_the_bad_step(ranks: Ranks, tmp_path: Path, what: str, arguments: str, text: str) -> None:
+    rows, said, skipped, finite = ranks.run(2, run_with, what, str(tmp_path), arguments)[0]
+    assert skipped == 1 and finite and len(rows) == 30
+    (warning,) = [line for line in said if "its update is skipped (1 so far)" in line]
+    assert text in warning
+    assert [row["step"] for row in rows if row.get("skipped_steps") == 1] == list(range(25, 31))
+    (manifest,) = [read_manifest(Place.at(path)) for path in tmp_path.glob("*/checkpoint/step-30")]
+    assert manifest.progress.skipped == 1 and manifest.progress.norm_weight > 0.4
+
+
+def test_without_skipping_the_run_ends_there(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="FloatingPointError: step 25: loss nan"):
+        ranks.run(2, run_with, "nan", str(tmp_path), "")

@@ -1,0 +1,245 @@
+"""A run that is stopped, resumed or damaged, as its user sees it: through torchrun and train.py."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frontdoor import CONFIG, Run, torchrun
+
+from dtron.checkpoint.files import find_damage, read_manifest
+from dtron.checkpoint.place import Place
+from dtron.observe.metrics import read_metrics
+
+SAVING = CONFIG + "[checkpoint]\nenable = true\ninterval = 4\n[debug]\ndeterministic = true\n"
+ENDLESS = SAVING.replace("steps = 20", "steps = 100000").replace("interval = 4", "interval = 100000")
+TWO = ("--training.local_batch_size", "4")
+NUMBERS = ("loss", "grad_norm", "lr", "tokens")
+
+
+def curve(folder: Path) -> list[list[Any]]:
+    """Loss, gradient norm, learning rate and tokens of every step of the only run."""
+    (path,) = folder.glob("outputs/*/metrics.jsonl")
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [[row[name] for name in NUMBERS] for row in rows]
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (path,) = folder.glob(f"outputs/*/{pattern}")
+    return path
+
+
+def good(run: Run) -> Run:
+    assert run.code == 0, run.everything()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    """The run on two ranks that nothing ever happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    good(torchrun(folder, 2, *TWO, config=SAVING))
+    return curve(folder)
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_resume_on_the_same_layout_is_bit_for_bit(tmp_path: Path, whole: list[list[Any]], mode: str) -> None:
+    """From a fresh process; the schedule has its length, so that the first part is the whole run's."""
+    arguments = (*TWO, "--lr_scheduler.total_steps", "20", "--checkpoint.async_mode", mode)
+    good(torchrun(tmp_path, 2, *arguments, "--training.steps", "10", config=SAVING))
+    run = good(torchrun(tmp_path, 2, *arguments, config=SAVING))
+    assert "resuming from" in run.out[0] and "checkpoint/step-10\n" in run.out[0]
+    assert curve(tmp_path) == whole
+
+
+def test_resume_on_other_layouts(tmp_path: Path, whole: list[list[Any]]) -> None:
+    arguments = ("--lr_scheduler.total_steps", "20", "--training.global_batch_size", "8")
+    for steps, ranks, layout in ((6, 1, ""), (12, 2, "--tp 2"), (20, 4, "--pp 2 --dp 2 --training.local_batch_size 4")):
+        good(torchrun(tmp_path, ranks, *arguments, "--training.steps", str(steps), *layout.split(), config=SAVING))
+    assert curve(tmp_path) == [pytest.approx(row, rel=1e-4) for row in whole]
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Random numbers of a step do not depend on how often the run was stopped before it."""
+    config = SAVING.replace('dataset = "uneven"\nseq', 'dataset = "uneven"\nloss = "dropping"\nseq')
+    assert config != SAVING
+    arguments = (*TWO, "--lr_scheduler.total_steps", "6")
+    curves = []
+    for name, parts in (("whole", ["6"]), ("parts", ["2", "6"])):
+        (tmp_path / name).mkdir()
+        for steps in parts:
+            good(torchrun(tmp_path / name, 2, *arguments, "--training.steps", steps, config=config))
+        curves.append(curve(tmp_path / name))
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "no manifest"])
+def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, whole: list[list[Any]], how: str) -> None:
+    arguments = (*TWO, "--lr_scheduler.total_steps", "20")
+    good(torchrun(tmp_path, 2, *arguments, "--training.steps", "8", config=SAVING))
+    newest = only(tmp_path, "checkpoint/step-8")
+    file = newest / "__1_0.distcp"
+    data = bytearray(file.read_bytes())
+    if how == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    else:
+        (file if how == "missing" else newest / "dtron.json").unlink()
+    run = good(torchrun(tmp_path, 2, *arguments, config=SAVING))
+    name = "dtron.json" if how == "no manifest" else "__1_0.distcp"
+    assert "step-8 is " in run.out[0] and name in run.out[0] and "going back to the checkpoint before it" in run.out[0]
+    assert "checkpoint/step-4\n" in run.out[0] and newest.with_name("step-8.damaged").is_dir()
+    assert curve(tmp_path) == whole
+    assert find_damage(Place.at(newest), read_manifest(Place.at(newest)).files.items()) == []
+
+
+def test_nothing_starts_from_scratch_where_all_is_damaged(tmp_path: Path) -> None:
+    good(torchrun(tmp_path, 1, "--training.steps", "2", config=SAVING))
+    only(tmp_path, "checkpoint/step-2/dtron.json").write_text("{")
+    run = torchrun(tmp_path, 1, "--training.steps", "4", config=SAVING)
+    assert run.code != 0 and "nothing starts from scratch on its own" in run.err[0]
+    assert run.err[0].count("error:") == 1 and "Traceback" not in run.err[0]
+
+
+# --- signals
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.name))
+        except (OSError, ProcessLookupError):
+            continue  # it has just ended
+    return found
+
+
+def workers(agent: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of torchrun's ranks, in order."""
+    found = {}
+    for pid in children(agent.pid):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found.update({int(v[5:]): pid for v in variables if v.startswith(b"RANK=")})
+    return [found[rank] for rank in sorted(found)]
+
+
+def after_steps(folder: Path, action: Callable[[subprocess.Popen[bytes]], None]) -> Callable[..., None]:
+    def meanwhile(agent: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + 150
+        while sum(path.read_bytes().count(b"\n") for path in folder.glob("outputs/*/metrics.jsonl")) < 3:
+            assert time.monotonic() < end and agent.poll() is None
+            time.sleep(0.05)
+        action(agent)
+
+    return meanwhile
+
+
+def stopped(folder: Path, action: Callable[[subprocess.Popen[bytes]], None], *arguments: str) -> Run:
+    run = torchrun(folder, 2, *TWO, *arguments, config=ENDLESS, meanwhile=after_steps(folder, action))
+    assert "Traceback" not in "".join(run.err), run.everything()
+    return run
+
+
+def check_saved(folder: Path) -> int:
+    """The step of the marker, whose checkpoint is the only one, whole, and the last that was done."""
+    marker = json.loads(only(folder, "SAVED").read_text())
+    checkpoint = only(folder, "checkpoint/step-*")
+    assert (
+        marker["checkpoint"].endswith(f"checkpoint/step-{marker['step']}") and checkpoint.name in marker["checkpoint"]
+    )
+    assert find_damage(Place.at(checkpoint), read_manifest(Place.at(checkpoint)).files.items()) == []
+    assert len(curve(folder)) == marker["step"]
+    return marker["step"]
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
+def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
+    """Delivered twice, as torchrun does with SIGUSR1."""
+
+    def send(agent: subprocess.Popen[bytes]) -> None:
+        for _ in range(2):
+            os.kill(workers(agent)[1], getattr(signal, name))
+            time.sleep(0.01)
+
+    run = good(stopped(tmp_path, send, "--checkpoint.async_mode", "async"))
+    step = check_saved(tmp_path)
+    assert f"{name}: saving after this step, then stopping\n" == run.err[1] and run.err[0] == ""
+    assert f"stopped by a signal after step {step}, which is saved" in run.out[0]
+    goes_on = good(torchrun(tmp_path, 1, "--training.steps", str(step + 2), config=ENDLESS))
+    assert f"checkpoint/step-{step}\n" in goes_on.out[0]
+    assert not list(tmp_path.glob("outputs/*/SAVED")), "the marker is of the attempt that it ended"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
+    began = time.monotonic()
+    run = stopped(tmp_path, lambda agent: agent.send_signal(getattr(signal, name)))
+    check_saved(tmp_path)
+    assert time.monotonic() - began < 120
+    assert "which is saved" in run.out[0], run.everything()
+
+
+def test_loader_workers_that_are_signalled_too_do_not_break_the_save(tmp_path: Path) -> None:
+    """Slurm signals every process of a step."""
+
+    def send(agent: subprocess.Popen[bytes]) -> None:
+        ranks = workers(agent)
+        loaders = [pid for rank in ranks for pid in children(rank)]
+        assert len(loaders) >= 2
+        for pid in (*loaders, *ranks):
+            os.kill(pid, signal.SIGTERM)
+
+    good(stopped(tmp_path, send, "--training.dataloader.num_workers", "1"))
+    check_saved(tmp_path)
+
+
+def test_a_signal_without_checkpoints_is_no_success(tmp_path: Path) -> None:
+    run = stopped(tmp_path, lambda agent: os.kill(workers(agent)[0], signal.SIGTERM), "--checkpoint.no_enable")
+    assert run.code != 0 and not list(tmp_path.glob("outputs/*/SAVED"))
+    assert "and nothing was saved: checkpoint.enable is false" in run.err[0]
+
+
+# --- saves that fail
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path: Path) -> None:
+    config = SAVING.replace('"frontdoor_parts"', '"frontdoor_parts", "frontdoor_full_disk"')
+    run = torchrun(tmp_path, 2, *TWO, "--training.steps", "10", config=config)
+    assert run.code != 0
+    told = "warning: the checkpoint of step 8 could not be saved (rank 1: OSError: [Errno 28] No space left on device)"
+    assert told in run.out[0], run.everything()
+    assert "error: the checkpoint of step 10 could not be saved: rank 1: OSError: [Errno 28] No space" in run.err[0]
+    assert [path.name for path in only(tmp_path, "checkpoint").iterdir()] == ["step-4"]
+    rows = [json.loads(line) for line in only(tmp_path, "metrics.jsonl").read_text().splitlines()]
+    assert [row["failed_saves"] for row in rows if "failed_saves" in row] == [1, 2]
+    assert max(row["step"] for row in rows) == 10, "the training went on"
+
+
+def test_goodput_goes_on_over_restarts(tmp_path: Path) -> None:
+    arguments = (*TWO, "--lr_scheduler.total_steps", "20", "--checkpoint.async_mode", "async")
+    for steps in ("6", "9"):
+        good(run := torchrun(tmp_path, 2, *arguments, "--training.steps", steps, config=SAVING))
+    rows = [json.loads(line) for line in only(tmp_path, "metrics.jsonl").read_text().splitlines()]
+    accounts = [row for row in rows if "goodput" in row]
+    first, last = (next(r for r in reversed(accounts) if r["attempt"] == attempt) for attempt in (1, 2))
+    assert last["spent_s/down"] > 0 and last["spent_s/startup"] > first["spent_s/startup"] > 0
+    assert last["spent_s/steps"] > first["spent_s/steps"] > 0 and last["spent_s/replayed"] < 0.01
+    parts = sum(value for key, value in last.items() if key.startswith("spent_s/"))
+    assert parts == pytest.approx(last["unix_s"] - accounts[0]["unix_s"] + sum(
+        value for key, value in accounts[0].items() if key.startswith("spent_s/")
+    ), rel=1e-3)  # fmt: skip
+    assert all(abs(row["spent_s/other"]) < 0.2 for row in accounts)
+    assert "goodput" in run.out[0] and "start-up" in run.out[0]
+    assert [row["step"] for row in rows if "checkpoint_stall_s" in row] == [4, 6, 8, 9]
