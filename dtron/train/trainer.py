@@ -28,6 +28,7 @@ from dtron.train.launch import World
 from dtron.train.optimizer import build_optimizers, learning_rate_factor, scale_gradients, squared_gradient_norm
 from dtron.train.report import Report, StepClock
 from dtron.train.setup import Setup, check_batch, stages_of
+from dtron.train.watchdog import Watchdog
 
 __all__ = ["Trainer"]
 
@@ -42,6 +43,9 @@ class Trainer:
         self.run_folder, resume_from, attempt = self._choose_folder()
         self.progress = store.read_progress(resume_from) if resume_from else store.Progress()
         self.progress.attempt = attempt
+        comm = setup.config.comm
+        self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=cuda)
+        self.watchdog.start()
         self.config = self._resolve_batch(resume_from)
         self.mesh = Mesh(setup.degrees, setup.device_type)
         compat.set_timeout(setup.config.comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
@@ -95,12 +99,14 @@ class Trainer:
                     self._log(stats, clock)
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
+                    self.watchdog.first_step_done()
                 with clock.paused():
                     if self.data.validation and (step == steps or step % c.validation.freq == 0):
                         self.report.validation(step, self.validate())
                     if self._save_is_due(step):
                         self._save(step)
         self.finite.finish()
+        self.watchdog.stop()
         gc.enable()
         self.report.end()
 

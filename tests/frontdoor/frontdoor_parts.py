@@ -81,6 +81,20 @@ class NotANumber:
         return cross_entropy(logits * torch.nan if bad else logits, labels)
 
 
+class Stuck:
+    """Cross entropy that does not come back on rank 1, from its hundredth call on, some steps after the first."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        if RANK == 1 and self.calls >= 100:
+            time.sleep(1000)
+        return cross_entropy(logits, labels)
+
+
 register("dataset", "uneven", uneven)
 register("dataset", "failing", failing)
 register("loss", "nan_on_rank_1", NotANumber())
+register("loss", "stuck_on_rank_1", Stuck())
