@@ -246,7 +246,7 @@ def dump_flight_recorder() -> bytes:
 
 
 def unfinished_collectives() -> list[dict[str, Any]]:
-    """Entries of collectives that this rank has begun and not ended, oldest first. 0.2 s with 20,000 entries.
+    """Entries of collectives that this rank has begun and not ended, oldest first. 0.5 s with 20,000 entries.
 
     gloo's point-to-point is never recorded. Used of an entry: profiling_name ("gloo:all_reduce"), process_group
     (name, description), collective_seq_id, input_sizes, time_created_ns (of time.time_ns), timeout_ms.

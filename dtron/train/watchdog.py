@@ -66,7 +66,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class State:
-    """A rank's answer. `step`: the last that it has done; `wait`: None where it waits for nobody; `stack`: innermost frames."""
+    """A rank's answer. `step`: the last it has done; `wait`: None if in no collective; `stack`: innermost frames."""
 
     step: int
     wait: Wait | None
@@ -101,7 +101,8 @@ def report(states: dict[int, State | None], asked_by: int, waited_s: float, limi
     asking = answered[asked_by]
     whom = f" for {named(causes)}" if causes else ""
     lines = [
-        f"the run hangs after step {asking.step}: rank {asked_by} has waited {waited_s:.1f} s{whom}; {limit[0]} is {limit[1]:g}",
+        f"the run hangs after step {asking.step}: rank {asked_by} has waited {waited_s:.1f} s{whom}; "
+        f"{limit[0]} is {limit[1]:g}"
     ]
     if silent:
         lines.append(
@@ -184,23 +185,33 @@ class Watchdog:
             return
 
     def _poll(self) -> None:
-        """Look at the recorder only when the main thread has stood for a while: a look costs up to 0.2 s."""
+        """Look at the recorder only when the main thread has stood for a while: a look costs up to 0.5 s."""
         place, cpu_s, since, look_at = (0, 0), 0.0, time.monotonic(), 0.0
+        rest_until = 0.0  # a hundred times as long as the last look took, so that looks cost 1 % of a core at most
         while not self._stopped.wait(self._poll_s):
             if self._store.check([ASKED]):
                 self._answer_and_end()
             (now_at, now_cpu_s), now = self._whereabouts(), time.monotonic()
             moved = now_at != place or (not self._sees_all and now_cpu_s - cpu_s > MOVED_CPU_S)
             place, cpu_s = now_at, now_cpu_s
+            limit_s = self._limits[self._limit]
+            next_look = min(max(now + limit_s / 4, rest_until), now + 0.6 * limit_s)
             if moved:
-                since, look_at = now, now + self._limits[self._limit] / 4
+                since, look_at = now, next_look
             elif now >= look_at:
-                began = self._waits_since(since)
-                due = float("inf") if began is None else began[0] + fire_after(began[1])
-                if began is not None and due <= now:
-                    self._fire(now - began[0])
-                    due = float("inf")  # another rank was first: it asks, or ends the run for a cause of its own
-                look_at = min(due, now + self._limits[self._limit] / 4)
+                look_at = min(self._look(since, now), next_look)
+                rest_until = now + 100 * (time.monotonic() - now)
+
+    def _look(self, stands_since: float, now: float) -> float:
+        """When this rank will have waited too long for what it is in; fires if that has come."""
+        wait = self._waits_since(stands_since)
+        if wait is None:
+            return float("inf")
+        began, longest_s = wait
+        if (due := began + fire_after(longest_s)) > now:
+            return due
+        self._fire(now - began)
+        return float("inf")  # another rank was first: it asks, or ends the run for a cause of its own
 
     def _whereabouts(self) -> tuple[tuple[int, int], float]:
         """Where the main thread is, equal as long as it stands, and the processor seconds it has used."""

@@ -110,6 +110,16 @@ def test_rank_that_is_stopped(tmp_path: Path) -> None:
     assert re.search(r"rank 0 waits in \w+ of .*collective \d+ of all ranks", said)
 
 
+def test_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
+    """However long all ranks sleep or compute, that is no hang."""
+    data = ("--training.dataset", "failing", "--training.dataset_path", "rest all 3")
+    limit = ("--comm.train_timeout_seconds", "4", "--training.steps", "5")
+    run = torchrun(tmp_path, 2, *TWO_RANKS[:2], *data, *limit)
+    assert (run.code, run.err) == (0, ["", ""]), run.everything()
+    assert sum(row.get("data_s", 0) for row in run.rows()) > 11.5
+    assert not list(tmp_path.glob("outputs/*/comm_traces"))
+
+
 def wait_for(folder: Path, pattern: str, torchrun_process: subprocess.Popen[bytes]) -> None:
     """Until a file has something in it."""
     end = time.monotonic() + 150
