@@ -37,7 +37,8 @@ MOVED_CPU_S = 1e-3  # processor time that shows, in POLL_S, that a thread did so
 FRAMES = 8  # innermost ones, shown of a rank that is the cause
 NAMED = 4  # ranks, or collectives, that a report describes one by one
 
-ASKED, OVER = "hang", "hang_over"  # keys of the store; "hang/3" is the answer of rank 3, "hang_written" counts files
+# Keys of the store; "hang/3" is the answer of rank 3. The last two count ranks.
+ASKED, OVER, WRITTEN, LEFT = "hang", "hang_over", "hang_written", "hang_left"
 
 
 class HangError(RuntimeError):
@@ -249,12 +250,14 @@ class Watchdog:
         text += f"\nlast collectives and stacks of the ranks: {self._folder}"
         print(f"error: {text}", file=sys.stderr, flush=True)
         self._write()
-        self._wait_for_files(sum(state is not None for state in states.values()))
+        answered = sum(state is not None for state in states.values())
+        self._wait_for(WRITTEN, answered, DUMP_S)
         try:
             raise HangError(text)  # torchrun's summary shows what is being handled
         except HangError as error:
             tell_torchrun(error.with_traceback(None))
         self._store.set(OVER, "")
+        self._wait_for(LEFT, answered - 1, 1.0)  # without torchrun the store may live in this process
         os._exit(1)
 
     def _answer_and_end(self) -> None:
@@ -264,7 +267,8 @@ class Watchdog:
         end = time.monotonic() + DUMP_S + ANSWER_S + self._poll_s
         try:
             while not self._store.check([OVER]) and time.monotonic() < end:
-                time.sleep(0.1)
+                time.sleep(0.05)
+            self._store.add(LEFT, 1)
         finally:  # also if the store is gone with the rank that asked
             time.sleep(KILLED_WAIT_S)
             os._exit(1)
@@ -311,12 +315,12 @@ class Watchdog:
             (self._folder / f"{self._prefix}{self._rank}").write_bytes(compat.dump_flight_recorder())
         except OSError as error:
             print(f"rank {self._rank} could not leave its last collectives: {error}", file=sys.stderr, flush=True)
-        self._store.add("hang_written", 1)
+        self._store.add(WRITTEN, 1)
 
-    def _wait_for_files(self, ranks: int) -> None:
-        end = time.monotonic() + DUMP_S
-        while self._store.add("hang_written", 0) < ranks and time.monotonic() < end:
-            time.sleep(0.1)
+    def _wait_for(self, count: str, ranks: int, longest_s: float) -> None:
+        end = time.monotonic() + longest_s
+        while self._store.add(count, 0) < ranks and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def recorded_wait(entry: dict[str, Any]) -> Wait:

@@ -50,7 +50,7 @@ def test_rank_that_is_killed(tmp_path: Path) -> None:
     assert "rank      : 1 (local_rank: 1)" in root_cause(run) and "SIGKILL" in root_cause(run)
 
 
-def hang_report(run: Run, cause: str) -> str:
+def hang_report(run: Run, cause: str, folder: str = "comm_traces", prefix: str = "rank_") -> str:
     """What rank 0 said of a hang: alone, once, in time, with the files it names beside it."""
     assert run.code != 0
     said = run.err[0]
@@ -58,9 +58,9 @@ def hang_report(run: Run, cause: str) -> str:
     assert "Traceback" not in said and "Traceback" not in root_cause(run), run.everything()
     assert 4 < float(re.search(rf"rank 0 has waited ([\d.]+) s for {cause}; comm", said)[1]) < 8  # type: ignore[index]
     assert "rank      : 0 (local_rank: 0)" in root_cause(run) and "HangError: the run hangs" in root_cause(run)
-    (folder,) = run.folder.glob("outputs/*/comm_traces")
-    assert pickle.loads((folder / "rank_0").read_bytes())["entries"]
-    assert "MainThread:" in (folder / "stack_0.txt").read_text()
+    (traces,) = run.folder.glob(f"outputs/*/{folder}")
+    assert pickle.loads((traces / f"{prefix}0").read_bytes())["entries"]
+    assert "MainThread:" in (traces / "stack_0.txt").read_text()
     return said
 
 
@@ -86,8 +86,12 @@ def test_rank_that_hangs(tmp_path: Path, first_step: bool) -> None:
 def test_rank_that_hangs_in_a_pipeline(tmp_path: Path) -> None:
     """gloo's point-to-point keeps torch's 30 minutes, and its recorder does not hold it."""
     arguments = ("--pp", "2", "--parallelism.pipeline_parallel_microbatch_size", "2", "--training.steps", "1000")
-    run = torchrun(tmp_path, 2, *arguments, "--training.loss", "stuck_on_rank_1", "--comm.train_timeout_seconds", "8")
-    said = hang_report(run, "rank 1")
+    files = ("--comm.trace_buf_size", "20", "--comm.save_traces_folder", "a/b", "--comm.save_traces_file_prefix", "r")
+    limit = ("--comm.train_timeout_seconds", "8")
+    run = torchrun(tmp_path, 2, *arguments, *files, "--training.loss", "stuck_on_rank_1", *limit)
+    said = hang_report(run, "rank 1", "a/b", "r")
+    (dump,) = tmp_path.glob("outputs/*/a/b/r1")
+    assert len(pickle.loads(dump.read_bytes())["entries"]) == 20
     assert re.search(r'rank 1.* is in no collective.*frontdoor_parts.py".*time.sleep\(1000\)\nrank 0', said, re.DOTALL)
     assert re.search(r"rank 0 waits in a point-to-point message \(_wait_batch_p2p, line \d+ of schedules.py\)", said)
     assert len(steps(run)) >= 2
