@@ -195,13 +195,16 @@ class Watchdog:
             (now_at, now_cpu_s), now = self._whereabouts(), time.monotonic()
             moved = now_at != place or (not self._sees_all and now_cpu_s - cpu_s > MOVED_CPU_S)
             place, cpu_s = now_at, now_cpu_s
-            limit_s = self._limits[self._limit]
-            next_look = min(max(now + limit_s / 4, rest_until), now + 0.6 * limit_s)
+            if not moved and now < look_at:
+                continue
+            due = float("inf")
             if moved:
-                since, look_at = now, next_look
-            elif now >= look_at:
-                look_at = min(self._look(since, now), next_look)
+                since = now
+            else:
+                due = self._look(since, now)
                 rest_until = now + 100 * (time.monotonic() - now)
+            limit_s = self._limits[self._limit]
+            look_at = min(due, max(now + limit_s / 4, rest_until), now + 0.6 * limit_s)
 
     def _look(self, stands_since: float, now: float) -> float:
         """When this rank will have waited too long for what it is in; fires if that has come."""
