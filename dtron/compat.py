@@ -3,12 +3,15 @@
 An entry is deleted when its public counterpart, named beside it, exists in all supported versions.
 """
 
+import os
+import pickle
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.tensor.experimental._context_parallel._attention as cp_impl
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed import distributed_c10d
@@ -30,6 +33,7 @@ __all__ = [
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
     "all_gather",
+    "another_connection",
     "checkpoint_wrapper",  # 2.11, 2.13; waits for a public module wrapper in torch.utils.checkpoint
     "clean_name",
     "compile_without_autograd_cache",
@@ -37,13 +41,18 @@ __all__ = [
     "can_skip_updates",
     "copy_of_dtensor",
     "csv_actions",
+    "dump_flight_recorder",
     "enable_async_tensor_parallel",
     "enable_ring_attention",
+    "flight_recorder_is_on",
+    "group_ranks",
     "keep_forward_only",
     "ring_attention_style",
     "set_timeout",
     "skip_update_where",
     "stages_of_rank",
+    "start_flight_recorder",
+    "unfinished_collectives",
     "warn_about_torch_version",
 ]
 
@@ -233,6 +242,71 @@ def skip_update_where(optimizer: torch.optim.Optimizer, found: torch.Tensor) -> 
 
 def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+# --- the flight recorder, 2.13 on CPU; names of 2.11 and of NCCL builds read from the source, not run here. Waits for
+# a public one.
+
+_RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the second is the older name
+# gloo and NCCL have a recorder each: these are not two names of one.
+_RECORDERS = ("_dump_fr_trace", "_dump_nccl_trace")
+
+
+def start_flight_recorder(entries: int) -> None:
+    """Let torch keep the last `entries` collectives; before any group is made. A size in the environment stays."""
+    if not any(name in os.environ for name in _RECORDER_SIZE):
+        os.environ[_RECORDER_SIZE[0]] = str(entries)
+
+
+def flight_recorder_is_on() -> bool:
+    """Whether the groups that are made record."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in _RECORDER_SIZE)
+
+
+def dump_flight_recorder() -> bytes:
+    """What torch's analyzer (torchfrtrace) reads: of the recorder with more in it, where there are two."""
+    dump = pickle.loads(max(_dumps(stacks=True), key=len))
+    groups = {tuple(entry["process_group"]) for entry in dump["entries"]}
+    # gloo's groups come without names and ranks, which the analyzer wants.
+    dump["pg_config"] |= {
+        name: {"name": name, "desc": description, "ranks": str(group_ranks(name))}
+        for name, description in groups
+        if name not in dump["pg_config"]
+    }
+    return pickle.dumps(dump)
+
+
+def unfinished_collectives() -> list[dict[str, Any]]:
+    """Entries of collectives that this rank has begun and not ended, oldest first. 0.5 s with 20,000 entries.
+
+    gloo's point-to-point is never recorded. Used of an entry: profiling_name ("gloo:all_reduce"), process_group
+    (name, description), collective_seq_id, input_sizes, time_created_ns (of time.time_ns), timeout_ms.
+    """
+    entries = [entry for dump in _dumps(stacks=False) for entry in pickle.loads(dump)["entries"]]
+    # NCCL never retires the single messages of a batch, only the batch. What comes later in a group ends later.
+    ended: dict[str, int] = {}
+    for entry in entries:
+        if entry["retired"] and entry["profiling_name"].startswith("nccl"):
+            ended[entry["process_group"][0]] = entry["record_id"]
+    left = [e for e in entries if not e["retired"] and e["record_id"] > ended.get(e["process_group"][0], -1)]
+    return sorted(left, key=lambda entry: entry["time_created_ns"])
+
+
+def _dumps(stacks: bool) -> list[bytes]:
+    found = [getattr(torch._C._distributed_c10d, name, None) for name in _RECORDERS]
+    return [dump(includeCollectives=True, includeStackTraces=stacks, onlyActive=False) for dump in found if dump]
+
+
+def group_ranks(name: str) -> list[int]:
+    """The global ranks of the process group that the recorder calls `name`; none if it is gone."""
+    groups = (group for group, given in distributed_c10d._world.pg_names.items() if given == name)
+    return next((dist.get_process_group_ranks(group) for group in groups), [])
+
+
+def another_connection(store: dist.Store) -> dist.Store:
+    """The same store for another thread: a client is locked while one of its requests waits. Waits for a public one."""
+    clone = getattr(store, "clone", None)
+    return clone() if clone else store
 
 
 # --- torch.compile, 2.13.

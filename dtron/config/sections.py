@@ -281,9 +281,9 @@ class Quantize:
 class Comm:
     init_timeout_seconds: int = key(300, "longest wait for other ranks up to the end of the first step", minimum=1)
     train_timeout_seconds: int = key(100, "longest wait for other ranks after the first step", minimum=1)
-    trace_buf_size: int = key(20000, "", lacks="the flight recorder is not wired yet")
-    save_traces_folder: str = key("comm_traces", "", lacks="the flight recorder is not wired yet")
-    save_traces_file_prefix: str = key("rank_", "", lacks="the flight recorder is not wired yet")
+    trace_buf_size: int = key(20000, "last collectives a rank remembers; 0: none, and a hang has no report", minimum=0)
+    save_traces_folder: str = key("comm_traces", "folder of what a hang leaves, inside the run folder")
+    save_traces_file_prefix: str = key("rank_", "name, before the rank, of the files with the last collectives")
     mode: Literal["default", "fake_backend", "local_tensor"] = key(
         "default", "", lacks="only real process groups are built"
     )

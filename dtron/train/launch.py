@@ -29,10 +29,11 @@ from dtron.train.signals import StopRequest
 if TYPE_CHECKING:
     from dtron.train.trainer import Trainer
 
-__all__ = ["World", "main"]
+__all__ = ["FIRST_FAILURE", "KILLED_WAIT_S", "World", "main", "tell_torchrun"]
 
 SILENT_WAIT_S = 15.0  # longer than torchrun needs to stop the others after the first rank has exited
 KILLED_WAIT_S = 2.0  # longer than torchrun needs to notice a rank that was killed
+FIRST_FAILURE = "first_failure"  # the key of the store that holds who failed first
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def _start_process_group(world: World, setup: Setup) -> None:
     # CPU offload reduces gradients and norms on the CPU, so a CUDA run has a gloo side too.
     backend = "cpu:gloo,cuda:nccl" if setup.device_type == "cuda" else "gloo"
     timeout = timedelta(seconds=c.comm.init_timeout_seconds)
+    if world.size > 1:
+        compat.start_flight_recorder(c.comm.trace_buf_size)
     dist.init_process_group(backend, store=world.store, rank=world.rank, world_size=world.size, timeout=timeout)
 
 
@@ -175,7 +178,7 @@ def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoRe
         where = f" on rank {rank}"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
     error.__cause__, error.__suppress_context__ = None, True  # the summary, too, has the message only
-    _tell_torchrun(error.with_traceback(None))
+    tell_torchrun(error.with_traceback(None))
     os._exit(2)
 
 
@@ -187,7 +190,7 @@ def _exit_with_traceback(rank: int, world: World | None, error: BaseException) -
         time.sleep(KILLED_WAIT_S)
         print(traceback.format_exc(), file=sys.stderr)
         print(f"error on rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(error)
+        tell_torchrun(error)
         os._exit(1)
     time.sleep(SILENT_WAIT_S)
     os._exit(1)
@@ -199,7 +202,7 @@ def _is_first_to_fail(rank: int, world: World | None) -> bool:
         return True
     mine = f"rank {rank}"
     try:
-        return world.store.compare_set("first_failure", "", mine).decode() == mine
+        return world.store.compare_set(FIRST_FAILURE, "", mine).decode() == mine
     except RuntimeError:  # torch's own errors of a lost store derive from it
         return False
 
@@ -214,7 +217,7 @@ def _rank_0_is_there() -> bool:
     return True
 
 
-def _tell_torchrun(error: BaseException) -> None:
+def tell_torchrun(error: BaseException) -> None:
     """Write the error where torchrun's summary of root causes looks for it."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -13,7 +13,7 @@ from dtron.checkpoint.load import check_source
 from dtron.checkpoint.place import Place
 from dtron.config import Config
 from dtron.config.legal import check_legal
-from dtron.config.sections import Dataset, Training
+from dtron.config.sections import Comm, Dataset, Training
 from dtron.data.loader import check_dataloader
 from dtron.data.order import Mixture
 from dtron.errors import UserError
@@ -135,11 +135,13 @@ def _check_values(c: Config) -> None:
         ("checkpoint.folder", c.checkpoint.folder),
         ("metrics.save_tb_folder", c.metrics.save_tb_folder),
         ("profiling.save_traces_folder", c.profiling.save_traces_folder),
+        ("comm.save_traces_folder", c.comm.save_traces_folder),
     ):
         if key == "checkpoint.folder" and "://" in folder:
             continue
         if Path(folder).is_absolute() or ".." in Path(folder).parts or Path(folder) == Path():
             raise UserError(f"{key} is {folder!r}; expected the name of a folder inside the run folder")
+    _check_comm(c.comm)
     if c.checkpoint.initial_load_path:
         check_source(Place.at(c.checkpoint.initial_load_path))
     elif c.checkpoint.exclude_from_loading:
@@ -150,6 +152,16 @@ def _check_values(c: Config) -> None:
         )
     if c.checkpoint.load_step < -1:
         raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
+
+
+def _check_comm(c: Comm) -> None:
+    """torch's analyzer takes every file whose name has the prefix in it for one of its own, and the rest for a rank."""
+    prefix = c.save_traces_file_prefix
+    if not prefix or "/" in prefix or prefix in "stack_":
+        raise UserError(
+            f"comm.save_traces_file_prefix is {prefix!r}; expected the beginning of a file name, such as rank_, that "
+            "is no part of stack_, with which the files beside begin"
+        )
 
 
 def _check_names(c: Config) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from types import FrameType
 
 __all__ = ["StopRequest"]
@@ -30,6 +29,4 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a forked child: it is not the one to save
-        if not self.asked:
-            self.asked = signal.Signals(number).name
-            os.write(sys.stderr.fileno(), f"{self.asked}: saving after this step, then stopping\n".encode())
+        self.asked = self.asked or signal.Signals(number).name

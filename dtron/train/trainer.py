@@ -31,6 +31,7 @@ from dtron.train.launch import World
 from dtron.train.optimizer import build_optimizers, learning_rate_factor, scale_gradients, squared_gradient_norm
 from dtron.train.report import Report, StepClock
 from dtron.train.setup import Setup, check_batch, stages_of
+from dtron.train.watchdog import Watchdog
 
 __all__ = ["Trainer"]
 
@@ -44,6 +45,9 @@ class Trainer:
         self.device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
         self.begun = begin(setup, world)
         self.run_folder, self.progress = self.begun.run_folder, self.begun.progress
+        comm = setup.config.comm
+        self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=cuda)
+        self.watchdog.start()
         self.config = self._resolve_batch()
         self.mesh = Mesh(setup.degrees, setup.device_type)
         compat.set_timeout(setup.config.comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
@@ -105,6 +109,7 @@ class Trainer:
                     self._log(stats, clock)
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
+                    self.watchdog.first_step_done()
                 if self.data.validation and (step == steps or step % c.validation.freq == 0):
                     with clock.paused("validation"):
                         self.report.validation(step, self.validate())
@@ -117,6 +122,7 @@ class Trainer:
                     break
         with clock.paused("checkpoint"):
             self._finish(clock)
+        self.watchdog.stop()
         gc.enable()
         self.report.end(self.progress.step, clock)
 
@@ -348,6 +354,8 @@ class Trainer:
             raise UserError(f"stopped by a signal after step {step}, and nothing was saved: {why}")
         if self.saver is None:
             return
+        if stopped:
+            self.world.say(f"asked to stop by a signal: saving after step {step}")
         if step != self.saved_step:
             self._save(step, clock)
         self._tell(self.saver.wait(), clock)

@@ -39,15 +39,21 @@ class Uneven:
 
 
 class Failing(Uneven):
-    """Does something else than give data, on one rank, from one step on; `dataset_path` is "WHAT RANK STEP"."""
+    """Does something else than give data, on one rank, from one step on; `dataset_path` is "WHAT RANK STEP".
+
+    "rest all STEP": every rank sleeps once, then computes once, for 6 seconds each.
+    """
 
     def arm(self, order: str, rows: int) -> None:
         self.what, rank, step = order.split()
-        self.left = rows * (int(step) - 1) if int(rank) == RANK else 10**9
+        self.left = rows * (int(step) - 1) if rank in (str(RANK), "all") else 10**9
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         self.left -= 1
-        if self.left < 0:
+        if self.what == "rest":
+            if self.left in (-1, -2):
+                rest(compute=self.left == -2)
+        elif self.left < 0:
             if self.what == "raise":
                 raise ArithmeticError("the disk is on fire")
             if self.what == "kill":
@@ -56,13 +62,21 @@ class Failing(Uneven):
         return super().__getitem__(i)
 
 
+def rest(compute: bool) -> None:
+    if not compute:
+        time.sleep(6)
+    end = time.monotonic() + 6
+    while compute and time.monotonic() < end:
+        torch.ones(512, 512) @ torch.ones(512, 512)
+
+
 def uneven(config: Any, section: Any, split: str, seq_len: int, vocab_size: int, log: Any) -> Uneven:
     return Uneven(seq_len, vocab_size, *((0, 203) if split == "train" else (10**6, 19)))
 
 
 def failing(config: Any, section: Any, split: str, seq_len: int, vocab_size: int, log: Any) -> Uneven:
     what, rank, _ = section.dataset_path.split()
-    if what == "refuse" and int(rank) == RANK:
+    if what == "refuse" and rank == str(RANK):
         raise UserError(f"the data of rank {RANK} is missing; copy it there")
     data = Failing(seq_len, vocab_size, first=0, length=203)
     data.arm(section.dataset_path, config.training.local_batch_size)
@@ -86,7 +100,21 @@ def dropping(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(torch.nn.functional.dropout(logits, 0.2), labels)
 
 
+class Stuck:
+    """Cross entropy that does not come back on rank 1, from its hundredth call on, some steps after the first."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        if RANK == 1 and self.calls >= 100:
+            time.sleep(1000)
+        return cross_entropy(logits, labels)
+
+
 register("dataset", "uneven", uneven)
 register("loss", "dropping", dropping)
 register("dataset", "failing", failing)
 register("loss", "nan_on_rank_1", NotANumber())
+register("loss", "stuck_on_rank_1", Stuck())

@@ -1,0 +1,278 @@
+"""Who waits for whom, told from made-up answers of ranks; and what a rank waits in. Real hangs: tests/frontdoor."""
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+from dtron import compat
+from dtron.config import load
+from dtron.config.sections import Comm
+from dtron.errors import UserError
+from dtron.train import watchdog
+from dtron.train.launch import FIRST_FAILURE, World
+from dtron.train.setup import resolve
+from dtron.train.watchdog import State, Wait, Watchdog, fire_after, message_pending, named, recorded_wait, report
+
+LIMIT = ("comm.train_timeout_seconds", 100.0)
+REDUCE = Wait("all_reduce", [0, 1, 2, 3], "", 57, [[2], []])
+GATHER = Wait("all_gather", [0, 1], "mesh_dp_shard", 12, [[4, 8]])
+MESSAGE = Wait("a point-to-point message (_wait_batch_p2p, line 683 of schedules.py)", [])
+
+
+def state(wait: Wait | None, step: int = 7, stack: str = "  File x\n    code\n") -> State:
+    return State(step, wait, stack)
+
+
+# --- the report
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([5, 0, 1, 2, 7, 8], "ranks 0-2, 5, 7-8"), ([1, 3], "ranks 1, 3")],
+)
+def test_names_of_ranks(ranks: list[int], text: str) -> None:
+    assert named(ranks) == text
+
+
+def test_the_rank_in_no_collective_is_the_cause() -> None:
+    states = {0: state(REDUCE), 1: state(GATHER), 2: state(None, step=6, stack="  File loader\n    sleep()\n"), 3: None}
+    del states[3]
+    states[3] = state(REDUCE)
+    assert report(states, 1, 96.51, LIMIT).splitlines() == [
+        "the run hangs after step 7: rank 1 has waited 96.5 s for rank 2; comm.train_timeout_seconds is 100",
+        "rank 2, after step 6, is in no collective; its main thread:",
+        "  File loader",
+        "    sleep()",
+        "ranks 0, 3 wait in all_reduce of [2], a scalar, collective 57 of all ranks",
+        "rank 1 waits in all_gather of [4, 8], collective 12 of ranks 0-1 (mesh_dp_shard)",
+        "if rank 2 was only slow, raise comm.train_timeout_seconds",
+    ]
+
+
+def test_a_silent_rank_is_the_cause() -> None:
+    text = report({0: state(MESSAGE), 1: None, 2: state(MESSAGE), 3: None}, 0, 96.5, LIMIT)
+    assert "rank 0 has waited 96.5 s for ranks 1, 3;" in text
+    assert "ranks 1, 3 did not answer within 1.5 s" in text
+    assert "ranks 0, 2 wait in a point-to-point message (_wait_batch_p2p, line 683 of schedules.py)\n" in text
+    assert text.endswith("if ranks 1, 3 were only slow, raise comm.train_timeout_seconds")
+    assert "code" not in text.splitlines()  # nobody's stack
+
+
+def test_ranks_that_went_different_ways() -> None:
+    states = {rank: state(REDUCE) for rank in range(3)} | {3: state(GATHER, stack="  File other\n")}
+    text = report(states, 0, 96.5, LIMIT)
+    assert "rank 0 has waited 96.5 s; comm" in text
+    assert "ranks 0-2 wait in all_reduce of" in text and "rank 3 waits in all_gather of" in text
+    assert "every rank waits, in different collectives" in text
+    assert "main thread of rank 0:\n  File x" in text and "main thread of rank 3:\n  File other" in text
+    assert "only slow" not in text
+
+
+def test_one_collective_that_does_not_end() -> None:
+    text = report({rank: state(REDUCE) for rank in range(4)}, 0, 96.5, LIMIT)
+    assert text.endswith("every rank waits in the same collective: look at the network between them")
+
+
+def test_a_report_stays_short() -> None:
+    states = {rank: state(None) for rank in range(100)}
+    states |= {rank: state(Wait("broadcast", [rank], "", rank)) for rank in range(100, 200)}
+    text = report(states, 100, 96.5, LIMIT)
+    assert text.count("is in no collective") == 4 and "and so 96 more" in text
+    assert text.count("waits in broadcast") == 4 and "and in 96 more" in text
+
+
+@pytest.mark.parametrize("limit_s", [1, 8, 100, 300])
+def test_the_report_comes_before_the_timeout(limit_s: float) -> None:
+    assert 0.5 * limit_s < fire_after(limit_s)
+    if limit_s >= 8:
+        assert fire_after(limit_s) + watchdog.POLL_S + watchdog.ANSWER_S < limit_s
+
+
+# --- what a rank waits in
+
+
+def entry(
+    record_id: int, retired: bool, name: str = "gloo:all_reduce", group: str = "0", **more: Any
+) -> dict[str, Any]:
+    common = {"time_created_ns": record_id, "timeout_ms": 8000, "collective_seq_id": record_id, "input_sizes": [[2]]}
+    return common | {"record_id": record_id, "retired": retired, "profiling_name": name} | {
+        "process_group": (group, "default_pg")
+    } | more  # fmt: skip
+
+
+def recorder(monkeypatch: pytest.MonkeyPatch, *entries: dict[str, Any]) -> None:
+    """Let torch's recorder hold these."""
+    dump = pickle.dumps({"entries": entries, "pg_config": {"": {}}})
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_fr_trace", lambda **_: dump)
+
+
+def test_unfinished_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder(monkeypatch, entry(3, False), entry(2, True), entry(1, False))
+    assert [e["record_id"] for e in compat.unfinished_collectives()] == [1, 3]
+
+
+def test_single_messages_of_a_batch_on_nccl_are_never_retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = [entry(1, False, "nccl:send 0->1", "3"), entry(2, True, "nccl:coalesced", "3")]
+    other_group, later = entry(0, False, "nccl:all_reduce", "0"), entry(4, False, "nccl:coalesced", "3")
+    recorder(monkeypatch, *batch)
+    assert compat.unfinished_collectives() == []
+    recorder(monkeypatch, other_group, *batch, later)
+    assert [e["record_id"] for e in compat.unfinished_collectives()] == [0, 4]
+
+
+def test_dump_names_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's recorder does not, and torch's analyzer needs them."""
+    recorder(monkeypatch, entry(1, True))
+    monkeypatch.setattr(compat, "group_ranks", lambda name: [0, 1])
+    config = pickle.loads(compat.dump_flight_recorder())["pg_config"]
+    assert config["0"] == {"name": "0", "desc": "default_pg", "ranks": "[0, 1]"}
+
+
+def test_an_entry_in_the_terms_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "group_ranks", lambda name: [0, 1])
+    assert recorded_wait(entry(5, False)).text(2) == "all_reduce of [2], collective 5 of all ranks"
+    mesh = entry(5, False, process_group=("1", "mesh_tp"))
+    assert recorded_wait(mesh).text(4) == "all_reduce of [2], collective 5 of ranks 0-1 (mesh_tp)"
+
+
+def messages() -> list[Any]:
+    """Rank 1 sends after rank 0 has looked; group_ranks of a group of its own."""
+    word, seen = torch.ones(1), []
+    if dist.get_rank() == 0:
+        work = dist.irecv(word, 1)
+        seen.append(message_pending(sys._getframe()))
+        dist.barrier()
+        assert work is not None
+        work.wait()
+        seen.append(message_pending(sys._getframe()))
+    else:
+        dist.barrier()
+        dist.send(word, 0)
+    group = dist.new_group([0, 1])
+    return [*seen, compat.group_ranks(group.group_name), compat.group_ranks("gone")]
+
+
+def test_pending_message(ranks: Ranks) -> None:
+    assert ranks.run(2, messages) == [[True, False, [0, 1], []], [[0, 1], []]]
+
+
+# --- one rank's watchdog
+
+
+@pytest.fixture
+def dog(tmp_path: Path) -> Watchdog:
+    comm = Comm(train_timeout_seconds=8)
+    return Watchdog(World(0, 0, 2, dist.HashStore()), comm, tmp_path, lambda: 7, sees_all=False)
+
+
+def test_limits(dog: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long up to the end of the first step, then short; a group with a longer timeout keeps it."""
+    recorder(monkeypatch, entry(time.time_ns() - 10**10, False))
+    began, longest_s = dog._waits_since(0.0) or (0, 0)
+    assert time.monotonic() - began == pytest.approx(10, abs=1) and longest_s == 300
+    dog.first_step_done()
+    assert (dog._waits_since(0.0) or (0, 0))[1] == 8
+    recorder(monkeypatch, entry(time.time_ns() - 10**10, False, timeout_ms=24 * 3600 * 1000))
+    assert (dog._waits_since(0.0) or (0, 0))[1] == 24 * 3600
+
+
+def test_waits_for_nobody(dog: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder(monkeypatch, entry(1, True))
+    assert dog._waits_since(0.0) is None
+    answer = dog._state()
+    assert (answer.step, answer.wait) == (7, None) and "answer = dog._state()" in answer.stack
+
+
+class Ended(Exception):
+    """In the place of os._exit."""
+
+
+def exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(watchdog, "tell_torchrun", lambda error: None)
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.0)
+    monkeypatch.setattr(watchdog, "KILLED_WAIT_S", 0.0)
+
+
+def test_only_the_first_failure_is_told(dog: Watchdog, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    exits(monkeypatch)
+    dog._store.set(FIRST_FAILURE, "rank 1")
+    dog._fire(6.0)
+    assert capsys.readouterr().err == "" and not dog._store.check(["hang"])
+
+
+def test_ask_and_answer(dog: Watchdog, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    """Two watchdogs on one store: the one that asks reports what the other answers; then both end."""
+    exits(monkeypatch)
+    other = Watchdog(World(1, 1, 2, dog._store), Comm(), tmp_path, lambda: 3, sees_all=False)
+    recorder(monkeypatch, entry(1, True))
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
+    with pytest.raises(Ended):
+        other._answer_and_end()
+    recorder(monkeypatch, entry(1, False))
+    with pytest.raises(Ended):
+        dog._fire(6.0)
+    said = capsys.readouterr().err
+    assert said.startswith("error: the run hangs after step 7: rank 0 has waited 6.0 s for rank 1;")
+    assert "rank 1, after step 3, is in no collective" in said and f"{tmp_path / 'comm_traces'}\n" in said
+    files = sorted(path.name for path in (tmp_path / "comm_traces").iterdir())
+    assert files == ["rank_0", "rank_1", "stack_0.txt", "stack_1.txt"]
+    assert dog._store.get(FIRST_FAILURE) != b"rank 0"  # the main thread is not to think that it was first
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    dog: Watchdog, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "comm_traces").write_text("")
+    dog._write()
+    assert "rank 0 could not leave its last collectives: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "recording", "threads"), [(2, True, 1), (1, True, 0), (2, False, 0)])
+def test_who_is_watched(
+    dog: Watchdog, monkeypatch: pytest.MonkeyPatch, size: int, recording: bool, threads: int
+) -> None:
+    started: list[Callable[[], None]] = []
+    monkeypatch.setattr(compat, "flight_recorder_is_on", lambda: recording)
+    monkeypatch.setattr(watchdog.threading.Thread, "start", lambda thread: started.append(thread.run))
+    dog._size = size
+    dog.start()
+    assert len(started) == threads
+
+
+# --- keys
+
+
+def test_size_of_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        monkeypatch.setenv(name, "")  # so that the test's own setting is undone
+        monkeypatch.delenv(name)
+    assert not compat.flight_recorder_is_on()
+    compat.start_flight_recorder(0)
+    assert os.environ.pop("TORCH_FR_BUFFER_SIZE") == "0" and not compat.flight_recorder_is_on()
+    compat.start_flight_recorder(300)
+    assert os.environ.pop("TORCH_FR_BUFFER_SIZE") == "300"
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "17")
+    compat.start_flight_recorder(300)
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ and compat.flight_recorder_is_on()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("folder", "/tmp"), ("folder", "../x"), ("file_prefix", "a/b"), ("file_prefix", "stack_"), ("file_prefix", "")],
+)
+def test_names_that_are_refused(key: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"comm.save_traces_{key} is "):
+        resolve(load(["--training.device", "cpu", f"--comm.save_traces_{key}", value]), 1)
