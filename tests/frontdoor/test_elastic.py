@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frontdoor import CONFIG, Run, torchrun
+from frontdoor import CONFIG, ROOT, Run, torchrun
 
 from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.place import Place
@@ -243,3 +243,57 @@ def test_goodput_goes_on_over_restarts(tmp_path: Path) -> None:
     assert all(abs(row["spent_s/other"]) < 0.2 for row in accounts)
     assert "goodput" in run.out[0] and "start-up" in run.out[0]
     assert [row["step"] for row in rows if "checkpoint_stall_s" in row] == [4, 6, 8, 9]
+
+
+# --- beginning from other weights
+
+TITAN = f"""
+[model]
+name = "llama3.1"
+n_layers = 2
+dim = 64
+n_heads = 4
+n_kv_heads = 2
+ffn_dim = 256
+vocab_size = 2048
+[training]
+device = "cpu"
+seq_len = 64
+local_batch_size = 2
+steps = 1
+mixed_precision_param = "float32"
+[metrics]
+log_freq = 1
+enable_tensorboard = false
+[job]
+cache_folder = "{ROOT / ".cache"}"
+custom_import = ["frontdoor_parts"]
+[checkpoint]
+initial_load_path = "{ROOT / "tests/checkpoint/torchtitan/step-5"}"
+"""
+
+
+def test_weights_of_torchtitan(tmp_path: Path) -> None:
+    config = TITAN.replace("[training]\n", '[training]\ndataset = "uneven"\n')
+    both = ("--checkpoint.no_initial_load_model_only",)
+    run = good(torchrun(tmp_path, 2, "--tp", "2", *both, config=config))
+    assert "weights from " in run.out[0] and "torchtitan/step-5" in run.out[0]
+    run = torchrun(tmp_path, 2, "--tp", "2", "--model.n_layers", "1", config=config)
+    assert run.code != 0
+    assert "layers.1.attention" in run.err[0] and "Traceback" not in run.err[0], run.everything()
+
+
+def test_weights_of_another_run_in_part(tmp_path: Path) -> None:
+    """The head of the other run has another vocabulary: left out it fits, else it is named."""
+    (tmp_path / "other").mkdir()
+    good(torchrun(tmp_path / "other", 2, *TWO, "--training.steps", "4", config=SAVING))
+    path = only(tmp_path / "other", "checkpoint/step-4")
+    start = ("--checkpoint.initial_load_path", str(path), "--model.vocab_size", "72", "--training.steps", "1")
+    run = torchrun(tmp_path, 1, *start, config=SAVING)
+    assert run.code != 0 and "Traceback" not in run.err[0]
+    assert "model.embed_tokens.weight is [64, 32] there and [72, 32] in this model" in run.err[0]
+    excluded = ("--checkpoint.exclude_from_loading", '["embed_tokens.*", "lm_head.*"]')
+    run = good(torchrun(tmp_path, 1, *start, *excluded, config=SAVING))
+    assert f"weights from {path}" in run.out[0]
+    run = torchrun(tmp_path, 1, *start, "--checkpoint.exclude_from_loading", "head.*", config=SAVING)
+    assert run.code != 0 and "'head.*' fits no parameter" in run.err[0]
