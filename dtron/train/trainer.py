@@ -65,6 +65,7 @@ class Trainer:
         load_begun(self.begun, setup, self.model, self.optimizers, world)
         self.saver = Saver(self.begun.checkpoints, self.config.checkpoint) if saves(self.config.checkpoint) else None
         self.saved_step = self.progress.step if self.begun.resume_from else -1
+        self.last_save: Saved | None = None
         self.report = self._build_report()
         self.guard = StepGuard(
             self.config.training, self.optimizers, self.progress, self.device, world.size, world.say
@@ -110,6 +111,8 @@ class Trainer:
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
                     self.watchdog.first_step_done()
+                if self.guard.stop_asked and step < steps:
+                    break  # the time that is given to save is short: no validation
                 if self.data.validation and (step == steps or step % c.validation.freq == 0):
                     with clock.paused("validation"):
                         self.report.validation(step, self.validate())
@@ -118,8 +121,6 @@ class Trainer:
                         self._save(step, clock)
                     elif self.saver:
                         self._tell(self.saver.poll(), clock)
-                if self.guard.stop_asked:
-                    break
         with clock.paused("checkpoint"):
             self._finish(clock)
         self.watchdog.stop()
@@ -359,7 +360,7 @@ class Trainer:
         if step != self.saved_step:
             self._save(step, clock)
         self._tell(self.saver.wait(), clock)
-        if self.last_save.error:
+        if self.last_save is not None and self.last_save.error:
             raise UserError(
                 f"the checkpoint of step {step} could not be saved: {self.last_save.error}; the same command goes on "
                 f"from the newest one in {self.begun.checkpoints}"

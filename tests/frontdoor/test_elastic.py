@@ -19,6 +19,13 @@ from dtron.observe.metrics import read_metrics
 SAVING = CONFIG + "[checkpoint]\nenable = true\ninterval = 4\n[debug]\ndeterministic = true\n"
 ENDLESS = SAVING.replace("steps = 20", "steps = 100000").replace("interval = 4", "interval = 100000")
 TWO = ("--training.local_batch_size", "4")
+
+
+def later(value: str) -> Any:
+    """A case that `make test-long` tries: it differs from its neighbour by little, and costs as much."""
+    return pytest.param(value, marks=pytest.mark.long)
+
+
 NUMBERS = ("loss", "grad_norm", "lr", "tokens")
 
 
@@ -51,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
 # --- resuming
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [later("disabled"), "async"])
 def test_resume_on_the_same_layout_is_bit_for_bit(tmp_path: Path, whole: list[list[Any]], mode: str) -> None:
     """From a fresh process; the schedule has its length, so that the first part is the whole run's."""
     arguments = (*TWO, "--lr_scheduler.total_steps", "20", "--checkpoint.async_mode", mode)
@@ -82,7 +89,7 @@ def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "no manifest"])
+@pytest.mark.parametrize("how", [later("truncated"), "flipped", later("missing"), later("no manifest")])
 def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, whole: list[list[Any]], how: str) -> None:
     arguments = (*TWO, "--lr_scheduler.total_steps", "20")
     good(torchrun(tmp_path, 2, *arguments, "--training.steps", "8", config=SAVING))
@@ -164,7 +171,7 @@ def check_saved(folder: Path) -> int:
     return marker["step"]
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGUSR1", later("SIGTERM"), later("SIGINT")])
 def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
     """Delivered twice, as torchrun does with SIGUSR1."""
 
@@ -182,7 +189,7 @@ def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.glob("outputs/*/SAVED")), "the marker is of the attempt that it ended"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", later("SIGINT")])
 def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
     began = time.monotonic()
     run = stopped(tmp_path, lambda agent: agent.send_signal(getattr(signal, name)))
