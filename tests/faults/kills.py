@@ -124,12 +124,17 @@ def _draw(rng: random.Random, phase: str) -> Plan:
         slow_s=0.3 if phase == "wait" else rng.choice((0.0, 0.05, 0.2) if background else (0.0, 0.05)),
         phase=phase,
         moment=moment,
-        passed=rng.randrange(moment.often) if moment and moment.often > 1 else rng.choice((0, 0, 1)),
+        passed=_draw_passed(rng, phase, moment.often if moment else 1),
         trigger=trigger,
         victims=(trigger,) if at_once else some,
         delay_s=None if at_once else rng.uniform(0, 0.05 if moment else 0.4),
         spread_s=rng.choice((0.0, rng.uniform(0, 0.3))),
     )
+
+
+def _draw_passed(rng: random.Random, phase: str, often: int) -> int:
+    """A start comes once; of a save's single moments now and then the second save's is taken."""
+    return 0 if phase == "start" else rng.randrange(often) if often > 1 else rng.choice((0, 0, 1))
 
 
 @dataclass
