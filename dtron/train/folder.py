@@ -25,9 +25,11 @@ __all__ = [
     "hold",
     "run_identity",
     "saves",
+    "write_config",
 ]
 
 LOCK = "run.lock"
+DRAFT = "config.partial"  # becomes an attempt's config.toml when it is whole
 # The keys that `run_identity` is made of, as they are written.
 IDENTITY_SECTIONS = ("model.", "optimizer.", "lr_scheduler.", "training.dataset", "training.mixture")
 IDENTITY_KEYS = {
@@ -95,7 +97,7 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
             if resumable_steps(checkpoint_place(c, folder)):
                 folder.mkdir(parents=True, exist_ok=True)
                 return RunFolder(folder, _attempt(folder), True)
-        if abandoned := next(filter(_has_saved_nothing, local), None):
+        if abandoned := next((folder for folder in local if _has_saved_nothing(folder, c)), None):
             return RunFolder(abandoned, _attempt(abandoned), False, _not_resumed(config, abandoned))
         if c.load_step != -1:
             raise UserError(
@@ -116,11 +118,23 @@ def _attempt(folder: Path) -> int:
     return 1 + len(list(folder.glob("config*.toml")))
 
 
-def _has_saved_nothing(folder: Path) -> bool:
+def write_config(folder: Path, attempt: int, text: str) -> None:
+    """Keep the resolved configuration of an attempt: the first one's is config.toml, which a resume never overwrites.
+
+    A kill leaves no half of it, which would be taken for another run's.
+    """
+    (folder / DRAFT).write_text(text)
+    (folder / DRAFT).rename(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"))
+
+
+def _has_saved_nothing(folder: Path, own: Checkpoint) -> bool:
     """Whether a run with checkpoints ended here before its first: the same run may begin in this folder once more."""
     text = folder / "config.toml"
-    if not folder.is_dir() or not text.is_file():
-        return folder.is_dir() and not set(os.listdir(folder)) - {LOCK}
+    if not folder.is_dir():
+        return False
+    if not text.is_file():  # it ended while it started
+        foreign = set(os.listdir(folder)) - {LOCK, DRAFT, own.folder.split("/")[0]}
+        return not foreign and not steps_in(checkpoint_place(own, folder))
     try:
         c = load(["--job.config_file", str(text)]).checkpoint
     except UserError:

@@ -17,6 +17,7 @@ from dtron.config import Config, flatten
 from dtron.observe.console import EtaClock, format_step, format_summary, human_bytes, human_seconds, use_color
 from dtron.observe.goodput import Ledger, process_start_s
 from dtron.observe.metrics import MetricsWriter, last_row, read_metrics
+from dtron.train.folder import write_config
 from dtron.train.launch import World
 
 __all__ = ["Report", "StepClock"]
@@ -97,7 +98,7 @@ class Report:
         self._began_s = process_start_s()
         self._since = time.monotonic() - (time.time() - self._began_s)  # one clock, that nobody sets back
         if world.rank == 0:
-            (run_folder / _config_name(attempt)).write_text(config_text)
+            write_config(run_folder, attempt, config_text)
             before = last_row(run_folder / "metrics.jsonl", "unix_s")
             self._ledger = Ledger(self._began_s, saved_ledger, before)
             self._writer = MetricsWriter(run_folder, config_text, flatten(config), config.metrics, attempt)
@@ -179,8 +180,3 @@ class Report:
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes {nodes} RENDEZVOUS_OPTIONS"
         return f"torchrun {where} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(sys.argv)}"
-
-
-def _config_name(attempt: int) -> str:
-    """The first attempt's resolved configuration is config.toml; a resume never overwrites it."""
-    return "config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"
