@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
@@ -113,7 +114,8 @@ class Saver:
         try:
             saved.bytes, saved.save_s, told = future.result()
             saved.told = tuple(told)
-        except Exception as error:  # whatever went wrong, the training goes on and the user is told
+        # Whatever went wrong, the training goes on and the user is told. DCP's own error is no Exception.
+        except (Exception, CheckpointException) as error:
             saved.error = _reason(error)
         saved.stall_s += time.perf_counter() - began
         return [saved]
