@@ -196,7 +196,10 @@ class _Verified:
     manifest: Manifest
 
     def write_data(self, plan: Any, planner: Any) -> TorchFuture[list[WriteResult]]:
-        results = super().write_data(plan, planner).wait()  # type: ignore[misc]
+        try:
+            results = super().write_data(plan, planner).wait()  # type: ignore[misc]
+        except RuntimeError as error:
+            raise _of_the_disk(error) from None
         names = {result.storage_data.relative_path for result in results}
         sums = {name: ((self.partial / name).size(), (self.partial / name).crc32()) for name in names}
         future: TorchFuture[list[WriteResult]] = TorchFuture()
@@ -240,6 +243,14 @@ def _writer(partial: Place, final: Place, manifest: Manifest) -> Any:
     writer: Any = _LocalWriter(str(partial.local)) if partial.local else _UrlWriter(partial.url)
     writer.partial, writer.final, writer.manifest = partial, final, manifest
     return writer
+
+
+def _of_the_disk(error: BaseException) -> BaseException:
+    """What the disk said, where torch.save then said "unexpected pos": errors lose their context on the way to others."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def _reason(error: BaseException) -> str:
