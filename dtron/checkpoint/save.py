@@ -246,7 +246,7 @@ def _writer(partial: Place, final: Place, manifest: Manifest) -> Any:
 
 
 def _of_the_disk(error: BaseException) -> BaseException:
-    """What the disk said, where torch.save then said "unexpected pos": errors lose their context on the way to others."""
+    """What the disk said, where torch.save then said "unexpected pos": sent to others, errors lose their context."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
