@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
@@ -113,7 +114,8 @@ class Saver:
         try:
             saved.bytes, saved.save_s, told = future.result()
             saved.told = tuple(told)
-        except (Exception, dcp.api.CheckpointException) as error:  # the training goes on, and the user is told
+        # Whatever went wrong, the training goes on and the user is told. DCP's own error is no Exception.
+        except (Exception, CheckpointException) as error:
             saved.error = _reason(error)
         saved.stall_s += time.perf_counter() - began
         return [saved]
@@ -194,7 +196,10 @@ class _Verified:
     manifest: Manifest
 
     def write_data(self, plan: Any, planner: Any) -> TorchFuture[list[WriteResult]]:
-        results = super().write_data(plan, planner).wait()  # type: ignore[misc]
+        try:
+            results = super().write_data(plan, planner).wait()  # type: ignore[misc]
+        except RuntimeError as error:
+            raise _of_the_disk(error) from None
         names = {result.storage_data.relative_path for result in results}
         sums = {name: ((self.partial / name).size(), (self.partial / name).crc32()) for name in names}
         future: TorchFuture[list[WriteResult]] = TorchFuture()
@@ -238,6 +243,14 @@ def _writer(partial: Place, final: Place, manifest: Manifest) -> Any:
     writer: Any = _LocalWriter(str(partial.local)) if partial.local else _UrlWriter(partial.url)
     writer.partial, writer.final, writer.manifest = partial, final, manifest
     return writer
+
+
+def _of_the_disk(error: BaseException) -> BaseException:
+    """What the disk said, where torch.save then said "unexpected pos": sent to others, errors lose their context."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def _reason(error: BaseException) -> str:
