@@ -9,6 +9,7 @@ have no such rename: there a checkpoint exists once its manifest does. Nothing h
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,11 +20,13 @@ from dtron.errors import UserError
 
 __all__ = [
     "MANIFEST",
+    "DamagedError",
     "Manifest",
     "Progress",
     "clean",
     "delete_old",
     "find_damage",
+    "holds_checkpoints",
     "read_manifest",
     "set_aside",
     "steps_in",
@@ -31,6 +34,11 @@ __all__ = [
 
 MANIFEST = "dtron.json"
 FORMAT = 1
+WRITTEN = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|dtron\.json")  # names of the files of a checkpoint
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written; one that merely cannot be read now is another error."""
 
 
 @dataclass
@@ -71,7 +79,7 @@ def _checksum(body: dict[str, Any]) -> int:
 
 
 def read_manifest(checkpoint: Place) -> Manifest:
-    """The manifest of a checkpoint. UserError if it is missing or damaged."""
+    """The manifest of a checkpoint. DamagedError if it is missing or damaged, UserError if it cannot be read."""
     try:
         body = json.loads((checkpoint / MANIFEST).read())
         written = body.pop("crc32")
@@ -81,21 +89,36 @@ def read_manifest(checkpoint: Place) -> Manifest:
             raise ValueError(f"its format is {body['format']}, expected {FORMAT}")
         files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
         return Manifest(Progress(**body["progress"]), files)
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint} is no whole checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{checkpoint / MANIFEST} is damaged or not dtron's: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{checkpoint} is no whole checkpoint: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint / MANIFEST} cannot be read: {error}; try again when the storage answers"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{checkpoint / MANIFEST} is damaged or not dtron's: {error}") from None
 
 
 def steps_in(folder: Place) -> list[int]:
     """Steps of everything in `folder` that is named like a finished checkpoint, ascending, whole or not."""
     named = {name: name.removeprefix("step-") for name in folder.names() if name.startswith("step-")}
-    steps = sorted(int(step) for step in named.values() if step.isdecimal())
+    steps = sorted(int(step) for step in named.values() if step.isdecimal() and step == str(int(step)))
     return steps if folder.local else [step for step in steps if (folder / f"step-{step}" / MANIFEST).exists()]
 
 
+def holds_checkpoints(folder: Place) -> bool:
+    """Whether a run has ever finished one here, whatever became of it."""
+    return bool(steps_in(folder)) or any(
+        step.isdecimal() and rest.startswith("damaged")
+        for step, _, rest in (name.removeprefix("step-").partition(".") for name in folder.names())
+    )
+
+
 def find_damage(checkpoint: Place, files: Iterable[tuple[str, tuple[int, int]]]) -> list[str]:
-    """What is wrong with these files of a manifest, each with its name; nothing if all are as they were written."""
+    """What is wrong with these files of a manifest, each with its name; nothing if all are as they were written.
+
+    OSError if one cannot be read, which is no damage.
+    """
     problems = []
     for name, (size, crc) in files:
         file = checkpoint / name
@@ -105,10 +128,8 @@ def find_damage(checkpoint: Place, files: Iterable[tuple[str, tuple[int, int]]])
                 problems.append(f"{name} has {found} bytes of {size}")
             elif file.crc32() != crc:
                 problems.append(f"{name} is not what was written (its checksum differs)")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error})")
     return problems
 
 
@@ -125,7 +146,9 @@ def clean(folder: Place) -> None:
     """Delete what a killed run left unfinished: checkpoints half written or half deleted."""
     for name in folder.names():
         step, _, rest = name.removeprefix("step-").partition(".")
-        if name.startswith("step-") and step.isdecimal() and (rest.startswith("partial-") or rest == "deleting"):
+        attempt = rest.removeprefix("partial-") if rest.startswith("partial-") else "x"
+        unfinished = name.startswith("step-") and step.isdecimal() and (attempt.isdecimal() or rest == "deleting")
+        if unfinished and all(WRITTEN.fullmatch(file) for file in (folder / name).names()):
             (folder / name).remove()
 
 
@@ -141,8 +164,8 @@ def delete_old(folder: Place, keep_latest: int, keep_every: int) -> list[str]:
     for step in steps_in(folder):
         try:
             manifest = read_manifest(folder / f"step-{step}")
-        except UserError:
-            continue  # damaged: kept for whoever wants to look at it
+        except DamagedError:
+            continue  # kept for whoever wants to look at it
         if not manifest.progress.model_only:
             whole.append((step, manifest))
     for step, manifest in whole[:-keep_latest]:
@@ -157,6 +180,8 @@ def delete_old(folder: Place, keep_latest: int, keep_every: int) -> list[str]:
 
 def _delete(checkpoint: Place, manifest: Manifest) -> list[str]:
     """First out of sight, so that a kill in between leaves no half checkpoint under the name of a whole one."""
+    if checkpoint.local and checkpoint.local.is_symlink():
+        return [f"{checkpoint} is kept: it is a link, which dtron did not make"]
     files = [MANIFEST, *manifest.files]
     if foreign := sorted(set(checkpoint.names()) - set(files)):
         return [f"{checkpoint} is kept: it holds {foreign[0]}, which dtron did not write"]

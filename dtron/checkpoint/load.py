@@ -10,7 +10,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dtron.checkpoint import torchtitan
-from dtron.checkpoint.files import MANIFEST, Manifest, find_damage, read_manifest, set_aside, steps_in
+from dtron.checkpoint.files import (
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    find_damage,
+    holds_checkpoints,
+    read_manifest,
+    set_aside,
+    steps_in,
+)
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import named_tensors
 from dtron.errors import UserError
@@ -20,8 +29,10 @@ __all__ = [
     "check_excluded",
     "check_source",
     "find_good",
+    "from_rank_0",
     "load",
     "load_initial",
+    "newest_without_state",
     "resumable_steps",
     "verify_on_all_ranks",
 ]
@@ -31,8 +42,19 @@ METADATA = ".metadata"
 
 def check_source(checkpoint: Place) -> None:
     """UserError unless weights can be loaded from `checkpoint`: one of dtron's, or of torchtitan's."""
-    if not _is_foreign(checkpoint):
-        read_manifest(checkpoint)
+    key = "checkpoint.initial_load_path"
+    try:
+        names = checkpoint.names()
+        if not names:
+            raise UserError(f"{key}: there is no folder {checkpoint}, or it is empty")
+        if MANIFEST not in names and METADATA not in names:
+            inside = [name for name in names if name.startswith("step-")]
+            hint = f"; did you mean {checkpoint / inside[-1]}?" if inside else ""
+            raise UserError(f"{key}: {checkpoint} is no checkpoint, it has neither {MANIFEST} nor {METADATA}{hint}")
+        if not _is_foreign(checkpoint):
+            read_manifest(checkpoint)
+    except OSError as error:
+        raise UserError(f"{key}: {checkpoint} cannot be read: {error}") from None
 
 
 def _is_foreign(checkpoint: Place) -> bool:
@@ -59,7 +81,7 @@ def load_initial(
 
     heads: query and key/value heads of the model. UserError on all ranks if the checkpoint is damaged or does not fit.
     """
-    if not _from_rank_0(lambda: _is_foreign(checkpoint)):
+    if not from_rank_0(lambda: _is_foreign(checkpoint)):
         verify_on_all_ranks(checkpoint)
         load(checkpoint, model, optimizers, exclude)
         return
@@ -75,21 +97,22 @@ def resumable_steps(folder: Place) -> list[int]:
     steps = []
     for step in reversed(steps_in(folder)):
         try:
-            if read_manifest(folder / f"step-{step}").progress.model_only:
-                continue
-        except UserError:
-            pass  # damaged: told when it is its turn
-        steps.append(step)
+            resumable = not read_manifest(folder / f"step-{step}").progress.model_only
+        except DamagedError:
+            resumable = True  # told when it is its turn
+        if resumable:
+            steps.append(step)
     return steps
 
 
 def find_good(folder: Place, load_step: int, keep: bool, say: Callable[[str], None]) -> Manifest | None:
     """On all ranks: the newest checkpoint in `folder` that is as it was written; None if there is none at all.
 
-    One that is damaged is named, and set aside unless `keep`, so that its step can be saved anew; then the one before
-    it is looked at. UserError if all are damaged, or the one that `load_step` asks for is (-1: the newest).
+    One that is damaged is named, and the one before it is looked at; once a good one is found, the damaged ones are set
+    aside unless `keep`, so that their steps can be saved anew. UserError if none is good but there were some, if the
+    one that `load_step` asks for (-1: the newest) is not, and if one cannot be read.
     """
-    steps = _from_rank_0(lambda: resumable_steps(folder))
+    steps = from_rank_0(lambda: resumable_steps(folder))
     if load_step != -1:
         if load_step not in steps:
             there = ", ".join(map(str, reversed(steps))) or "none"
@@ -98,37 +121,58 @@ def find_good(folder: Place, load_step: int, keep: bool, say: Callable[[str], No
                 f"that is there ({there}), or to -1 for the newest"
             )
         steps = [load_step]
+    damaged: list[Place] = []
     for step in steps:
         checkpoint = folder / f"step-{step}"
         try:
-            return verify_on_all_ranks(checkpoint)
-        except UserError as error:
+            manifest = verify_on_all_ranks(checkpoint)
+        except DamagedError as error:
             if load_step != -1:
                 raise
             say(f"warning: {error}; going back to the checkpoint before it")
-            if not keep:
-                target = _from_rank_0(lambda: set_aside(checkpoint))  # noqa: B023 - called at once
-                say(f"warning: it is kept as {target}")
-    if steps:
+            damaged.append(checkpoint)
+            continue
+        for checkpoint in [] if keep else damaged:
+            target = from_rank_0(lambda: set_aside(checkpoint))  # noqa: B023 - called at once
+            say(f"warning: {checkpoint} is kept as {target.name}")
+        return manifest
+    if damaged or from_rank_0(lambda: holds_checkpoints(folder) and not steps_in(folder)):
         raise UserError(
-            f"no checkpoint in {folder} is as it was written (steps {', '.join(map(str, reversed(steps)))}); nothing "
-            "starts from scratch on its own: move the run folder away, or set another job.dump_folder"
+            f"no checkpoint in {folder} is as it was written; nothing starts from scratch on its own: move the run "
+            "folder away, or set another job.dump_folder"
         )
     return None
 
 
-def verify_on_all_ranks(checkpoint: Place) -> Manifest:
-    """The manifest of a checkpoint whose files are as they were written. UserError, naming the files, on all ranks.
+def newest_without_state(folder: Place) -> int | None:
+    """Step of the newest checkpoint that holds the weights only: the end of a run, which cannot be resumed."""
+    for step in reversed(steps_in(folder)):
+        try:
+            if read_manifest(folder / f"step-{step}").progress.model_only:
+                return step
+        except DamagedError:
+            continue
+    return None
 
-    Each rank reads a share of the files.
+
+def verify_on_all_ranks(checkpoint: Place) -> Manifest:
+    """The manifest of a checkpoint whose files are as they were written. Each rank reads a share of them.
+
+    DamagedError, naming the files, or UserError, if one cannot be read, on all ranks.
     """
-    manifest = _from_rank_0(lambda: read_manifest(checkpoint))
+    manifest = from_rank_0(lambda: read_manifest(checkpoint))
     rank, world = dist.get_rank(), dist.get_world_size()
-    found: list[list[str]] = [[]] * world
-    dist.all_gather_object(found, find_damage(checkpoint, sorted(manifest.files.items())[rank::world]))
-    if problems := [problem for part in found for problem in part]:
+    try:
+        mine: tuple[list[str], str] = find_damage(checkpoint, sorted(manifest.files.items())[rank::world]), ""
+    except OSError as error:
+        mine = [], f"rank {rank}: {error}"
+    found = [mine] * world
+    dist.all_gather_object(found, mine)
+    if unread := [error for _, error in found if error]:
+        raise UserError(f"{checkpoint} cannot be read ({unread[0]}); try again when the storage answers")
+    if problems := [problem for part, _ in found for problem in part]:
         more = f" and {len(problems) - 3} files more" if len(problems) > 3 else ""
-        raise UserError(f"{checkpoint} is damaged: {'; '.join(problems[:3])}{more}")
+        raise DamagedError(f"{checkpoint} is damaged: {'; '.join(problems[:3])}{more}")
     return manifest
 
 
@@ -215,14 +259,14 @@ def _check_fits(checkpoint: Place, reader: Any, tensors: dict[str, Tensor]) -> N
         )
 
 
-def _from_rank_0(what: Callable[[], Any]) -> Any:
+def from_rank_0(what: Callable[[], Any]) -> Any:
     """What rank 0 finds, on all ranks, its UserError included: shared folders may show each machine something else."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             answer = [what()]
         except (UserError, OSError) as error:
-            answer = [error if isinstance(error, UserError) else UserError(str(error))]
+            answer = [error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]

@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import FileSystemReader
 
 from dtron import compat
+from dtron.errors import UserError
 
 __all__ = ["Place"]
 
@@ -21,7 +22,10 @@ BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Place:
-    """`url`: a local path or an fsspec URL, without a slash at its end. OSError where the storage cannot do it."""
+    """`url`: a local path or an fsspec URL, without a slash at its end.
+
+    OSError where the storage fails; UserError where fsspec does not know the kind of URL, or lacks its package.
+    """
 
     url: str
 
@@ -53,7 +57,7 @@ class Place:
         try:
             return url_to_fs(self.url)
         except (ImportError, ValueError) as error:  # a protocol that fsspec does not know or has no package for
-            raise OSError(f"{self.url}: {error}") from error
+            raise UserError(f"{self.url}: {error}") from error
 
     def names(self) -> list[str]:
         """Names of the files and folders in it, sorted; none where there is no such folder."""

@@ -72,6 +72,9 @@ def _option(token: str, words: list[str]) -> tuple[Key, Any]:
         items = attached.split(",") if attached else []
         if not (equals or words):
             raise UserError(f"{COMMAND_LINE}: {option} needs one value or more; an empty list is {option}=")
+        as_in_a_file = _from_text(key, attached if equals else words[0])
+        if isinstance(as_in_a_file, list):
+            return key, as_in_a_file
         return key, items if equals else words
     if len(words) > 1:
         raise _stray(words[1])

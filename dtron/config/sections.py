@@ -230,7 +230,7 @@ class Checkpoint:
     keep_every_n_steps: int = key(0, "checkpoints of these steps are never deleted; 0: none", minimum=0)
     load_step: int = key(-1, "the step to resume from; -1: the newest")
     exclude_from_loading: list[str] = key(
-        [], 'parameters of initial_load_path that are not loaded, by name or pattern, for example ["lm_head.*"]'
+        [], "parameters of initial_load_path that are not loaded, by name or pattern, for example lm_head.*"
     )
     enable_first_step_checkpoint: bool = key(False, "also save after step 1")
     create_seed_checkpoint: bool = key(

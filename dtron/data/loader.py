@@ -187,7 +187,7 @@ def _collate(rows: list[Row] | UserError) -> Batch | UserError:
 
 def _ignore_signals(worker: int) -> None:
     """Slurm and Ctrl-C signal the workers too, and the training needs them until it has saved; they end with it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

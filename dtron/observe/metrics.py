@@ -5,9 +5,11 @@ The rows are written by one rank. A row holds any of the keys of `TAGS`, `step` 
 keys: `_s` seconds, `_bytes` bytes, `mfu` a share (0.41 is 41%).
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,10 @@ TAGS: dict[str, Tag] = {
     "max_memory_bytes": Tag("memory/max_gib", 1 / 2**30),
     "tokens": Tag("tokens"),
     "goodput": Tag("goodput/percent", 100.0),
-    "checkpoint_stall_s": Tag("time/checkpoint_stall_s"),
+    "checkpoint_stall_s": Tag("checkpoint/stall_s"),
+    "checkpoint_save_s": Tag("checkpoint/save_s"),
+    "checkpoint_bytes": Tag("checkpoint/gib", 1 / 2**30),
+    "checkpoint_slowdown": Tag("checkpoint/slowdown"),
     "failed_saves": Tag("checkpoint/failed_saves"),
     "skipped_steps": Tag("optim/skipped_steps"),
 }
@@ -58,6 +63,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "Peak memory (GiB)": ["Multiline", ["^memory/max_gib$"]],
         "Tokens seen (all ranks)": ["Multiline", ["^tokens$"]],
         "Goodput (% of wall time in useful steps)": ["Multiline", ["^goodput/percent$"]],
+        "Checkpoints: stall, whole save (s)": ["Multiline", ["^checkpoint/.*_s$"]],
         "Where the wall time went (s)": ["Multiline", ["^spent_s/.*$"]],
     }
 }
@@ -145,6 +151,7 @@ class MetricsWriter:
         folder = Path(run_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.attempt = attempt
+        self._failed = False
         self._board: _Board | None = None
         if config.enable_tensorboard:
             self._board = _Board(folder / config.save_tb_folder, config_text, hparams)
@@ -157,15 +164,29 @@ class MetricsWriter:
     def log(self, row: dict[str, Any]) -> None:
         """Append one row; it must hold `step`. `attempt` is added. None: not known here (MFU on a CPU)."""
         row = {**row, "attempt": self.attempt}
-        self._file.write(_to_json(row))
+        with self._told():
+            self._file.write(_to_json(row))
         if self._board is not None:
-            self._board.draw(row)
+            with self._told():
+                self._board.draw(row)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A disk that is full costs rows, which is said once, and not the training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"warning: a row of metrics could not be written: {error}; the training goes on", flush=True)
+            self._failed = True
 
     def close(self) -> None:
         """Finish both files. A run that is killed loses nothing but TensorBoard's mark of its end."""
-        self._file.close()
+        with self._told():
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._told():
+                self._board.close()
 
 
 class _Board:

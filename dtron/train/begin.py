@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dtron.checkpoint.files import Progress, clean, steps_in
-from dtron.checkpoint.load import check_excluded, find_good, load, load_initial
+from dtron.checkpoint.load import check_excluded, find_good, from_rank_0, load, load_initial, newest_without_state
 from dtron.checkpoint.place import Place
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel, meta_model
@@ -30,22 +30,27 @@ class Begun:
     checkpoints: Place
     resume_from: Place | None
     progress: Progress
-    lock: TextIO | None
+    lock: list[TextIO]
 
 
 def begin(setup: Setup, world: World) -> Begun:
     """Choose the run folder and the newest good checkpoint in it. UserError on all ranks where that cannot be."""
     config = setup.config
     chosen: list[Any] = [None]
-    lock = None
+    lock: list[TextIO] = []
     if world.rank == 0:  # it alone looks, so that all agree
         try:
             folder = choose_run_folder(config, setup.model_config)
-            lock = hold(folder.path)
+            lock = [hold(folder.path)]
+            place = checkpoint_place(config.checkpoint, folder.path).local
+            if saves(config.checkpoint) and "://" in config.checkpoint.folder and place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+                lock.append(hold(place))
             (folder.path / SAVED_MARKER).unlink(missing_ok=True)  # of the attempt before
             chosen = [folder]
         except (OSError, UserError) as error:
-            chosen = [UserError(f"job.dump_folder {config.job.dump_folder}: {error}")]
+            given = f"job.dump_folder {config.job.dump_folder}: "
+            chosen = [error if isinstance(error, UserError) else UserError(f"{given}{error}")]
     dist.broadcast_object_list(chosen)
     if isinstance(chosen[0], UserError):
         raise chosen[0]
@@ -64,9 +69,37 @@ def begin(setup: Setup, world: World) -> Begun:
     if config.checkpoint.enable:
         manifest = find_good(checkpoints, config.checkpoint.load_step, not saves(config.checkpoint), world.say)
     progress = manifest.progress if manifest else Progress()
+    if config.checkpoint.enable and _is_done(checkpoints, progress, config.training.steps):
+        progress, manifest = Progress(step=config.training.steps), None
+    elif saves(config.checkpoint):
+        _check_way(checkpoints, progress.step)
     progress.attempt = folder.attempt
     resume_from = checkpoints / f"step-{progress.step}" if manifest else None
     return Begun(folder.path, checkpoints, resume_from, progress, lock)
+
+
+def _is_done(checkpoints: Place, progress: Progress, steps: int) -> bool:
+    """Whether the run has ended with a checkpoint of its weights only. UserError if it is to go on from there."""
+    last = from_rank_0(lambda: newest_without_state(checkpoints))
+    if last is None or last <= progress.step:
+        return False
+    if last < steps:
+        raise UserError(
+            f"{checkpoints}/step-{last} ended this run and holds the weights only (checkpoint.last_save_model_only), "
+            f"so training.steps = {steps} cannot go on from it; begin a run of its own from it, with another "
+            "job.dump_folder and checkpoint.initial_load_path, or move it away to go on from the checkpoint before it"
+        )
+    return True
+
+
+def _check_way(checkpoints: Place, step: int) -> None:
+    """UserError if the run would later meet checkpoints that it did not come from."""
+    if later := [later for later in from_rank_0(lambda: steps_in(checkpoints)) if later > step]:
+        raise UserError(
+            f"going on from step {step} would later meet step {', '.join(map(str, later))} in {checkpoints}, and "
+            "nothing is overwritten: move them away, or start a run of its own with another job.dump_folder and "
+            f"checkpoint.initial_load_path = {checkpoints}/step-{step}"
+        )
 
 
 def _check_storage(checkpoints: Place, world: World) -> None:
@@ -91,15 +124,8 @@ def load_begun(
     """Load the checkpoint that is resumed, or the weights that a fresh run is given, into this layout."""
     c = setup.config.checkpoint
     if begun.resume_from:
-        later = [step for step in steps_in(begun.checkpoints) if step > begun.progress.step]
-        if later and saves(setup.config.checkpoint):
-            raise UserError(
-                f"resuming from step {begun.progress.step} would later meet the checkpoints of step "
-                f"{', '.join(map(str, later))} in {begun.checkpoints}; move them away, or start a run of its own "
-                "with another job.dump_folder and checkpoint.initial_load_path"
-            )
         load(begun.resume_from, model, optimizers)
-    elif c.initial_load_path:
+    elif c.initial_load_path and begun.progress.step == 0:
         place = Place.at(c.initial_load_path)
         names = [name for name, _ in meta_model(setup.spec, setup.model_config).named_parameters()]
         check_excluded(c.exclude_from_loading, names)

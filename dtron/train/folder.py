@@ -9,8 +9,8 @@ import socket
 from pathlib import Path
 from typing import Any, TextIO
 
-from dtron.checkpoint.files import steps_in
-from dtron.checkpoint.load import resumable_steps
+from dtron.checkpoint.files import holds_checkpoints
+from dtron.checkpoint.load import check_source
 from dtron.checkpoint.place import Place
 from dtron.config import Config, flatten, load
 from dtron.config.sections import Checkpoint
@@ -30,20 +30,26 @@ __all__ = [
 
 LOCK = "run.lock"
 DRAFT = "config.partial"  # becomes an attempt's config.toml when it is whole
-# The keys that `run_identity` is made of, as they are written.
-IDENTITY_SECTIONS = ("model.", "optimizer.", "lr_scheduler.", "training.dataset", "training.mixture")
-IDENTITY_KEYS = {
+# Beginnings of the keys that `run_identity` is made of, and of the folder of the checkpoints.
+IDENTITY = (
+    "model.",
+    "optimizer.",
+    "lr_scheduler.",
+    "training.dataset",
+    "training.mixture",
     "training.text_column",
     "training.loss",
     "training.attention_mask",
     "training.shuffle_documents",
     "training.seq_len",
     "training.max_norm",
-    "checkpoint.initial_load_path",
-    "checkpoint.initial_load_model_only",
+    "checkpoint.initial_load",
     "checkpoint.exclude_from_loading",
+    "checkpoint.folder",
     "debug.seed",
-}
+)
+# Of those that a resume may change, and that have a bearing on losses, memory or speed.
+BEARING = ("training.", "parallelism.", "compile.", "activation_checkpoint.", "debug.")
 
 
 @dataclasses.dataclass
@@ -94,9 +100,12 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
         local = sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True)
         remote = [name for name in Place.at(c.folder).names() if name.startswith(stem)] if "://" in c.folder else []
         for folder in (*local, *(parent / name for name in remote)):
-            if resumable_steps(checkpoint_place(c, folder)):
+            if holds_checkpoints(checkpoint_place(c, folder)):
                 folder.mkdir(parents=True, exist_ok=True)
-                return RunFolder(folder, _attempt(folder), True)
+                return RunFolder(folder, _attempt(folder), True, _changed(config, folder))
+    if c.initial_load_path:  # a resume needs it no more
+        check_source(Place.at(c.initial_load_path))
+    if c.enable:
         if abandoned := next((folder for folder in local if _has_saved_nothing(folder, c)), None):
             return RunFolder(abandoned, _attempt(abandoned), False, _not_resumed(config, abandoned))
         if c.load_step != -1:
@@ -134,12 +143,12 @@ def _has_saved_nothing(folder: Path, own: Checkpoint) -> bool:
         return False
     if not text.is_file():  # it ended while it started
         foreign = set(os.listdir(folder)) - {LOCK, DRAFT, own.folder.split("/")[0]}
-        return not foreign and not steps_in(checkpoint_place(own, folder))
+        return not foreign and not holds_checkpoints(checkpoint_place(own, folder))
     try:
         c = load(["--job.config_file", str(text)]).checkpoint
     except UserError:
         return False
-    return saves(c) and not steps_in(checkpoint_place(c, folder))
+    return saves(c) and not holds_checkpoints(checkpoint_place(c, folder))
 
 
 def saves(config: Checkpoint) -> bool:
@@ -153,8 +162,9 @@ def _not_resumed(config: Config, folder: Path) -> str:
         return ""
     found = []
     for other in folder.parent.glob("*/config.toml"):
-        if resumable_steps(Place.at(other.parent / config.checkpoint.folder)):
-            found.append((_differences(config, other), other.parent))
+        theirs = _read(other)
+        if theirs and other.parent != folder and holds_checkpoints(checkpoint_place(theirs.checkpoint, other.parent)):
+            found.append((_differences(config, theirs, IDENTITY), other.parent))
     if not found:
         return ""
     keys, other_folder = min(found, key=lambda pair: len(pair[0]))
@@ -164,16 +174,28 @@ def _not_resumed(config: Config, folder: Path) -> str:
     )
 
 
-def _differences(config: Config, other: Path) -> list[str]:
+def _changed(config: Config, folder: Path) -> str:
+    """A line that names what a resume changes, of all that has a bearing on the training or its speed."""
+    attempts = sorted(folder.glob("config*.toml"), key=lambda path: path.stat().st_mtime)
+    theirs = _read(attempts[-1]) if attempts else None
+    keys = _differences(config, theirs, BEARING) if theirs else []
+    return f"changed since the last attempt: {', '.join(keys)}" if keys else ""
+
+
+def _read(path: Path) -> Config | None:
     try:
-        theirs = flatten(load(["--job.config_file", str(other)]))
+        return load(["--job.config_file", str(path)])
     except UserError:
-        return ["a config.toml that is of another version"]
-    pairs = [(key, mine, theirs[key]) for key, mine in flatten(config).items()]
+        return None  # of another version
+
+
+def _differences(config: Config, theirs: Config, keys: tuple[str, ...]) -> list[str]:
+    """Of the keys that begin with one of `keys`."""
+    there = flatten(theirs)
     return [
-        f"{key} ({mine!r} here, {there!r} there)"
-        for key, mine, there in pairs
-        if mine != there and (key in IDENTITY_KEYS or key.startswith(IDENTITY_SECTIONS))
+        f"{key} ({mine!r} here, {there[key]!r} there)"
+        for key, mine in flatten(config).items()
+        if mine != there[key] and key.startswith(keys)
     ]
 
 

@@ -118,7 +118,8 @@ class StepGuard:
         else:
             text += self._whose(share)
         if verdict not in self._skips:
-            raise FloatingPointError(text)
+            key = "training.on_spike" if verdict == SPIKE else "training.on_nonfinite"
+            raise FloatingPointError(f"{text}; {key} = skip would go on without such steps")
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

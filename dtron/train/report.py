@@ -150,7 +150,7 @@ class Report:
         if saved.error:
             self._writer.log({"step": saved.step, "failed_saves": failed_saves})
             text = f"warning: the checkpoint of step {saved.step} could not be saved ({saved.error})"
-            print(f"{text}; the one before it is untouched", flush=True)
+            print(f"{text}; those before it are untouched", flush=True)
             return
         row = {"step": saved.step, "checkpoint_stall_s": saved.stall_s, "checkpoint_save_s": saved.save_s}
         self._writer.log({**row, "checkpoint_bytes": saved.bytes, "checkpoint_slowdown": slowdown})

@@ -9,8 +9,6 @@ from typing import Any, Literal
 import torch
 
 from dtron import registry
-from dtron.checkpoint.load import check_source
-from dtron.checkpoint.place import Place
 from dtron.config import Config
 from dtron.config.legal import check_legal
 from dtron.config.sections import Comm, Dataset, Training
@@ -138,13 +136,13 @@ def _check_values(c: Config) -> None:
         ("comm.save_traces_folder", c.comm.save_traces_folder),
     ):
         if key == "checkpoint.folder" and "://" in folder:
+            if folder.startswith("memory:"):
+                raise UserError("checkpoint.folder in memory:// is gone when the run ends; name a place that stays")
             continue
         if Path(folder).is_absolute() or ".." in Path(folder).parts or Path(folder) == Path():
             raise UserError(f"{key} is {folder!r}; expected the name of a folder inside the run folder")
     _check_comm(c.comm)
-    if c.checkpoint.initial_load_path:
-        check_source(Place.at(c.checkpoint.initial_load_path))
-    elif c.checkpoint.exclude_from_loading:
+    if c.checkpoint.exclude_from_loading and not c.checkpoint.initial_load_path:
         raise UserError("checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path")
     if c.training.max_norm == 0:
         raise UserError(

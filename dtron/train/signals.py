@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: noted on the rank they reach; the ranks agree on a step, save there and end."""
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: noted on the rank they reach; the ranks agree on a step, save there and end."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from types import FrameType
 
 __all__ = ["StopRequest"]
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -19,12 +19,14 @@ class StopRequest:
     def arm(self) -> None:
         """From here on a signal is a request. Before, and after `disarm`, it ends the process, which loses nothing."""
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._note)
 
     def disarm(self) -> None:
         """Let signals end the process at once."""
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

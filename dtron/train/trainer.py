@@ -91,7 +91,7 @@ class Trainer:
         """Train until `training.steps`; validate, save and log on the way."""
         c, steps, first = self.config, self.config.training.steps, self.progress.step + 1
         if first > steps:
-            self.world.say(f"nothing to do: step {steps} of {steps} is done; raise training.steps to go on")
+            self.world.say(f"nothing to do: step {first - 1} is done, of training.steps {steps}; raise it to go on")
             return
         gc.disable()  # collections at different times on different ranks would make all wait for each
         self.world.stop.arm()
@@ -241,7 +241,11 @@ class Trainer:
             self.world.say(f"resuming from {self.begun.resume_from}")
             if given not in (-1, recorded):
                 self.world.say(f"the global batch changes from {recorded} to {given} sequences, as configured")
-            if c.training.steps != steps and c.lr_scheduler.total_steps is None:
+            if (
+                c.training.steps != steps
+                and c.training.steps > self.progress.step
+                and c.lr_scheduler.total_steps is None
+            ):
                 self.world.say(
                     f"training.steps changes from {steps} to {c.training.steps}, and with it the learning rate from "
                     f"here on; lr_scheduler.total_steps = {steps} would keep it"
@@ -362,8 +366,8 @@ class Trainer:
         self._tell(self.saver.wait(), clock)
         if self.last_save is not None and self.last_save.error:
             raise UserError(
-                f"the checkpoint of step {step} could not be saved: {self.last_save.error}; the same command goes on "
-                f"from the newest one in {self.begun.checkpoints}"
+                f"the checkpoint of step {step} could not be saved: {self.last_save.error}; when that is mended, the "
+                f"same command goes on from the newest one in {self.begun.checkpoints}, if there is one"
             )
         if stopped and self.world.rank == 0:
             marker = {"step": step, "checkpoint": f"{self.begun.checkpoints}/step-{step}", "unix_s": time.time()}

@@ -14,6 +14,7 @@ from dtron.checkpoint.files import (
     clean,
     delete_old,
     find_damage,
+    holds_checkpoints,
     read_manifest,
     set_aside,
     steps_in,
@@ -73,16 +74,13 @@ def test_every_flipped_bit_of_a_file_is_seen(tmp_path: Path) -> None:
         ]
 
 
-def test_truncated_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
+def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, 5)
     place, files = Place.at(path), read_manifest(Place.at(path)).files.items()
     (path / "__0_0.distcp").write_bytes(DATA[:-1])
     assert find_damage(place, files) == [f"__0_0.distcp has {len(DATA) - 1} bytes of {len(DATA)}"]
     (path / "__0_0.distcp").unlink()
-    (path / ".metadata").unlink()
-    (path / ".metadata").mkdir()
-    missing, other = find_damage(place, files)
-    assert missing == "__0_0.distcp is missing" and other.startswith(".metadata ")
+    assert find_damage(place, files) == ["__0_0.distcp is missing"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"crc32": 0}', '{"crc32": "x", "format": 1}'])
@@ -103,7 +101,7 @@ def test_a_manifest_of_another_format(tmp_path: Path) -> None:
 def test_only_finished_names_count(tmp_path: Path) -> None:
     write(tmp_path, 3)
     write(tmp_path, 20, model_only=True)
-    for name in ("step-100.partial-1", "step-30.deleting", "step-40.damaged", "step-x", "step-50"):
+    for name in ("step-100.partial-1", "step-30.deleting", "step-40.damaged", "step-x", "step-50", "step-0060"):
         (tmp_path / name).mkdir()
     place = Place.at(tmp_path)
     assert steps_in(place) == [3, 20, 50]
@@ -116,9 +114,11 @@ def test_clean_takes_what_a_killed_run_left_and_nothing_else(tmp_path: Path) -> 
     for name in ("step-4.partial-1", "step-2.deleting"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_bytes(DATA)
-    mine = ("notes", "step-1.damaged", "step-5.partial", "step-7.backup", "my-step-4.partial-1")
-    for name in mine:
+    mine = ("notes", "step-1.damaged", "step-5.partial", "step-7.backup", "my-step-4.partial-1", "step-8.partial-mine")
+    for name in (*mine, "step-9.deleting"):
         (tmp_path / name).mkdir()
+    (tmp_path / "step-9.deleting" / "thesis.txt").touch()
+    mine = (*mine, "step-9.deleting")
     clean(Place.at(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["step-3", *mine])
 
@@ -172,6 +172,25 @@ def test_what_dtron_did_not_write_stays(tmp_path: Path) -> None:
     assert "step-10 is kept: it holds notes.txt, which dtron did not write" in told
     assert sorted(p.name for p in tmp_path.rglob("*.txt")) == ["notes.txt"]
     assert resumable_steps(Place.at(tmp_path)) == [20, 10]
+
+
+def test_a_link_is_not_followed_to_be_emptied(tmp_path: Path) -> None:
+    write(tmp_path, 20)
+    archive = write(tmp_path / "archive", 10)
+    (tmp_path / "step-10").symlink_to(archive)
+    (told,) = delete_old(Place.at(tmp_path), 1, 0)
+    assert "step-10 is kept: it is a link" in told
+    assert len(list(archive.iterdir())) == 3 and (tmp_path / "step-10").is_symlink()
+
+
+def test_whether_there_ever_was_a_checkpoint(tmp_path: Path) -> None:
+    place = Place.at(tmp_path)
+    (tmp_path / "step-4.partial-1").mkdir()
+    assert not holds_checkpoints(place)
+    write(tmp_path, 3)
+    assert holds_checkpoints(place)
+    set_aside(place / "step-3")
+    assert holds_checkpoints(place) and steps_in(place) == []
 
 
 def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(

@@ -441,19 +441,36 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(
     first, second = said
     assert first.startswith("warning: ") and "step-2" in first and what in first
     assert first.endswith("; going back to the checkpoint before it")
-    assert second == f"warning: it is kept as {damaged}/step-2.damaged"
+    assert second == f"warning: {damaged}/step-2 is kept as step-2.damaged"
     assert entries(damaged) == ["step-1", "step-2.damaged"] and entries(damaged / "step-2.damaged") == contents
     assert alike(ranks.run(2, go_on, str(damaged))) == (1, "", [], []), "and is not looked at again"
 
 
 def test_nothing_starts_from_scratch_where_all_are_damaged(ranks: Ranks, damaged: Path) -> None:
     remove(damaged / "step-1"), flip(damaged / "step-2")
-    step, error, said, _ = alike(ranks.run(2, go_on, str(damaged), -1, True))
-    assert step is None and len(said) == 2
-    assert error.startswith(
-        f"no checkpoint in {damaged} is as it was written (steps 1, 2); nothing starts from scratch"
-    )
-    assert entries(damaged) == ["step-1", "step-2"]
+    for keep in (True, False, False):  # --max-restarts tries again
+        step, error, said, _ = alike(ranks.run(2, go_on, str(damaged), -1, keep))
+        assert step is None and len(said) == 2
+        assert error.startswith(f"no checkpoint in {damaged} is as it was written; nothing starts from scratch")
+        assert entries(damaged) == ["step-1", "step-2"]
+    for name in ("step-1", "step-2"):
+        (damaged / name).rename(damaged / f"{name}.damaged")
+    step, error, said, _ = alike(ranks.run(2, go_on, str(damaged)))
+    assert step is None and "nothing starts from scratch" in error
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damage(ranks: Ranks, damaged: Path) -> None:
+    """A storage that fails for a moment must not put the newest checkpoint out of use."""
+    for name in ("__1_0.distcp", "dtron.json"):
+        file = damaged / "step-2" / name
+        file.rename(damaged / "kept")
+        file.symlink_to(file)
+        step, error, said, _ = alike(ranks.run(2, go_on, str(damaged)))
+        assert step is None and said == [] and name in error and "cannot be read" in error
+        assert "symbolic links" in error
+        (damaged / "kept").rename(file)
+        assert entries(damaged) == ["step-1", "step-2"]
+    assert alike(ranks.run(2, go_on, str(damaged))) == (2, "", [], [])
 
 
 def test_a_damaged_one_that_was_asked_for_is_an_error(ranks: Ranks, damaged: Path) -> None:
@@ -503,7 +520,7 @@ def test_a_url(ranks: Ranks) -> None:
     assert seen["whole"] == [2, 3], "what has no manifest yet is no checkpoint"
     assert seen["wrong"] == seen["wrong before"] == []
     assert len(seen["said"]) == 2 and "step-3 is damaged: __0_0.distcp has" in seen["said"][0]
-    assert seen["said"][1] == f"warning: it is kept as {url}/step-3.damaged"
+    assert seen["said"][1] == f"warning: {url}/step-3 is kept as step-3.damaged"
     assert seen["aside"] == 3
 
 

@@ -35,6 +35,9 @@ ROW: dict[str, Any] = {
     "validation_perplexity": math.exp(10.0),
     "goodput": 0.9,
     "checkpoint_stall_s": 0.25,
+    "checkpoint_save_s": 1.5,
+    "checkpoint_bytes": 2**31,
+    "checkpoint_slowdown": 1.25,
     "failed_saves": 1,
     "skipped_steps": 2,
 }
@@ -237,3 +240,13 @@ def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"needs the package tensorboard.*pip install tensorboard"):
         writer(tmp_path, tensorboard=True)
     writer(tmp_path).close()  # without TensorBoard the package is not needed
+
+
+def test_a_full_disk_costs_rows_and_not_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics = writer(tmp_path)
+    for step in (1, 2):
+        metrics.log({**ROW, "step": step})
+    metrics.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "could not be written" in line and "No space left on device" in line and "the training goes on" in line

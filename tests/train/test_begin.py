@@ -1,15 +1,22 @@
 """Where a run begins: what it warns of, what it refuses, and what is said of a changed length."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import RankError, Ranks
 
+from dtron import registry
 from dtron.config import load
+from dtron.errors import UserError
 from dtron.train import begin as beginning
+from dtron.train.folder import choose_run_folder
 from dtron.train.launch import World
 from dtron.train.setup import resolve
+from dtron.train.trainer import Trainer
 
 
 def said_at_begin(folder: str, arguments: str) -> list[str]:
@@ -74,3 +81,102 @@ def one_rank_cannot_write(folder: str) -> str:
 
 def test_a_machine_that_cannot_write_is_found_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(2, one_rank_cannot_write, str(tmp_path)) == ["no checkpoint can be written here: read-only"] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere", "there is no folder nowhere, or it is empty"),
+        ("README.md", "README.md is no checkpoint"),
+        ("run", "run is no checkpoint, it has neither dtron.json nor .metadata; did you mean run/step-4?"),
+        ("nosuch://bucket/step-1", "nosuch"),
+    ],
+)
+def test_initial_weights_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "run" / "step-4").mkdir(parents=True)
+    config = load(["--training.device", "cpu", "--checkpoint.initial_load_path", path])
+    with pytest.raises(UserError, match=re.escape(words)):
+        choose_run_folder(config, resolve(config, 1).model_config)
+    assert not (tmp_path / "outputs").exists()
+
+
+# --- runs that have ended, and what they began with
+
+
+def trained(folder: str, steps: int, arguments: str) -> tuple[list[str], int]:
+    """What rank 0 is told by a run, and the step it came to."""
+    said: list[str] = []
+
+    class Quiet(World):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    registry.register("dataset", "counting", counting)
+    tiny = "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
+    tiny += "--model.vocab_size 96 --training.dataset counting --training.seq_len 16 --training.device cpu "
+    tiny += f"--training.local_batch_size 2 --training.steps {steps} --checkpoint.enable --checkpoint.interval 2 "
+    tiny += f"--metrics.no_enable_tensorboard --job.dump_folder {folder} --lr_scheduler.total_steps 9 "
+    tiny += "--lr_scheduler.warmup_steps 2 "
+    rank, size = dist.get_rank(), dist.get_world_size()
+    trainer = Trainer(resolve(load((tiny + arguments).split()), size), Quiet(rank, rank, size, dist.HashStore()))
+    trainer.run()
+    return said, trainer.progress.step
+
+
+class Counting:
+    vocab_size, tokenizer_json = 96, None
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, i: int) -> Any:
+        text = torch.arange(i, i + 17).numpy() % 96
+        return text[:-1], text[1:]
+
+
+def counting(*_: Any) -> Counting:
+    return Counting()
+
+
+def test_a_run_that_ended_with_its_weights_alone(ranks: Ranks, tmp_path: Path) -> None:
+    alone = "--checkpoint.last_save_model_only"
+    ranks.run(1, trained, str(tmp_path), 4, alone)
+    said, step = ranks.run(1, trained, str(tmp_path), 4, alone)[0]
+    assert step == 4 and "nothing to do: step 4 is done, of training.steps 4" in said[-1]
+    with pytest.raises(RankError, match="step-4 ended this run and holds the weights only .*training.steps = 6"):
+        ranks.run(1, trained, str(tmp_path), 6, alone)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_that_has_ended_has_nothing_to_do(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(1, trained, str(tmp_path), 4, "")
+    said, step = ranks.run(1, trained, str(tmp_path), 3, "")[0]
+    assert step == 4 and "nothing to do: step 4 is done, of training.steps 3" in said[-1]
+    assert not any("learning rate" in line for line in said)
+
+
+def test_going_back_is_refused_while_newer_ones_are_there(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(1, trained, str(tmp_path), 4, "")
+    with pytest.raises(RankError, match="going on from step 2 would later meet step 4 in .*move them away"):
+        ranks.run(1, trained, str(tmp_path), 6, "--checkpoint.load_step 2")
+    (newer,) = tmp_path.glob("*/checkpoint/step-4")
+    newer.rename(newer.with_name("step-4.mine"))
+    assert ranks.run(1, trained, str(tmp_path), 6, "--checkpoint.load_step 2")[0][1] == 6
+
+
+def test_a_resume_says_what_it_changes_and_needs_no_initial_weights(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(1, trained, str(tmp_path / "first"), 2, "")
+    (source,) = (tmp_path / "first").glob("*/checkpoint/step-2")
+    start = f"--checkpoint.initial_load_path {source}"
+    said, _ = ranks.run(1, trained, str(tmp_path / "second"), 2, start)[0]
+    assert f"weights from {source}" in said
+    source.rename(source.with_name("moved"))
+    said, step = ranks.run(2, trained, str(tmp_path / "second"), 4, f"{start} --tp 2 --training.max_norm 1.0")[0]
+    assert step == 4
+    (line,) = [line for line in said if line.startswith("changed since the last attempt: ")]
+    assert "training.steps (4 here, 2 there)" in line and "parallelism.tensor_parallel_degree (2 here, 1 there)" in line
+    bf16 = "--training.mixed_precision_param float32"
+    said, _ = ranks.run(2, trained, str(tmp_path / "second"), 5, f"{start} --tp 2 {bf16}")[0]
+    assert any("training.mixed_precision_param ('float32' here, 'bfloat16' there)" in line for line in said)

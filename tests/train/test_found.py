@@ -57,7 +57,6 @@ def test_schedule_that_ends_before_the_run_stays_defined(decay_ratio: float | No
         ("--metrics.save_tb_folder ../tb", "metrics.save_tb_folder"),
         ("--compile.enable --compile.backend inductr", "compile.backend 'inductr' is unknown to torch; known: "),
         ("--compile.enable --compile.components=", "compile.components is empty"),
-        ("--checkpoint.initial_load_path /nowhere", "/nowhere is no whole checkpoint: it has no dtron.json"),
         ("--checkpoint.exclude_from_loading lm_head.*", "exclude_from_loading has no effect without"),
         ("--profiling.enable_profiling --profiling.profile_freq 2", "profiling.profile_freq = 2"),
         ("--model.rope_theta=-1", "model.rope_theta is -1.0; expected a positive number"),

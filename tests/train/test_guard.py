@@ -55,9 +55,10 @@ def watch(loss: float, norm: float, bad_rank: int) -> str:
 
 def test_step_and_rank_are_named(ranks: Ranks) -> None:
     loss = ranks.run(2, watch, NAN, 1.0, 1)
-    assert loss[0] == loss[1] == "step 7: loss nan, gradient norm 1.0: the loss of rank 1 is not finite"
+    advice = "; training.on_nonfinite = skip would go on without such steps"
+    assert loss[0] == loss[1] == f"step 7: loss nan, gradient norm 1.0: the loss of rank 1 is not finite{advice}"
     norm = ranks.run(2, watch, 2.0, INF, -1)[0]
-    assert norm == "step 7: loss 2.0, gradient norm inf: the loss is finite on every rank, its gradient is not"
+    assert norm == f"step 7: loss 2.0, gradient norm inf: the loss is finite on every rank, its gradient is not{advice}"
     assert ranks.run(2, watch, 2.0, 1.0, -1) == ["", ""]
 
 
