@@ -87,7 +87,7 @@ def in_the_removal(reached: Reached) -> None:
 
     def around(original: Any, place: Place, names: list[str]) -> None:
         original(place, names[: (len(names) + 1) // 2])
-        if going(place):
+        if MANIFEST in names:
             reached()
         original(place, names[(len(names) + 1) // 2 :])
 

@@ -38,6 +38,9 @@ def kill_and_compare(folder: Path, seed: int, kills: int, steps: int) -> Run:
     for key in ("lr", "tokens"):
         assert [row[key] for row in rows] == [row[key] for row in expected]
     print(summary(run, rows, expected))
+    planned = [attempt.as_planned for attempt, _ in run.restarts()]
+    assert sum(planned) >= 0.9 * kills, "the moments come as they are drawn"
+    assert max(seconds for _, seconds in run.restarts() if seconds) < 30
     return run
 
 
@@ -59,9 +62,8 @@ def summary(run: Run, rows: list[dict[str, Any]], expected: list[dict[str, Any]]
 
 
 def test_a_few_kills(tmp_path: Path) -> None:
-    run = kill_and_compare(tmp_path, seed=23, kills=10, steps=60)
+    run = kill_and_compare(tmp_path, seed=1012, kills=10, steps=60)
     assert sum(attempt.inside_a_save for attempt in run.attempts) >= 4
-    assert max(seconds for _, seconds in run.restarts() if seconds) < 30
 
 
 def test_kills_before_the_first_checkpoint(tmp_path: Path) -> None:
@@ -77,8 +79,7 @@ def test_kills_before_the_first_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_ninety_kills(tmp_path: Path, capsys: Any) -> None:
-    run = kill_and_compare(tmp_path, seed=2, kills=90, steps=450)
+    run = kill_and_compare(tmp_path, seed=2, kills=90, steps=300)
     with capsys.disabled():
-        print("\n" + table(run))
-    assert sum(attempt.inside_a_save for attempt in run.attempts) >= 40
-    assert max(seconds for _, seconds in run.restarts() if seconds) < 30
+        print("\n" + capsys.readouterr().out)
+    assert sum(attempt.inside_a_save for attempt in run.attempts) >= 30

@@ -66,7 +66,8 @@ class Killer:
         rows = len(self._rows())
         self._wait(lambda: len(self._rows()) > rows, agent)
         time.sleep(self._random.uniform(0, self._longest_s))
-        if what == "save":
+        if what == "save":  # not the first: there is to be something to go on from
+            self._wait(lambda: any(steps_in(Place.at(at)) for at in self._folder.glob("outputs/*/checkpoint")), agent)
             self._wait(lambda: any(self._folder.glob("outputs/*/checkpoint/*.partial-*")), agent, every_s=0.0005)
             time.sleep(self._random.uniform(0, 0.01))
 
