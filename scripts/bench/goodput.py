@@ -174,7 +174,10 @@ def main() -> None:
     off = max(abs(simulate(run, *cell, given.failures, given.seed) - goodput(run, *cell)) for cell in cells)
     print(f"Simulated failures, {given.failures:,} a cell: {100 * off:.2f} points off at most.")
     if given.svg:
-        given.svg.write_text(svg(run, given.gpus, intervals_s, restarts_s))
+        try:
+            given.svg.write_text(svg(run, given.gpus, intervals_s, restarts_s))
+        except OSError as error:
+            parser.error(f"--svg: {error}")
 
 
 if __name__ == "__main__":
