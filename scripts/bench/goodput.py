@@ -14,6 +14,7 @@ Prints a Markdown table by the closed form (`goodput`), checked against a simula
 import argparse
 import math
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,7 +178,7 @@ def main() -> None:
         try:
             given.svg.write_text(svg(run, given.gpus, intervals_s, restarts_s))
         except OSError as error:
-            parser.error(f"--svg: {error}")
+            sys.exit(f"error: --svg: {error}")
 
 
 if __name__ == "__main__":
