@@ -180,16 +180,21 @@ def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoRe
 
 
 def _exit_with_traceback(rank: int, world: World | None, error: BaseException) -> NoReturn:
-    """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped."""
+    """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped.
+
+    One that was told to stop before it failed waits for nothing: it will not be told again, and ranks that wait for it
+    in a collective fail only when it has ended.
+    """
+    told_to_stop = world is not None and world.stop.asked
     StopRequest().disarm()
     if _is_first_to_fail(rank, world):
         # A rank that was killed could not say that it was first. torchrun stops this one before it takes the blame.
-        time.sleep(KILLED_WAIT_S)
+        time.sleep(0.0 if told_to_stop else KILLED_WAIT_S)
         print(traceback.format_exc(), file=sys.stderr)
         print(f"error on rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(error)
         os._exit(1)
-    time.sleep(SILENT_WAIT_S)
+    time.sleep(0.0 if told_to_stop else SILENT_WAIT_S)
     os._exit(1)
 
 
