@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "frontdoor"))
 from frontdoor import CONFIG, ROOT, Run, torchrun  # noqa: E402
@@ -21,12 +23,15 @@ from frontdoor import CONFIG, ROOT, Run, torchrun  # noqa: E402
 from dtron.checkpoint.files import find_damage, read_manifest, steps_in  # noqa: E402
 from dtron.checkpoint.place import Place  # noqa: E402
 from dtron.observe.metrics import read_metrics  # noqa: E402
+from dtron.train import launch  # noqa: E402
+from dtron.train.launch import World  # noqa: E402
 
 BACK_S = 30  # from a kill to the next finished step
 EPS = CONFIG.replace("lr = 3e-3", "lr = 1e-3\neps = 1e-4  # see tests/parity/single.py")
-LAYOUTS = {  # arguments, steps that may be done again
-    "dp2 async": ("--dp 2 --checkpoint.interval 10 --checkpoint.async_mode async", 20),
-    "pp2": ("--pp 2 --checkpoint.interval 5", 5),
+LAYOUTS = {  # ranks, arguments, steps that may be done again
+    "dp2 async": (2, "--dp 2 --training.local_batch_size 4 --checkpoint.interval 10 --checkpoint.async_mode async", 20),
+    "pp2": (2, "--pp 2 --training.local_batch_size 4 --checkpoint.interval 5", 5),
+    "dp2 x tp2": (4, "--dp 2 --tp 2 --training.local_batch_size 4 --checkpoint.interval 5", 5),
 }
 
 
@@ -43,14 +48,15 @@ class Kill:
 class Killer:
     """Kills a random rank again and again: while it starts, while it saves, or within `longest_s` of the first step."""
 
-    def __init__(self, folder: Path, seed: int, whats: list[str], longest_s: float) -> None:
-        self._folder, self._random, self._whats, self._longest_s = folder, random.Random(seed), whats, longest_s
+    def __init__(self, folder: Path, ranks: int, whats: list[str], longest_s: float) -> None:
+        self._folder, self._ranks, self._whats, self._longest_s = folder, ranks, whats, longest_s
+        self._random = random.Random(0)
         self.kills: list[Kill] = []
 
     def __call__(self, agent: subprocess.Popen[bytes]) -> None:
         seen: set[int] = set()
         for what in self._whats:
-            self._wait(lambda: len(ranks_of(agent.pid) - seen) == 2, agent)  # noqa: B023 - called at once
+            self._wait(lambda: len(ranks_of(agent.pid) - seen) == self._ranks, agent)  # noqa: B023 - called at once
             ranks = ranks_of(agent.pid) - seen
             seen |= ranks
             self._wait_for(what, agent)
@@ -93,8 +99,7 @@ def ranks_of(agent: int) -> set[int]:
 
 def train(folder: Path, ranks: int, steps: int, arguments: str, restarts: int = 0, killer: Any = None) -> Run:
     program = ("--max-restarts", str(restarts), str(ROOT / "train.py"))
-    local = "--training.local_batch_size 4" if ranks > 1 else ""
-    every = f"--training.steps {steps} {local} {arguments}".split()
+    every = f"--training.steps {steps} {arguments}".split()
     run = torchrun(folder, ranks, *every, config=EPS, program=program, meanwhile=killer)
     assert run.code == 0, run.everything()
     return run
@@ -144,16 +149,39 @@ def check(killer: Killer, folder: Path, expected: list[Any], steps: int, bound: 
         (100, "dp2 async", ["save"]),
         pytest.param(400, "dp2 async", ["save", "any", "start", "save", "any"], marks=pytest.mark.long),
         pytest.param(400, "pp2", ["any", "save", "save", "start", "any"], marks=pytest.mark.long),
+        pytest.param(100, "dp2 x tp2", ["save", "any"], marks=pytest.mark.long),
     ],
 )
 def test_torchrun_brings_it_back(
     steps: int, layout: str, whats: list[str], alone: Callable[[int], list[Any]], tmp_path: Path, capsys: Any
 ) -> None:
-    arguments, bound = LAYOUTS[layout]
-    killer = Killer(tmp_path, 0, whats, longest_s=steps / 300)
-    train(tmp_path, 2, steps, f"--checkpoint.enable {arguments}", len(whats), killer)
+    ranks, arguments, bound = LAYOUTS[layout]
+    killer = Killer(tmp_path, ranks, whats, longest_s=steps / 300)
+    train(tmp_path, ranks, steps, f"--checkpoint.enable {arguments}", len(whats), killer)
     assert [kill.what for kill in killer.kills] == whats
     back_s = check(killer, tmp_path, alone(steps), steps, bound)
     if len(whats) > 1:
         with capsys.disabled():
             print(f"\n{layout}: {killer.kills}\nfrom a kill to the next step, s: {[round(s, 1) for s in back_s]}")
+
+
+def fail(told_to_stop: bool) -> None:
+    """What a rank does that loses contact with the first to fail."""
+    world = World(1, 1, 2, dist.HashStore())
+    world.store.set("first_failure", "rank 0")
+    world.stop.arm()
+    if told_to_stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    launch._exit_with_traceback(1, world, RuntimeError("connection closed by peer"))
+
+
+@pytest.mark.parametrize("told_to_stop", [True, False])
+def test_a_rank_that_was_told_to_stop_does_not_wait_to_be_told_again(told_to_stop: bool) -> None:
+    """Else every rank that waits for it in a collective goes on waiting, up to torchrun's shutdown timeout of 30 s."""
+    process = mp.get_context("fork").Process(target=fail, args=(told_to_stop,), daemon=True)
+    process.start()
+    process.join(5.0 if told_to_stop else 0.5)
+    assert process.exitcode == (1 if told_to_stop else None)
+    process.terminate()
+    process.join()
+    assert process.exitcode == (1 if told_to_stop else -signal.SIGTERM), "one that waits ends as soon as it is told"
