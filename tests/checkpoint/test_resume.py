@@ -26,9 +26,9 @@ CASES = {
         Case("4d", FOUR_D),
     )
 }
-# Tied embeddings are two parameters under pipeline parallel and one elsewhere: those four are enough to see it.
+# Tied embeddings are two parameters under pipeline parallel and one elsewhere: those three are enough to see it.
 TRIED = [("small", name) for name in CASES] + [
-    ("tied", name) for name in ("one", "tp2", "pp2 1F1B", "pp2 ZBVZeroBubble")
+    ("tied", name) for name in ("one", "pp2 1F1B", "pp2 ZBVZeroBubble")
 ]  # fmt: skip
 Curve = list[tuple[float, float]]
 
@@ -102,12 +102,11 @@ def test_every_pair(
 
 
 def test_the_same_layout_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
-    for name in ("hsdp", "pp2 ZBVZeroBubble"):
-        case, folder, last = CASES[name], tmp_path / name, BEFORE + EXACT
-        ranks.run(case.degrees.world, train, case, 0, BEFORE, "", str(folder))
-        whole = ranks.run(case.degrees.world, train, case, 0, last)[0]
-        got = ranks.run(case.degrees.world, train, case, BEFORE, last, checkpoint_of(folder, BEFORE))[0]
-        assert got == whole[BEFORE:]
+    case, last = CASES["hsdp"], BEFORE + EXACT
+    ranks.run(case.degrees.world, train, case, 0, BEFORE, "", str(tmp_path))
+    whole = ranks.run(case.degrees.world, train, case, 0, last)[0]
+    got = ranks.run(case.degrees.world, train, case, BEFORE, last, checkpoint_of(tmp_path, BEFORE))[0]
+    assert got == whole[BEFORE:]
 
 
 def test_the_optimizer_state_matters(

@@ -75,6 +75,7 @@ def test_resume_on_other_layouts(tmp_path: Path, whole: list[list[Any]]) -> None
     assert curve(tmp_path) == [pytest.approx(row, rel=1e-4) for row in whole]
 
 
+@pytest.mark.long
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     """Random numbers of a step do not depend on how often the run was stopped before it."""
     config = SAVING.replace('dataset = "uneven"\nseq', 'dataset = "uneven"\nloss = "dropping"\nseq')

@@ -64,7 +64,7 @@ def hang_report(run: Run, cause: str, folder: str = "comm_traces", prefix: str =
     return said
 
 
-@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("first_step", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_rank_that_hangs(tmp_path: Path, first_step: bool) -> None:
     """It is waited for as long as comm.train_timeout_seconds says, in the first step as comm.init_timeout_seconds."""
     key, other = ("init", "train") if first_step else ("train", "init")
@@ -114,6 +114,7 @@ def test_rank_that_is_stopped(tmp_path: Path) -> None:
     assert re.search(r"rank 0 waits in \w+ of .*collective \d+ of all ranks", said)
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
     """However long all ranks sleep or compute, that is no hang."""
     data = ("--training.dataset", "failing", "--training.dataset_path", "rest all 3")
