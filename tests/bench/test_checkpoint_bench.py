@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "scripts" / "bench" / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if "bench/checkpoint.py" in line and "python" in line]
+COMMANDS = [line.strip() for line in README.splitlines() if "scripts/bench/checkpoint.py " in line]
 
 
 def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
