@@ -13,6 +13,7 @@ from dtron.data.shards import TokenStore, open_store
 from dtron.data.sources import Source, SourceSpec, open_source
 from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError
+from dtron.hf import convert
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dtron", description="Tools for what comes before a training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands.add_parser("prepare", help="tokenize a source into a folder of shards, or show one"))
+    convert.add_arguments(commands.add_parser("convert", help="a Hugging Face folder to a checkpoint, or back"))
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

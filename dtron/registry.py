@@ -21,6 +21,7 @@ from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token
+from dtron.models.hf import to_hf_config
 from dtron.models.init import llama_init_std
 from dtron.models.llama import Llama
 from dtron.models.spec import ModelSpec
@@ -56,7 +57,7 @@ def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
     "model": {
-        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan, document_masks=True)
+        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan, True, to_hf_config)
         for name, flavors in FAMILIES.items()
     },
     "dataset": {"stdlib": stdlib},

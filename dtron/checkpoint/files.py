@@ -2,6 +2,7 @@
 
     checkpoint/step-40/__0_0.distcp ...   the tensors, as torch.distributed.checkpoint (DCP) writes them
                        .metadata          DCP's index of them
+                       config.json ...    the model's dimensions and the tokenizer, in the form of Hugging Face
                        dtron.json         the manifest, written last: progress, size and CRC-32 of every file
 
 A local checkpoint is written as `step-40.partial-ATTEMPT` and gets its name when all of it is on disk. Object stores
@@ -19,6 +20,7 @@ from dtron.checkpoint.place import Place
 from dtron.errors import UserError
 
 __all__ = [
+    "ASSETS",
     "MANIFEST",
     "DamagedError",
     "Manifest",
@@ -34,7 +36,22 @@ __all__ = [
 
 MANIFEST = "dtron.json"
 FORMAT = 1
-WRITTEN = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|dtron\.json")  # names of the files of a checkpoint
+# What lies beside the weights of a Hugging Face model, and is carried through checkpoints as it is.
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+WRITTEN = re.compile(  # names of the files of a checkpoint
+    r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|dtron\.json|" + "|".join(map(re.escape, ASSETS))
+)
 
 
 class DamagedError(UserError):

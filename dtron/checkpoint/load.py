@@ -2,14 +2,14 @@
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 
-from dtron.checkpoint import torchtitan
+from dtron.checkpoint import hf, torchtitan
 from dtron.checkpoint.files import (
     MANIFEST,
     DamagedError,
@@ -26,10 +26,13 @@ from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 
 __all__ = [
+    "Kind",
     "check_excluded",
     "check_source",
     "find_good",
+    "fitting_entries",
     "from_rank_0",
+    "kind_of",
     "load",
     "load_initial",
     "newest_without_state",
@@ -38,36 +41,48 @@ __all__ = [
 ]
 
 METADATA = ".metadata"
+Kind = Literal["dtron", "torchtitan", "hf"]  # of a checkpoint: whose
 
 
 def check_source(checkpoint: Place) -> None:
-    """UserError unless weights can be loaded from `checkpoint`: one of dtron's, or of torchtitan's."""
+    """UserError unless weights can be loaded from `checkpoint`: one of dtron's, torchtitan's or Hugging Face's."""
     key = "checkpoint.initial_load_path"
     try:
         names = checkpoint.names()
         if not names:
             raise UserError(f"{key}: there is no folder {checkpoint}, or it is empty")
-        if MANIFEST not in names and METADATA not in names:
+        if (kind := kind_of(checkpoint)) is None:
             inside = [name for name in names if name.startswith("step-")]
             hint = f"; did you mean {checkpoint / inside[-1]}?" if inside else ""
-            raise UserError(f"{key}: {checkpoint} is no checkpoint, it has neither {MANIFEST} nor {METADATA}{hint}")
-        if not _is_foreign(checkpoint):
+            raise UserError(
+                f"{key}: {checkpoint} is no checkpoint, it has neither {MANIFEST} nor {METADATA}, nor safetensors{hint}"
+            )
+        if kind == "dtron":
             read_manifest(checkpoint)
+        if kind == "hf":
+            hf.entries_of(hf.local(checkpoint))
     except OSError as error:
         raise UserError(f"{key}: {checkpoint} cannot be read: {error}") from None
 
 
-def _is_foreign(checkpoint: Place) -> bool:
-    """Whether DCP files without a manifest lie there, torchtitan's."""
-    if (checkpoint / MANIFEST).exists() or not (checkpoint / METADATA).exists():
-        return False
+def kind_of(checkpoint: Place) -> Kind | None:
+    """Whose weights lie there. UserError if DCP's index there is damaged, or neither dtron's nor torchtitan's."""
+    names = checkpoint.names()
+    if MANIFEST in names:
+        return "dtron"
+    if METADATA in names:
+        return _check_torchtitan(checkpoint)
+    return "hf" if hf.is_hf(names) else None
+
+
+def _check_torchtitan(checkpoint: Place) -> Literal["torchtitan"]:
     try:
         names = checkpoint.reader().read_metadata().state_dict_metadata
     except Exception as error:  # a pickle that is damaged may raise anything
         raise UserError(f"{checkpoint / METADATA} cannot be read: {type(error).__name__}: {error}") from None
     if not torchtitan.is_torchtitan(names):
         raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
-    return True
+    return "torchtitan"
 
 
 def load_initial(
@@ -75,21 +90,45 @@ def load_initial(
     model: ParallelModel,
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str],
+    whole: nn.Module,
     heads: tuple[int, int],
 ) -> None:
-    """What a fresh run starts with, from another run of dtron, verified first, or from torchtitan.
+    """What a fresh run starts with, from another run of dtron, verified first, from torchtitan or Hugging Face.
 
-    heads: query and key/value heads of the model. UserError on all ranks if the checkpoint is damaged or does not fit.
+    whole: the plain model, on meta. heads: its query and key/value heads.
+    UserError on all ranks if the checkpoint is damaged or does not fit.
     """
-    if not from_rank_0(lambda: _is_foreign(checkpoint)):
+    kind = from_rank_0(lambda: kind_of(checkpoint))
+    if kind == "dtron":
         verify_on_all_ranks(checkpoint)
         load(checkpoint, model, optimizers, exclude)
         return
 
-    def read(tensors: dict[str, Tensor]) -> None:
-        torchtitan.load(checkpoint.reader(), tensors, *heads, excluded=lambda name: _is_excluded(name, exclude))
+    def excluded(name: str) -> bool:
+        return _is_excluded(name, exclude)
 
+    def read(tensors: dict[str, Tensor]) -> None:
+        if kind == "hf":
+            dcp.load(tensors, storage_reader=hf.Reader(hf.local(checkpoint), entries))
+        else:
+            torchtitan.load(checkpoint.reader(), tensors, *heads, excluded=excluded)
+
+    if kind == "hf" and optimizers:
+        raise UserError(f"{checkpoint} holds no optimizer state; set checkpoint.initial_load_model_only = true")
+    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded)) if kind == "hf" else {}
     _fill(checkpoint, model, optimizers, exclude, read)
+
+
+def fitting_entries(
+    checkpoint: Place, whole: nn.Module, excluded: Callable[[str], bool] = lambda name: False
+) -> dict[str, hf.Entry]:
+    """What a Hugging Face folder holds. UserError if it is not all there, or not this model's."""
+    folder = hf.local(checkpoint)
+    entries = hf.entries_of(folder)
+    expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
+    hf.check_fits(checkpoint, {name: entry.shape for name, entry in entries.items()}, expected, excluded)
+    hf.check_tied(folder, entries, tied=hf.HEAD not in expected)
+    return entries
 
 
 def resumable_steps(folder: Place) -> list[int]:

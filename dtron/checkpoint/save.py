@@ -7,7 +7,8 @@ ranks and the manifest with their checksums are on disk; a save that fails on an
 
 import copy
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +29,7 @@ from dtron.checkpoint.place import Place
 from dtron.config.sections import Checkpoint
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["Saved", "Saver", "named_tensors"]
+__all__ = ["Saved", "Saver", "named_tensors", "write_checkpoint"]
 
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 
@@ -59,10 +60,13 @@ def named_tensors(
 
 
 class Saver:
-    """Writes the checkpoints of one run into `folder`, one at a time. Make it, and call it, on all ranks alike."""
+    """Writes the checkpoints of one run into `folder`, one at a time. Make it, and call it, on all ranks alike.
 
-    def __init__(self, folder: Place, config: Checkpoint) -> None:
-        self._folder, self._config = folder, config
+    assets: files to lie in every checkpoint, by name; those of rank 0 count.
+    """
+
+    def __init__(self, folder: Place, config: Checkpoint, assets: Mapping[str, bytes] | None = None) -> None:
+        self._folder, self._config, self._assets = folder, config, assets or {}
         # Saves talk through a group of their own: beside the training, and with all the time that disks need.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT, group_desc=compat.OWN_TIMEOUT)
         self._background = config.async_mode != "disabled"
@@ -125,20 +129,31 @@ class Saver:
         began = time.perf_counter()
         self._copies.finish()
         final = self._folder / f"step-{manifest.progress.step}"
-        partial = final
-        if final.local:
-            partial = self._folder / f"{final.name}.partial-{manifest.progress.attempt}"
-        try:
-            dcp.save(tensors, storage_writer=_writer(partial, final, manifest), process_group=self._group)
-        except BaseException:
-            if dist.get_rank() == 0 and final.local and partial.exists():
-                partial.remove()  # all ranks have stopped writing; a full disk is to have its space back
-            raise
+        write_checkpoint(final, tensors, manifest, self._assets, self._group)
         told: list[str] = []
         if dist.get_rank() == 0:
             told = delete_old(self._folder, self._config.keep_latest_k, self._config.keep_every_n_steps)
             manifest = read_manifest(final)
         return sum(size for size, _ in manifest.files.values()), time.perf_counter() - began, told
+
+
+def write_checkpoint(
+    final: Place,
+    tensors: dict[str, Tensor],
+    manifest: Manifest,
+    assets: Mapping[str, bytes],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write one checkpoint, on all ranks of `group`. A local one that fails leaves nothing behind."""
+    partial = final
+    if final.local:
+        partial = final.parent / f"{final.name}.partial-{manifest.progress.attempt}"
+    try:
+        dcp.save(tensors, storage_writer=_writer(partial, final, manifest, assets), process_group=group)
+    except BaseException:
+        if dist.get_rank() == 0 and final.local and partial.exists():
+            partial.remove()  # all ranks have stopped writing; a full disk is to have its space back
+        raise
 
 
 class _Copies:
@@ -194,6 +209,7 @@ class _Verified:
     partial: Place
     final: Place
     manifest: Manifest
+    assets: Mapping[str, bytes]
 
     def write_data(self, plan: Any, planner: Any) -> TorchFuture[list[WriteResult]]:
         try:
@@ -218,6 +234,9 @@ class _Verified:
                 f"{lost[0]}, which another rank has written, cannot be seen from rank 0: checkpoints need a folder "
                 "that all machines share"
             )
+        for name, content in self.assets.items():
+            (self.partial / name).write(content)
+            files[name] = len(content), zlib.crc32(content)
         files[".metadata"] = (self.partial / ".metadata").size(), (self.partial / ".metadata").crc32()
         self.manifest.files = files
         (self.partial / MANIFEST).write(self.manifest.to_json())
@@ -239,9 +258,9 @@ class _UrlWriter(_Verified, compat.FsspecWriter):  # type: ignore[misc]
     pass
 
 
-def _writer(partial: Place, final: Place, manifest: Manifest) -> Any:
+def _writer(partial: Place, final: Place, manifest: Manifest, assets: Mapping[str, bytes]) -> Any:
     writer: Any = _LocalWriter(str(partial.local)) if partial.local else _UrlWriter(partial.url)
-    writer.partial, writer.final, writer.manifest = partial, final, manifest
+    writer.partial, writer.final, writer.manifest, writer.assets = partial, final, manifest, assets
     return writer
 
 

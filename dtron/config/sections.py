@@ -58,7 +58,9 @@ class Metrics:
 
 @dataclass
 class Model:
-    name: str = key("llama3", "model family: llama2, llama3, llama3.1, llama3.2, smollm, or a registered one")
+    name: str = key(
+        "llama3", "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, or a registered one"
+    )
     flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
     hf_assets_path: str | None = key(None, "local folder with the tokenizer; unset: the dataset's own tokenizer")
     hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
@@ -212,15 +214,20 @@ class Checkpoint:
     )
     interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
     initial_load_path: str | None = key(
-        None, "checkpoint (.../step-N), a local folder or an fsspec URL, whose weights start this run; torchtitan's too"
+        None,
+        "initial weights: a checkpoint (.../step-N, also by fsspec URL), torchtitan's, or a Hugging Face folder",
     )
     initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too")
-    initial_load_in_hf: bool = key(False, "", lacks="Hugging Face weights are not read yet")
+    initial_load_in_hf: bool = key(
+        False, "initial_load_path is a Hugging Face folder; unset, it is model.hf_assets_path"
+    )
     initial_load_in_hf_quantized: bool = key(False, "", lacks="quantized weights are not read yet")
     last_save_model_only: bool = key(False, "the last checkpoint holds the weights only; such a run cannot be resumed")
-    last_save_in_hf: bool = key(False, "", lacks="Hugging Face weights are not written yet")
+    last_save_in_hf: bool = key(
+        False, "at the end of the run also write its weights as a Hugging Face folder, hf/step-N in the run folder"
+    )
     export_dtype: Literal["float16", "bfloat16", "float32"] = key(
-        "float32", "", lacks="checkpoints keep the fp32 master weights"
+        "float32", "dtype of the weights that last_save_in_hf writes; checkpoints keep fp32"
     )
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = key(
         "disabled",

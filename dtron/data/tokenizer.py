@@ -13,7 +13,7 @@ import numpy as np
 from dtron.data.sources import may_be_on_the_hub
 from dtron.errors import UserError
 
-__all__ = ["END_OF_TEXT", "TextEncoder", "read_tokenizer", "train_bpe"]
+__all__ = ["END_OF_TEXT", "TextEncoder", "eos_token", "read_tokenizer", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"  # where the tokenizer's files name no other
 PIECE = 1 << 20  # characters encoded as one text
@@ -53,8 +53,13 @@ class TextEncoder:
         return TextEncoder, (self.json, self.eos)
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, the special ones' included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @cached_property
     def vocab_size(self) -> int:
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary.values()) + 1
 
     @cached_property
     def dtype(self) -> np.dtype:
@@ -84,10 +89,14 @@ class TextEncoder:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers and `read_tokenizer` read them."""
+    def files(self) -> dict[str, str]:
+        """tokenizer.json and tokenizer_config.json, as transformers and `read_tokenizer` read them."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos}
-        for name, content in (("tokenizer.json", self.json), ("tokenizer_config.json", json.dumps(config))):
+        return {"tokenizer.json": self.json, "tokenizer_config.json": json.dumps(config)}
+
+    def save(self, folder: Path) -> None:
+        """Write `files` to a folder, durably."""
+        for name, content in self.files().items():
             with (folder / name).open("w", encoding="utf-8") as file:
                 file.write(content)
                 file.flush()
@@ -159,7 +168,7 @@ def read_tokenizer(name: str, cache_folder: Path | str, key: str) -> TextEncoder
         raise UserError(f"{key} = {name!r} is no local file or folder: expected a folder with tokenizer.json")
     try:
         if file.is_file():
-            text, eos = file.read_text(encoding="utf-8"), _eos_token(file.with_name("tokenizer_config.json"))
+            text, eos = file.read_text(encoding="utf-8"), eos_token(file.with_name("tokenizer_config.json"))
         else:
             text, eos = _converted(path if path.is_dir() else name, Path(cache_folder))
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError, ...
@@ -174,7 +183,8 @@ def read_tokenizer(name: str, cache_folder: Path | str, key: str) -> TextEncoder
         raise UserError(f"{key} = {name!r} holds no readable tokenizer: {error}") from error
 
 
-def _eos_token(config_file: Path) -> str:
+def eos_token(config_file: Path) -> str:
+    """The end-of-text token that a tokenizer_config.json names, where there is one, else ours."""
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     eos = config.get("eos_token", END_OF_TEXT)
     return eos["content"] if isinstance(eos, dict) else eos

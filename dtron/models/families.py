@@ -1,15 +1,11 @@
-"""Published Llama-like models by family and flavor, and any other from a Hugging Face config.json."""
+"""Published Llama-like models by family and flavor."""
 
-import json
 from dataclasses import replace
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig, RopeScaling
 
-__all__ = ["FAMILIES", "from_hf_config"]
+__all__ = ["FAMILIES"]
 
 
 def _model(vocab: int, dim: int, layers: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> LlamaConfig:
@@ -23,6 +19,8 @@ _LLAMA3 = {
     "70B": _model(128256, 8192, 80, 64, 8, 28672, rope_theta=500000.0),
     "405B": _model(128256, 16384, 126, 128, 8, 53248, rope_theta=500000.0),
 }
+_QWEN2: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_QWEN3: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, "head_dim": 128}
 _SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=32.0), "tie_embeddings": True}
 
 # Sources: the config.json of each model on the Hugging Face hub.
@@ -46,68 +44,20 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "360M": _model(49152, 960, 32, 15, 5, 2560, tie_embeddings=True),
         "1.7B": _model(49152, 2048, 24, 32, 32, 8192, tie_embeddings=True),
     },
+    "qwen2": {
+        "debugmodel": replace(_DEBUG, **_QWEN2, tie_embeddings=True),
+        "0.5B": _model(151936, 896, 24, 14, 2, 4864, **_QWEN2, tie_embeddings=True),
+        "1.5B": _model(151936, 1536, 28, 12, 2, 8960, **_QWEN2, tie_embeddings=True),
+        "7B": _model(152064, 3584, 28, 28, 4, 18944, **_QWEN2),
+        "72B": _model(152064, 8192, 80, 64, 8, 29568, **_QWEN2),
+    },
+    "qwen3": {
+        "debugmodel": replace(_DEBUG, **_QWEN3 | {"head_dim": 32}, tie_embeddings=True),
+        "0.6B": _model(151936, 1024, 28, 16, 8, 3072, **_QWEN3, tie_embeddings=True),
+        "1.7B": _model(151936, 2048, 28, 16, 8, 6144, **_QWEN3, tie_embeddings=True),
+        "4B": _model(151936, 2560, 36, 32, 8, 9728, **_QWEN3, tie_embeddings=True),
+        "8B": _model(151936, 4096, 36, 32, 8, 12288, **_QWEN3),
+        "14B": _model(151936, 5120, 40, 40, 8, 17408, **_QWEN3),
+        "32B": _model(151936, 5120, 64, 64, 8, 25600, **_QWEN3),
+    },
 }
-
-# Fields of a config.json that change the architecture, and the one value our model has for each.
-_ONLY = {
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-    "attention_dropout": (0, 0.0, None),
-}
-
-
-def from_hf_config(path: str) -> LlamaConfig:
-    """The dimensions in a local Hugging Face config.json; a field we cannot represent is refused by name."""
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model.hf_config_path: there is no file {file}; give a local config.json or its folder"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.hf_config_path: {file} is not readable JSON: {error}") from None
-    if not isinstance(hf, dict):
-        raise UserError(f"{file} holds a JSON {type(hf).__name__}; expected the object of a Hugging Face config.json")
-    if hf.get("model_type") not in ("llama", "mistral"):
-        raise UserError(
-            f'{file}: model_type is {hf.get("model_type")!r}; expected "llama" (or "mistral" without a window)'
-        )
-    for field, legal in _ONLY.items():
-        if hf.get(field) not in legal:
-            raise UserError(f"{file}: {field} = {hf[field]!r} cannot be represented; expected {legal[0]!r}")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    if missing := [name for name in needed if not isinstance(hf.get(name), int)]:
-        raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number")
-    vocab, dim, layers, heads, ffn = (hf[name] for name in needed)
-    return LlamaConfig(
-        vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
-        head_dim=hf.get("head_dim"), norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)), **_rope(hf, file),
-    )  # fmt: skip
-
-
-def _rope(hf: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Rotary settings: `rope_parameters` of newer files, `rope_theta` and `rope_scaling` of older ones."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        near = get_close_matches(str(kind), ["default", "llama3"], 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f'{file}: rope scaling of type {kind!r} cannot be represented{hint}; expected "default" or "llama3"'
-        )
-    try:
-        scaling = RopeScaling(
-            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: the llama3 rope scaling lacks or misstates {error}") from None
-    return {"rope_theta": theta, "rope_scaling": scaling}

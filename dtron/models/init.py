@@ -25,12 +25,14 @@ InitStd = Callable[[str, LlamaConfig], float | None]
 
 
 def llama_init_std(name: str, config: LlamaConfig) -> float | None:
-    """Standard deviation of a parameter's initial values; None: all ones (the norms).
+    """Standard deviation of a parameter's initial values; None: all ones (the norms). Biases begin at 0.
 
     Projections into the residual stream are scaled by 1/sqrt(2 n_layers) (GPT-2, section 2.3).
     """
     if fnmatch.fnmatch(name, "*norm.weight"):
         return None
+    if name.endswith(".bias"):
+        return 0.0
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return config.init_std / math.sqrt(2 * config.n_layers)
     return config.init_std

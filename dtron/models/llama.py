@@ -5,7 +5,8 @@ outside: a child that is None is skipped (a pipeline stage keeps its own childre
 positions are an argument (a context-parallel rank holds a part of the sequence).
 Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM without the
 `model.` prefix, so weights need no permutation. Sources: Touvron et al. 2023 (arXiv 2302.13971),
-Su et al. 2021 (RoPE, arXiv 2104.09864), Dubey et al. 2024 (arXiv 2407.21783).
+Su et al. 2021 (RoPE, arXiv 2104.09864), Dubey et al. 2024 (arXiv 2407.21783); of the flags, the Qwen
+team 2024 (Qwen2, arXiv 2407.10671) and 2025 (Qwen3, arXiv 2505.09388).
 
 Shape letters: B sequences, S tokens, E hidden size, H query heads, K key/value heads, D head size.
 """
@@ -35,7 +36,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Dimensions of a Llama-like model."""
+    """Dimensions of a Llama-like model, and the two flags that make it a Qwen."""
 
     vocab_size: int
     dim: int
@@ -48,6 +49,8 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2's
+    qk_norm: bool = False  # Qwen3's: queries and keys normalised head by head
     init_std: float = 0.02
 
     @property
@@ -117,10 +120,12 @@ class Attention(nn.Module):
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.head_size = c.head_size
-        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_size, bias=False)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps) if c.qk_norm else None
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
@@ -128,6 +133,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, H, D]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, D]
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -19,6 +19,8 @@ class ModelSpec:
         takes token ids or, on a later pipeline stage, hidden states. No buffers: they would not survive meta.
     init_std: (parameter name, config) -> standard deviation of its initial values; None: ones.
     attention_flops: (config, seq_len) -> FLOPs a token of one layer's attention, forward and backward.
+    hf_config: config -> the object of a Hugging Face config.json; None: such a model cannot be exported. Its
+        parameters then have the names of Hugging Face's, without `model.` before those of the body.
     document_masks: whether forward also takes documents and keys, as Llama's does.
     tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
     """
@@ -29,3 +31,4 @@ class ModelSpec:
     attention_flops: Callable[[Any, float], float]
     tensor_plan: Callable[[bool], dict[str, Any]] | None = None
     document_masks: bool = False
+    hf_config: Callable[[Any], dict[str, Any]] | None = None

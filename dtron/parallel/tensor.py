@@ -7,6 +7,7 @@ vocabulary's rows, and so does the head: logits leave sharded along the vocabula
 `loss_parallel` computes the cross-entropy without gathering them.
 """
 
+import fnmatch
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,7 @@ class VocabParallelEmbedding(ParallelStyle):
 
 
 def llama_plan(loss_parallel: bool) -> dict[str, Any]:
-    """Module names (with wildcards) -> styles for dtron.models.llama; names a stage does not have are skipped."""
+    """Module names (with wildcards) -> styles for dtron.models.llama; those that fit nothing are left out."""
     gather = partial(PrepareModuleInput, input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
     head_layout = VOCABULARY if loss_parallel else Replicate()
     return {
@@ -68,6 +69,9 @@ def llama_plan(loss_parallel: bool) -> dict[str, Any]:
         "layers.*.self_attn.q_proj": ColwiseParallel(),
         "layers.*.self_attn.k_proj": ColwiseParallel(),
         "layers.*.self_attn.v_proj": ColwiseParallel(),
+        # Of the heads [B, S, H, D]: each rank normalises its own, and the weights' gradients are summed.
+        "layers.*.self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "layers.*.self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),
         "layers.*.post_attention_layernorm": SequenceParallel(),
         "layers.*.mlp": gather(),
@@ -97,14 +101,9 @@ def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: dict[str, Any]
 
 
 def _present(model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
-    """The entries of the plan whose first module exists in this pipeline stage."""
-    children = {name for name, child in model.named_children() if child is not None}
-    return {name: style for name, style in plan.items() if name.split(".")[0] in children and _has_layers(model, name)}
-
-
-def _has_layers(model: nn.Module, name: str) -> bool:
-    child = model.get_submodule(name.split(".")[0])
-    return not isinstance(child, nn.ModuleDict) or len(child) > 0
+    """The entries of the plan that fit a module of this model and pipeline stage."""
+    names = [name for name, _ in model.named_modules()]
+    return {pattern: style for pattern, style in plan.items() if fnmatch.filter(names, pattern)}
 
 
 def tied_parameters(model: nn.Module) -> list[tuple[str, str]]:

@@ -127,8 +127,9 @@ def load_begun(
         load(begun.resume_from, model, optimizers)
     elif c.initial_load_path and begun.progress.step == 0:
         place = Place.at(c.initial_load_path)
-        names = [name for name, _ in meta_model(setup.spec, setup.model_config).named_parameters()]
-        check_excluded(c.exclude_from_loading, names)
+        whole = meta_model(setup.spec, setup.model_config)
+        check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
         heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
-        load_initial(place, model, None if c.initial_load_model_only else optimizers, c.exclude_from_loading, heads)
+        kept = None if c.initial_load_model_only else optimizers
+        load_initial(place, model, kept, c.exclude_from_loading, whole, heads)
         world.say(f"weights from {place}")

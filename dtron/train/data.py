@@ -27,11 +27,12 @@ __all__ = ["RunData", "open_data", "source_names"]
 
 @dataclass
 class RunData:
-    """held_out: the validation set. sources: names of a mixture's sources, none without one."""
+    """held_out: the validation set. first: the training set, or of a mixture the first; sources: its sources' names."""
 
     loader: StepLoader | StreamLoader
     validation: ValidationLoader | None
     held_out: Any
+    first: Any
     mixture: Mixture
     sources: list[str]
 
@@ -74,7 +75,7 @@ def open_data(
     if held_out is not None:
         batch = v.local_batch_size * degrees.dp
         validation = ValidationLoader(held_out, global_batch_size=batch, options=v.dataloader, steps=v.steps, **rank)
-    return RunData(loader, validation, held_out, mixture, source_names(c.mixture))
+    return RunData(loader, validation, held_out, data[0], mixture, source_names(c.mixture))
 
 
 def source_names(mixture: Sequence[Dataset]) -> list[str]:

@@ -1,6 +1,7 @@
 """Every check that needs the world size, the device or the model's dimensions; then a run is known to be possible."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any, Literal
 import torch
 
 from dtron import registry
+from dtron.checkpoint.hf import is_hf
+from dtron.checkpoint.place import Place
 from dtron.config import Config
 from dtron.config.legal import check_legal
-from dtron.config.sections import Comm, Dataset, Training
+from dtron.config.sections import Checkpoint, Comm, Dataset, Training
 from dtron.data.loader import check_dataloader
 from dtron.data.order import Mixture
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
-from dtron.models.families import from_hf_config
+from dtron.models.hf import from_hf_config
+from dtron.models.llama import LlamaConfig
 from dtron.models.spec import ModelSpec
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.compose import meta_model, stage_plan
@@ -47,6 +51,9 @@ def resolve(config: Config, world: int) -> Setup:
     degrees = resolve_degrees(config.parallelism, world)
     check_legal(config)
     spec, model_config = _model(config)
+    config = _resolve_initial(config)
+    _check_initial(config, model_config)
+    _check_export(config, spec)
     if config.training.attention_mask == "document" and not spec.document_masks:
         raise UserError(f"model.name {config.model.name} takes no documents; set training.attention_mask causal")
     _check_model(model_config)
@@ -56,6 +63,61 @@ def resolve(config: Config, world: int) -> Setup:
         _check_pipeline(config, spec, model_config, degrees)
     check_batch(config, degrees, config.training.global_batch_size)
     return Setup(config, degrees, device_type, spec, model_config)
+
+
+def _resolve_initial(config: Config) -> Config:
+    """initial_load_in_hf without a path takes model.hf_assets_path."""
+    c = config.checkpoint
+    if not c.initial_load_in_hf or c.initial_load_path:
+        return config
+    if not config.model.hf_assets_path:
+        raise UserError(
+            "checkpoint.initial_load_in_hf needs the folder with the weights: set checkpoint.initial_load_path, or "
+            "model.hf_assets_path where the tokenizer lies there too"
+        )
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(c, initial_load_path=config.model.hf_assets_path))
+
+
+# What the shapes of the weights do not tell, and a wrong value of which spoils them silently.
+_SHAPELESS = ("n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings")
+
+
+def _check_initial(config: Config, model_config: Any) -> None:
+    """UserError if the config.json beside the initial weights is of another model, or not of Hugging Face at all."""
+    folder = config.checkpoint.initial_load_path
+    place = Place.at(folder).local if folder else None
+    if folder is None or place is None or not place.is_dir():
+        return
+    names = os.listdir(place)
+    if config.checkpoint.initial_load_in_hf and not ("config.json" in names and is_hf(names)):
+        raise UserError(f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it")
+    if "config.json" not in names:
+        return
+    if not isinstance(model_config, LlamaConfig):
+        return
+    there, m = from_hf_config(place, "checkpoint.initial_load_path"), config.model
+    meant = {"rope_theta"} if m.rope_theta is not None else set()
+    meant |= {"rope_theta", "rope_scaling"} if m.hf_config_path else set()
+    for name in _SHAPELESS:
+        ours, theirs = getattr(model_config, name), getattr(there, name)
+        if ours != theirs and name not in meant:
+            raise UserError(
+                f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "
+                f"with {theirs}; set model.hf_config_path = {folder} to take the dimensions of its config.json"
+            )
+
+
+def _check_export(c: Config, spec: ModelSpec) -> None:
+    """UserError if last_save_in_hf cannot be done, or what goes with it has no effect."""
+    if not c.checkpoint.last_save_in_hf:
+        if c.checkpoint.export_dtype != Checkpoint().export_dtype:
+            raise UserError("checkpoint.export_dtype has no effect without checkpoint.last_save_in_hf")
+        return
+    if not c.checkpoint.enable or c.checkpoint.load_only:
+        raise UserError("checkpoint.last_save_in_hf needs checkpoint.enable = true, and load_only false")
+    if spec.hf_config is None or c.model.converters:
+        what = "model.converters change the model" if c.model.converters else f"model.name is {c.model.name}"
+        raise UserError(f"checkpoint.last_save_in_hf: {what}, which Hugging Face has no name for; leave it out")
 
 
 def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:

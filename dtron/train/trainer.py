@@ -13,6 +13,8 @@ from torch import Tensor
 
 import dtron
 from dtron import compat, registry
+from dtron.checkpoint.export import export
+from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saved, Saver
 from dtron.config import to_toml
 from dtron.data.loader import IGNORE_INDEX, Batch
@@ -23,6 +25,7 @@ from dtron.observe.device import max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import meta_model, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
+from dtron.train.assets import check_vocabulary, model_assets
 from dtron.train.begin import SAVED_MARKER, begin, load_begun
 from dtron.train.data import open_data
 from dtron.train.folder import saves
@@ -34,6 +37,8 @@ from dtron.train.setup import Setup, check_batch, stages_of
 from dtron.train.watchdog import Watchdog
 
 __all__ = ["Trainer"]
+
+EXPORT_TIMEOUT_S = 24 * 3600  # ranks wait for those with more files to write
 
 
 class Trainer:
@@ -62,8 +67,10 @@ class Trainer:
         # Since the last logged step: [loss, tokens] of each source of a mixture; of documents [tokens, their squares].
         self.by_source = torch.zeros(2, len(self.data.sources), dtype=torch.float64, device=self.device)
         self.by_document = torch.zeros(2, dtype=torch.float64)
+        if not self.begun.resume_from:
+            check_vocabulary(self.config, self.data.first)
         load_begun(self.begun, setup, self.model, self.optimizers, world)
-        self.saver = Saver(self.begun.checkpoints, self.config.checkpoint) if saves(self.config.checkpoint) else None
+        self.saver = self._build_saver()
         self.saved_step = self.progress.step if self.begun.resume_from else -1
         self.last_save: Saved | None = None
         self.report = self._build_report()
@@ -125,6 +132,7 @@ class Trainer:
             self._finish(clock)
         self.watchdog.stop()
         gc.enable()
+        self._export()
         self.report.end(self.progress.step, clock)
 
     def train_step(self, clock: StepClock) -> tuple[Tensor, Tensor]:
@@ -373,6 +381,30 @@ class Trainer:
             marker = {"step": step, "checkpoint": f"{self.begun.checkpoints}/step-{step}", "unix_s": time.time()}
             (self.run_folder / SAVED_MARKER).write_text(json.dumps(marker) + "\n")
             print(f"stopped by a signal after step {step}, which is saved", flush=True)
+
+    def _build_saver(self) -> Saver | None:
+        if not saves(self.config.checkpoint):
+            return None
+        given = self.config.checkpoint.initial_load_path
+        source = self.begun.resume_from or (Place.at(given) if given else None)
+        assets = model_assets(self.setup, source, self.data.first) if self.world.rank == 0 else {}
+        return Saver(self.begun.checkpoints, self.config.checkpoint, assets)
+
+    def _export(self) -> None:
+        """Write the weights of a finished run for Hugging Face. UserError if that fails; the checkpoint stays."""
+        step, c = self.progress.step, self.config.checkpoint
+        out = self.run_folder / "hf" / f"step-{step}"
+        if not c.last_save_in_hf or step < self.config.training.steps:
+            return
+        compat.set_timeout(EXPORT_TIMEOUT_S)
+        whole = meta_model(self.setup.spec, self.setup.model_config)
+        shapes = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
+        checkpoint = self.begun.checkpoints / f"step-{step}"
+        try:
+            export(checkpoint, out, shapes, c.export_dtype, self.world.say)
+        except UserError as error:
+            raise UserError(f"{error}; the run is saved, and `dtron convert {checkpoint} DST` tries again") from None
+        self.world.say(f"weights for Hugging Face in {out}")
 
     def _seed_random(self, step: int) -> None:
         """Random numbers of a step, as dropout takes them, are a function of (seed, step, place in the mesh).

@@ -10,8 +10,9 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
 from dtron.errors import UserError
-from dtron.models.families import FAMILIES, from_hf_config
+from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token, flops_per_token
+from dtron.models.hf import from_hf_config
 from dtron.models.llama import Llama, LlamaConfig, RopeScaling
 
 BASE = LlamaConfig(

@@ -1,0 +1,1 @@
+"""Tools around trained models: conversion and sampling. The core never imports them."""

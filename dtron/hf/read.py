@@ -1,0 +1,125 @@
+"""Finding a model on disk and reading it into this process: a checkpoint, a run, a Hugging Face folder."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtron.checkpoint.export import assets_of
+from dtron.checkpoint.files import DamagedError, read_manifest, steps_in
+from dtron.checkpoint.load import Kind, kind_of, load_initial
+from dtron.checkpoint.place import Place
+from dtron.data.tokenizer import TextEncoder, read_tokenizer
+from dtron.errors import UserError
+from dtron.hf.opened import OpenedModel
+from dtron.models.hf import from_hf_config
+from dtron.models.llama import Llama, LlamaConfig
+from dtron.parallel.compose import ParallelModel, TokenMean
+from dtron.registry import cross_entropy
+
+__all__ = ["Found", "find_model", "one_rank", "open_model"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on disk: where, whose, what lies beside its weights, and its dimensions."""
+
+    place: Place
+    kind: Kind
+    assets: dict[str, bytes]
+    config: LlamaConfig
+
+
+def find_model(path: str) -> Found:
+    """The model at `path`: of a run, or a folder of checkpoints, the newest one. UserError where there is none."""
+    place, kind = _find(Place.at(path))
+    assets = assets_of(place)
+    if "config.json" not in assets:
+        whose = "a model of its own, which is none of Hugging Face's" if kind == "dtron" else "no model that we know"
+        raise UserError(f"{place} has no config.json: it is {whose}, or an older checkpoint; put one into it")
+    with _unpacked(assets) as folder:
+        try:
+            config = from_hf_config(folder, str(place))
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(place))) from None
+    return Found(place, kind, assets, config)
+
+
+def _find(place: Place) -> tuple[Place, Kind]:
+    try:
+        if kind := kind_of(place):
+            return place, kind
+        for folder in (place, place / "checkpoint"):
+            for step in reversed(steps_in(folder)):
+                with contextlib.suppress(DamagedError):
+                    read_manifest(folder / f"step-{step}")
+                    return folder / f"step-{step}", "dtron"
+        there = ", ".join(place.names()[:5]) or "nothing"
+    except OSError as error:
+        raise UserError(f"{place} cannot be read: {error}") from None
+    raise UserError(
+        f"there is no model in {place} (but {there}); expected a checkpoint (outputs/RUN/checkpoint/step-N), a run's "
+        "folder, or a folder of Hugging Face with safetensors; a model of the hub has to be downloaded first: "
+        "hf download NAME --local-dir FOLDER"
+    )
+
+
+@contextlib.contextmanager
+def _unpacked(assets: dict[str, bytes]) -> Iterator[Path]:
+    """The files in a local folder: those who read them take nothing else."""
+    with tempfile.TemporaryDirectory(prefix="dtron-") as folder:
+        for name, content in assets.items():
+            (Path(folder) / name).write_bytes(content)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone: loading and saving talk to their ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedModel:
+    """Read the model at `path` into memory. UserError where that cannot be."""
+    found = find_model(path)
+    with torch.device("meta"):
+        model = Llama(found.config)
+    model.to(dtype).to_empty(device=device).requires_grad_(False)
+    whole = ParallelModel([model], None, TokenMean(cross_entropy, device), {}, True, False)
+    with one_rank():
+        load_initial(found.place, whole, None, [], model, (found.config.n_heads, found.config.n_kv_heads))
+    encoder = _encoder(found)
+    config, generation = (
+        json.loads(found.assets.get(name, b"{}")) for name in ("config.json", "generation_config.json")
+    )
+    ends = _ids(generation.get("eos_token_id")) or _ids(config.get("eos_token_id"))
+    ends = ends or ([encoder.eos_id] if encoder else [])
+    begins = _ids(config.get("bos_token_id"))
+    return OpenedModel(
+        model, encoder, ends, begins[0] if begins else None, config.get("max_position_embeddings"), str(found.place)
+    )
+
+
+def _encoder(found: Found) -> TextEncoder | None:
+    if not any(name.startswith("tokenizer.") for name in found.assets):
+        return None
+    with _unpacked(found.assets) as folder:
+        try:
+            return read_tokenizer(str(folder), folder, str(found.place))
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(found.place))) from None
+
+
+def _ids(given: Any) -> list[int]:
+    """Token ids of a config: a number, a list, or nothing."""
+    return given if isinstance(given, list) else [] if given is None else [given]

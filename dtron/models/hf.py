@@ -1,0 +1,140 @@
+"""Our dimensions from a Hugging Face config.json, and back."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dtron.errors import UserError
+from dtron.models.llama import LlamaConfig, RopeScaling
+
+__all__ = ["from_hf_config", "hf_dimensions", "to_hf_config"]
+
+# model_type -> the flags of our model that make it one.
+TYPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Fields of a config.json that change the architecture, and the values that our model has for each.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "attention_dropout": (0, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+}
+
+
+def from_hf_config(path: Path | str, key: str = "model.hf_config_path") -> LlamaConfig:
+    """The dimensions in a local config.json, given by its name or its folder's.
+
+    UserError naming `key` if it cannot be read, and naming the field that we cannot represent.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{key}: there is no file {file}; give a local config.json or its folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file} is not readable JSON: {error}") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{file} holds a JSON {type(hf).__name__}; expected the object of a Hugging Face config.json")
+    return hf_dimensions(hf, file)
+
+
+def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
+    """The dimensions in the object of a config.json, called `file` in messages. UserError, naming the field."""
+    kind = hf.get("model_type")
+    if kind not in TYPES:
+        raise UserError(f"{file}: model_type is {kind!r}; expected one of {', '.join(TYPES)}")
+    for field, legal in _ONLY.items():
+        if hf.get(field) not in legal:
+            raise UserError(f"{file}: {field} = {hf[field]!r} cannot be represented; expected {legal[0]!r}")
+    _check_windows(hf, kind, file)
+    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    needed += [] if kind == "llama" else ["num_key_value_heads"]  # whose default is another number in each type
+    if missing := [name for name in needed if not isinstance(hf.get(name), int)]:
+        raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number")
+    vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
+    return LlamaConfig(
+        vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
+        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else None), norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)), **TYPES[kind], **_rope(hf, file),
+    )  # fmt: skip
+
+
+def _check_windows(hf: dict[str, Any], kind: str, file: Path | str) -> None:
+    """UserError unless every layer attends to all tokens before. Qwen's files name a window that is not used."""
+    if kind in ("llama", "mistral") and hf.get("sliding_window") is not None:
+        raise UserError(f"{file}: sliding_window = {hf['sliding_window']!r} cannot be represented; expected none")
+    if other := set(hf.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(f"{file}: layer_types has {', '.join(map(repr, sorted(other)))}; expected full_attention only")
+
+
+def _rope(hf: dict[str, Any], file: Path | str) -> dict[str, Any]:
+    """Rotary settings: `rope_parameters` of newer files, `rope_theta` and `rope_scaling` of older ones."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor") not in (1, None):
+        raise UserError(f"{file}: a partial_rotary_factor cannot be represented; expected 1")
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        near = get_close_matches(str(kind), ["default", "llama3"], 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f'{file}: rope scaling of type {kind!r} cannot be represented{hint}; expected "default" or "llama3"'
+        )
+    try:
+        scaling = RopeScaling(
+            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: the llama3 rope scaling lacks or misstates {error}") from None
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def to_hf_config(c: LlamaConfig) -> dict[str, Any]:
+    """The object of a config.json that `transformers` and `from_hf_config` read as `c`.
+
+    Rotary settings have the names that older and newer readers both know. ValueError where no type has these flags.
+    """
+    flags = {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
+    wanted = {name: True for name, given in flags.items() if given}
+    kind = next((kind for kind in ARCHITECTURES if TYPES[kind] == wanted), None)
+    if kind is None:
+        raise ValueError(f"no model type of Hugging Face has {' and '.join(wanted)} together")
+    hf: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_size,
+        "intermediate_size": c.ffn_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": c.tie_embeddings,
+        "initializer_range": c.init_std,
+    }
+    if kind != "qwen2":
+        hf["attention_bias"] = False
+    if s := c.rope_scaling:
+        hf["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position,
+        }
+    return hf
