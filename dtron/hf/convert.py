@@ -9,7 +9,7 @@ import torch
 from dtron.checkpoint import hf
 from dtron.checkpoint.export import FILE_BYTES, check_out, export
 from dtron.checkpoint.files import Manifest, Progress
-from dtron.checkpoint.load import fitting_entries
+from dtron.checkpoint.load import fitting_entries, verify_on_all_ranks
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import write_checkpoint
 from dtron.errors import UserError
@@ -60,6 +60,7 @@ def run(given: argparse.Namespace) -> None:
             use = f"checkpoint.initial_load_path = {out}, model.hf_config_path = {out}"
         elif found.kind == "dtron":
             shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
+            verify_on_all_ranks(found.place)
             file_bytes = int(given.max_file_gb * 1e9)
             export(found.place, out, shapes, given.dtype, _say, force=given.force, file_bytes=file_bytes)
             use = f'transformers.AutoModelForCausalLM.from_pretrained("{out}")'

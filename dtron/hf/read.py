@@ -95,6 +95,8 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedMod
     with torch.device("meta"):
         model = Llama(found.config)
     model.to(dtype).to_empty(device=device).requires_grad_(False)
+    if found.config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight  # to_empty makes two of it
     whole = ParallelModel([model], None, TokenMean(cross_entropy, device), {}, True, False)
     with one_rank():
         load_initial(found.place, whole, None, [], model, (found.config.n_heads, found.config.n_kv_heads))

@@ -1,0 +1,75 @@
+"""Hugging Face models with random weights: the published config.json of each, its sizes shrunk."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SHRUNK = {
+    "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "intermediate_size": 96,
+}  # fmt: skip
+LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5}
+SCALING = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 32768,
+    "max_window_layers": 21, "use_sliding_window": False, "max_position_embeddings": 32768,
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000, "head_dim": 16,
+    "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+    "max_position_embeddings": 40960,
+}  # fmt: skip
+# What the model's own config.json has besides its sizes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-2-7b": LLAMA | {"num_key_value_heads": 8, "rope_theta": 10000.0, "max_position_embeddings": 4096},
+    "Meta-Llama-3-8B": LLAMA | {"rope_theta": 500000.0, "max_position_embeddings": 8192},
+    "Llama-3.1-8B": LLAMA
+    | {"rope_theta": 500000.0, "rope_scaling": SCALING, "max_position_embeddings": 131072, "bos_token_id": 1},
+    "Llama-3.2-1B": LLAMA
+    | {
+        "rope_theta": 500000.0, "rope_scaling": SCALING | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8,
+        "max_position_embeddings": 131072,
+    },
+    "SmolLM-135M": LLAMA
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True},
+    "Qwen2-0.5B": QWEN2 | {"tie_word_embeddings": True},
+    "Qwen2-7B": QWEN2 | {"tie_word_embeddings": False},
+    "Qwen3-0.6B": QWEN3 | {"tie_word_embeddings": True},
+    "Qwen3-8B": QWEN3 | {"tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def config_json(name: str, **change: Any) -> dict[str, Any]:
+    return {**SHRUNK, **PUBLISHED[name], **change}
+
+
+def random_model(name: str, dtype: torch.dtype = torch.float32, **change: Any) -> PreTrainedModel:
+    """Weights far enough from 0 and 1 that a wrong one changes the logits."""
+    config = config_json(name, **change)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    g = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in parameter_name else 0.0, 0.1, generator=g)
+    return model.to(dtype).eval()
+
+
+def save_random(name: str, folder: Path, dtype: torch.dtype = torch.float32, size: str = "5GB", **change: Any) -> Path:
+    random_model(name, dtype, **change).save_pretrained(folder, max_shard_size=size)
+    return folder
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, SHRUNK["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(folder: Path | str) -> torch.Tensor:
+    """transformers' logits in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return model.eval()(tokens()).logits
