@@ -19,6 +19,8 @@ MODELS = {
     "tied": replace(SMALL, tie_embeddings=True),
     "deep_tied": replace(SMALL, n_layers=8, tie_embeddings=True),
     "uneven": LlamaConfig(vocab_size=98, dim=36, n_layers=4, n_heads=2, n_kv_heads=2, ffn_dim=50, init_std=0.15),
+    "qwen2": replace(SMALL, qkv_bias=True),
+    "qwen3": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.3),
     "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
 }
 # Tolerances of a weight, from one process against itself with 4 microbatches in place of 1 (test_noise measures it):

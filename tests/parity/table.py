@@ -155,6 +155,16 @@ TIED = [
     Case("tp2 gathered logits compiled loss", TP2, {**GATHERED_LOGITS, **compiled("aot_eager", "loss")}),
 ]
 
+QWEN = [
+    Case("one qwen2", ONE, model="qwen2"),
+    Case("fsdp2 tp2 qwen2", FSDP2_TP2, model="qwen2"),
+    Case("pp2 tp2 qwen2", PP2_TP2, model="qwen2", long=True),
+    Case("one qwen3", ONE, model="qwen3"),
+    Case("fsdp2 tp2 qwen3", FSDP2_TP2, model="qwen3"),
+    Case("pp2 tp2 cp2 qwen3", Degrees(2, cp=2, tp=2), model="qwen3", long=True),
+    Case("tp2 cp2 qwen3 compiled op", TP2_CP2, {**compiled(), **OP}, "qwen3", long=True),
+]
+
 RECOMPUTE = [
     Case(f"{name} recompute {mode}", degrees, keys)
     for mode, keys in (("full", FULL), ("every second", SECOND), ("op", OP))
@@ -222,7 +232,7 @@ MASKED = [
     )
 ]
 
-CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *RECOMPUTE, *COMPILE, *MASKED]
+CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED]
 
 # --- what must be in the table
 
@@ -251,6 +261,8 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     **{f"{name} with fsdp": _is(schedule(name), pp=2, dp_shard=2) for name in SCHEDULES[1:]},
     **{f"{name} with pp4": _is(schedule(name), pp=4) for name in ("Interleaved1F1B", "DualPipeV")},
     **{f"{name} tied": _model("tied", schedule(name), pp=2) for name in V_SHAPED},
+    "biases of queries, keys and values": _model("qwen2", dp_shard=2, tp=2),
+    "norms of queries and keys": _model("qwen3", dp_shard=2, tp=2),
     "zero bubble with tp": _is(schedule("ZBVZeroBubble"), pp=2, tp=2),
     "zero bubble with cp": _is(schedule("InterleavedZeroBubble"), pp=2, cp=2),
     "zero bubble with replicas": _is(schedule("ZBVZeroBubble"), pp=2, dp_replicate=2),
