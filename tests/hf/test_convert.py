@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf.models import LLAMA, PUBLISHED, config_json, logits_of, random_model, save_random, tokens
+from hf.models import PUBLISHED, logits_of, save_random, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -145,9 +145,7 @@ def test_a_missing_file_is_named(broken: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("left", [4, 100, -1])
-def test_a_truncated_file_is_named(
-    left: int, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_truncated_file_is_named(left: int, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = first_file(broken)
     file.write_bytes(file.read_bytes()[:left])
     said = refused(capsys, broken, tmp_path / "out")
@@ -260,9 +258,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert "No space left on device: make room" in refused(capsys, here, tmp_path / "out")
 
 
-def test_a_damaged_checkpoint_is_not_exported(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_not_exported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = tmp_path / "here"
     assert main(["convert", str(folder), str(here)]) == 0
     capsys.readouterr()
