@@ -1,4 +1,4 @@
-"""The command line `dtron`, also `python -m dtron`: what is done before a training. Training itself is train.py."""
+"""The command line `dtron`, also `python -m dtron`: what is done before and after a training, which is train.py."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from dtron.data.shards import TokenStore, open_store
 from dtron.data.sources import Source, SourceSpec, open_source
 from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError
+from dtron.hf import sample
 
 __all__ = ["main"]
 
@@ -21,9 +22,11 @@ SAMPLE_TOKENS = 100  # shown of a document
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 1 for a user's mistake, told on stderr, and 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="dtron", description="Tools for what comes before a training.")
+    parser = argparse.ArgumentParser(prog="dtron", description="Tools for what comes before and after a training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands.add_parser("prepare", help="tokenize a source into a folder of shards, or show one"))
+    sample.add_arguments(commands.add_parser("sample", help="let a model continue text"))
+    parser.set_defaults(after_interrupt="")
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # whoever read our output, such as `head`, has seen enough
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
+        print(f"interrupted{arguments.after_interrupt}", file=sys.stderr)
         return 130
     return 0
 
@@ -55,6 +58,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--shard-tokens", type=_positive, default=SHARD_TOKENS, help="tokens a shard (default: %(default)s)")
     add("--cache-folder", default=".cache", help="for what comes from the hub (default: .cache)")
     parser.set_defaults(run=_prepare, parser=parser)
+    parser.set_defaults(after_interrupt=": the same command goes on after the last finished shard")
 
 
 def _positive(text: str) -> int:
