@@ -124,8 +124,11 @@ def _speed(begun: float, arrivals: list[float]) -> str:
     after = len(arrivals) - 1
     if after < 0:
         return "0 tokens"
-    first = f"{len(arrivals):,} tokens, the first after {arrivals[0] - begun:.3f} s"
-    return f"{first}, then {after / (arrivals[-1] - arrivals[0]):,.1f} tokens/s" if after else first
+    first_s = arrivals[0] - begun
+    if not after:
+        return f"1 token, after {first_s:.3f} s"
+    rate = after / (arrivals[-1] - arrivals[0])
+    return f"{len(arrivals):,} tokens, the first after {first_s:.3f} s, then {rate:,.1f} tokens/s"
 
 
 def stream_text(encoder: TextEncoder, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:

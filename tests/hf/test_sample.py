@@ -340,7 +340,7 @@ def test_what_is_printed(model: Llama, encoder: TextEncoder):
     told = written(opened(model, encoder), ["Ünder", "Ünder"], options)
     assert re.fullmatch(f"{re.escape(expected)}\n{SPEED}\n{re.escape(expected)}\n{SPEED}", told)
     stop = replace(opened(model, encoder), stop_ids=[ids[1]])
-    assert re.search(r"\n--- tiny: 1 tokens, the first after [\d.]+ s; the model ended the text\n$",
+    assert re.search(r"\n--- tiny: 1 token, after [\d.]+ s; the model ended the text\n$",
                      written(stop, ["Ünder"], options))  # fmt: skip
     stop = replace(stop, stop_ids=[ids[0]])
     assert written(stop, ["Ünder"], options) == "Ünder\n--- tiny: 0 tokens; the model ended the text\n"
@@ -401,7 +401,7 @@ def test_the_command(
     assert reading == [("some/model", torch.device("cpu"), torch.float32)]
     assert main(["sample", "m", "--dtype", "bfloat16", "--max-new-tokens", "1"]) == 0
     assert reading[1] == ("m", torch.device("cpu"), torch.bfloat16)
-    assert "tiny: 1 tokens, the first after" in capsys.readouterr().out
+    assert "tiny: 1 token, after" in capsys.readouterr().out
 
 
 def test_devices(reading: list, monkeypatch: pytest.MonkeyPatch):
