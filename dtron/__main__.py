@@ -1,4 +1,4 @@
-"""The command line `dtron`, also `python -m dtron`: what is done before a training. Training itself is train.py."""
+"""The command line `dtron`, also `python -m dtron`: what is done before and after a training, which is train.py."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from dtron.data.shards import TokenStore, open_store
 from dtron.data.sources import Source, SourceSpec, open_source
 from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError
-from dtron.hf import convert
+from dtron.hf import sample
 
 __all__ = ["main"]
 
@@ -22,10 +22,12 @@ SAMPLE_TOKENS = 100  # shown of a document
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 1 for a user's mistake, told on stderr, and 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="dtron", description="Tools for what comes before a training.")
+    parser = argparse.ArgumentParser(prog="dtron", description="Tools for what comes before and after a training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands.add_parser("prepare", help="tokenize a source into a folder of shards, or show one"))
-    convert.add_arguments(commands.add_parser("convert", help="a Hugging Face folder to a checkpoint, or back"))
+    _add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into a checkpoint, or back"))
+    sample.add_arguments(commands.add_parser("sample", help="let a model continue text"))
+    parser.set_defaults(after_interrupt="")
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # whoever read our output, such as `head`, has seen enough
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last finished shard", file=sys.stderr)
+        print(f"interrupted{arguments.after_interrupt}", file=sys.stderr)
         return 130
     return 0
 
@@ -57,6 +59,27 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--shard-tokens", type=_positive, default=SHARD_TOKENS, help="tokens a shard (default: %(default)s)")
     add("--cache-folder", default=".cache", help="for what comes from the hub (default: .cache)")
     parser.set_defaults(run=_prepare, parser=parser)
+    parser.set_defaults(after_interrupt=": the same command goes on after the last finished shard")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn a folder of Hugging Face (safetensors) into a checkpoint of dtron, or a checkpoint into such a folder; "
+        "which of the two, SRC tells. Weights keep their values and dtype unless --dtype names another."
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a checkpoint, a run's folder (its newest checkpoint), or a Hugging Face folder")
+    add("out", metavar="DST", help="folder to make")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of exported weights (default: as they are)")
+    add("--max-file-gb", type=float, metavar="GB", help="size of exported files (default: 5, as transformers has it)")
+    add("--force", action="store_true", help="replace DST where it is a model's folder already")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(given: argparse.Namespace) -> None:
+    from dtron.hf.convert import convert  # and with it torch
+
+    convert(given.source, given.out, given.dtype, given.max_file_gb, force=given.force, say=_say)
 
 
 def _positive(text: str) -> int:

@@ -85,6 +85,20 @@ class TextEncoder:
         eos = np.array([self.eos_id], self.dtype)
         return [np.concatenate([*parts, eos]) for parts in ids]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the beginning of a text that a model shall continue, as transformers' tokenizers give them.
+
+        Unlike in a document, text that spells a special token is that token, and what the tokenizer itself puts around
+        a text, such as a token that begins it, is there.
+        """
+        return self._prompt_tokenizer.encode(text).ids
+
+    @cached_property
+    def _prompt_tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.json)  # one of its own: how specials are read is a state of the tokenizer
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

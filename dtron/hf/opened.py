@@ -1,4 +1,4 @@
-"""What a tool needs of a model."""
+"""What opening a model gives, wherever it lay."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,12 @@ __all__ = ["OpenedModel"]
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in memory, its tokenizer, and the ids that end or begin a text. `name`: the folder it is from."""
+    """A whole model on one device, ready to be called.
+
+    encoder: None where no tokenizer lies beside the weights. stop_ids: tokens that end a text.
+    bos_id: the token that begins one, None where the files name none. max_positions: the longest sequence it was made
+    for, in tokens, None where not known. name: what was opened, for messages.
+    """
 
     model: Llama
     encoder: TextEncoder | None
