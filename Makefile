@@ -22,7 +22,8 @@ lint: setup  ## ruff and mypy
 test: lint  ## lint, then every test but the long ones
 	$(PYTHON) -m pytest $(ARGS)
 
-test-long: setup  ## the long tests; the log goes to tests/long.log
+test-long: setup  ## the long tests (with lm-eval, which this installs); the log goes to tests/long.log
+	$(PYTHON) -m pip install -qq --disable-pip-version-check -c $(firstword $(wildcard .venv/constraints.txt) constraints.txt) -e '.[eval]'
 	set -o pipefail; $(PYTHON) -m pytest -m long -vv --durations=10 $(ARGS) 2>&1 | tee tests/long.log
 
 clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv/

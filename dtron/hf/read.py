@@ -37,7 +37,7 @@ class Found:
 
 
 def find_model(path: str) -> Found:
-    """The model at `path`: of a run, or a folder of checkpoints, the newest one. UserError where there is none."""
+    """The model at `path`; in a run's folder, or that of several, the newest checkpoint. UserError where there is none."""
     place, kind = _find(Place.at(path))
     assets = assets_of(place)
     if "config.json" not in assets:
@@ -55,7 +55,7 @@ def _find(place: Place) -> tuple[Place, Kind]:
     try:
         if kind := kind_of(place):
             return place, kind
-        for folder in (place, place / "checkpoint"):
+        for folder in (place, place / "checkpoint", *_runs(place)):
             for step in reversed(steps_in(folder)):
                 with contextlib.suppress(DamagedError):
                     read_manifest(folder / f"step-{step}")
@@ -68,6 +68,12 @@ def _find(place: Place) -> tuple[Place, Kind]:
         "folder, or a folder of Hugging Face with safetensors; a model of the hub has to be downloaded first: "
         "hf download NAME --local-dir FOLDER"
     )
+
+
+def _runs(place: Place) -> list[Place]:
+    """The folders of checkpoints of the runs in a local folder, the one that was last written to first."""
+    found = list(place.local.glob("*/checkpoint")) if place.local else []
+    return [Place.at(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 @contextlib.contextmanager

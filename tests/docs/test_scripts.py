@@ -148,3 +148,14 @@ def test_quickstart_takes_the_same_batch_on_every_machine(
     assert degrees.tp == (2 if gpus == 0 else 1)
     assert config.training.steps == 7
     assert config.training.local_batch_size * degrees.dp == config.training.global_batch_size == 8
+
+
+@pytest.mark.parametrize("given", [[], ["--job.dump_folder", "elsewhere"]])
+def test_quickstart_ends_with_a_sample_of_what_was_learnt(clone: Clone, given: list[str]) -> None:
+    clone.run("setup.sh")
+    folder = given[-1] if given else "outputs"
+    (clone.folder / folder / "llama3-debugmodel-1a2b3c4d" / "checkpoint" / "step-7").mkdir(parents=True)
+    done, calls = clone.run("quickstart.sh", *given, "--training.steps", "7")
+    assert done.returncode == 0, done.stderr
+    assert calls[-1] == f"-m dtron sample {folder} --prompt def "
+    assert calls[-2].endswith("--training.steps 7")
