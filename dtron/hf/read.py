@@ -37,7 +37,7 @@ class Found:
 
 
 def find_model(path: str) -> Found:
-    """The model at `path`; in a run's folder, or that of several, the newest checkpoint. UserError where there is none."""
+    """The model at `path`; of a run's folder, or that of several runs, the newest checkpoint. UserError without one."""
     place, kind = _find(Place.at(path))
     assets = assets_of(place)
     if "config.json" not in assets:

@@ -61,9 +61,10 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
     if missing := [name for name in needed if not isinstance(hf.get(name), int)]:
         raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number")
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
+    head_size = hf.get("head_dim") or (128 if kind == "qwen3" else dim // heads)
     return LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
-        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else None), norm_eps=hf.get("rms_norm_eps", 1e-6),
+        head_dim=None if head_size * heads == dim else head_size, norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)), **TYPES[kind], **_rope(hf, file),
     )  # fmt: skip
 

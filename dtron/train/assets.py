@@ -26,17 +26,19 @@ def model_assets(setup: Setup, source: Place | None, dataset: Any) -> dict[str, 
     if setup.spec.hf_config is None or setup.config.model.converters:
         return {}
     assets = _assets_of(source)
+    old = json.loads(assets.get("config.json", b"{}"))
     encoder = _encoder_of(dataset)
-    if encoder is not None and not _has_tokenizer(assets, encoder):
-        kept = {name: content for name, content in assets.items() if name == "config.json"}
-        assets = {**kept, **{name: text.encode() for name, text in encoder.files().items()}}
-    if not _is_of(assets.get("config.json"), setup):
-        c, scaling = setup.config.training, getattr(setup.model_config, "rope_scaling", None)
-        config = setup.spec.hf_config(setup.model_config)
-        config["max_position_embeddings"] = max(c.seq_len, scaling.original_max_position if scaling else 0)
-        config |= {"bos_token_id": None, "eos_token_id": encoder.eos_id if encoder else None}
-        assets["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    return assets
+    ids = {key: old.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    same_tokenizer = encoder is None or _has_tokenizer(assets, encoder)
+    if encoder is not None and not same_tokenizer:
+        assets = {name: text.encode() for name, text in encoder.files().items()}
+        ids = {"bos_token_id": None, "eos_token_id": encoder.eos_id, "pad_token_id": None}
+    elif _is_of(old, setup):
+        return assets
+    scaling = getattr(setup.model_config, "rope_scaling", None)
+    longest = max(setup.config.training.seq_len, scaling.original_max_position if scaling else 0)
+    config = setup.spec.hf_config(setup.model_config) | ids | {"max_position_embeddings": longest}
+    return assets | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _assets_of(source: Place | None) -> dict[str, bytes]:
@@ -64,13 +66,11 @@ def _has_tokenizer(assets: dict[str, bytes], encoder: TextEncoder) -> bool:
     return TextEncoder(assets["tokenizer.json"].decode(), encoder.eos).vocabulary == encoder.vocabulary
 
 
-def _is_of(config_json: bytes | None, setup: Setup) -> bool:
-    """Whether a config.json describes the run's model."""
-    if config_json is None:
-        return False
+def _is_of(config: dict[str, Any], setup: Setup) -> bool:
+    """Whether the object of a config.json describes the run's model."""
     try:
-        return hf_dimensions(json.loads(config_json), "config.json") == setup.model_config
-    except (UserError, ValueError):
+        return hf_dimensions(config, "config.json") == setup.model_config
+    except UserError:
         return False
 
 

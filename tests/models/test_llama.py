@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig as HFConfig
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
@@ -25,10 +24,12 @@ VARIANTS = {
     "rope scaling": replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
     "head size of its own": replace(BASE, head_dim=16),
     "norm eps": replace(BASE, norm_eps=0.1),
+    "qwen2": replace(BASE, qkv_bias=True),
+    "qwen3": replace(BASE, qk_norm=True, head_dim=16),
 }
 
 
-def hf_config(c: LlamaConfig) -> HFConfig:
+def hf_config(c: LlamaConfig) -> PretrainedConfig:
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if s := c.rope_scaling:
         rope |= {
@@ -38,24 +39,25 @@ def hf_config(c: LlamaConfig) -> HFConfig:
             "high_freq_factor": s.high_freq_factor,
             "original_max_position_embeddings": s.original_max_position,
         }
-    return HFConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+    kind = "qwen2" if c.qkv_bias else "qwen3" if c.qk_norm else "llama"
+    return AutoConfig.for_model(
+        kind, vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
         tie_word_embeddings=c.tie_embeddings, rope_parameters=rope, max_position_embeddings=131072,
         attn_implementation="sdpa",
     )  # fmt: skip
 
 
-def hf_model(c: LlamaConfig) -> LlamaForCausalLM:
+def hf_model(c: LlamaConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(hf_config(c)).eval()
+    model = AutoModelForCausalLM.from_config(hf_config(c)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.1)
     return model
 
 
-def with_weights_of(hf: LlamaForCausalLM, c: LlamaConfig) -> Llama:
+def with_weights_of(hf: PreTrainedModel, c: LlamaConfig) -> Llama:
     """Our model with transformers' weights: the same names without `model.`."""
     model = Llama(c)
     model.load_state_dict({name.removeprefix("model."): p for name, p in hf.state_dict().items()})
@@ -122,6 +124,16 @@ PARAMETERS = {
     ("smollm", "135M"): 134_515_008,
     ("smollm", "360M"): 361_821_120,
     ("smollm", "1.7B"): 1_711_376_384,
+    ("qwen2", "0.5B"): 494_032_768,
+    ("qwen2", "1.5B"): 1_543_714_304,
+    ("qwen2", "7B"): 7_615_616_512,
+    ("qwen2", "72B"): 72_706_203_648,
+    ("qwen3", "0.6B"): 596_049_920,
+    ("qwen3", "1.7B"): 1_720_574_976,
+    ("qwen3", "4B"): 4_022_468_096,
+    ("qwen3", "8B"): 8_190_735_360,
+    ("qwen3", "14B"): 14_768_307_200,
+    ("qwen3", "32B"): 32_762_123_264,
 }
 
 
@@ -129,7 +141,7 @@ PARAMETERS = {
 def test_parameter_counts_equal_transformers_and_the_published_ones(family: str, flavor: str):
     config = FAMILIES[family][flavor]
     with torch.device("meta"):
-        ours, hf = Llama(config), LlamaForCausalLM(hf_config(config))
+        ours, hf = Llama(config), AutoModelForCausalLM.from_config(hf_config(config))
     count = sum(p.numel() for p in ours.parameters())
     assert count == sum(p.numel() for p in hf.parameters())
     published = PARAMETERS.get((family.replace("llama3.1", "llama3"), flavor))
@@ -168,13 +180,17 @@ def test_older_files_and_absent_fields(tmp_path: Path):
     old = {"type": "llama3", "factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4}
     old["original_max_position_embeddings"] = 8192
     assert read(tmp_path, rope_scaling=old).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
-    assert read(tmp_path, model_type="mistral", sliding_window=None).dim == 32
+    assert read(tmp_path, model_type="mistral", sliding_window=None, num_key_value_heads=2).dim == 32
+    assert read(tmp_path, model_type="qwen3", num_key_value_heads=2).head_size == 128  # what transformers takes
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"model_type": "qwen2"}, "num_key_value_heads missing"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
