@@ -39,7 +39,6 @@ def local_batches(
     return list(zip(*(t.split(size) for t in forwards), strict=True))
 
 
-@torch.no_grad()
 def mean_loss(
     model: ParallelModel, batches: Iterable[Batch], config: Config, mesh: Mesh, device: torch.device,
     after_batch: Callable[[Tensor], None] | None = None,
