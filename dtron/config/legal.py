@@ -22,7 +22,7 @@ def _pipeline(c: Config) -> bool:
 def _zero_bubble(c: Config) -> bool:
     """A schedule that splits the backward into inputs (I) and weights (W), by name or in its CSV file."""
     p = c.parallelism
-    if not _pipeline(c):
+    if not _pipeline(c) or c.validation.only:  # an evaluation keeps the schedule's forwards
         return False
     if not p.pipeline_parallel_schedule_csv:
         return p.pipeline_parallel_schedule in ZERO_BUBBLE
@@ -42,7 +42,9 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
         c.activation_checkpoint.mode == "selective" and c.activation_checkpoint.selective_ac_option == "op"
     ),
     "reshard always": lambda c: c.parallelism.fsdp_reshard_after_forward == "always",
-    "reduce at the last microbatch": lambda c: c.parallelism.gradient_reduce == "last_microbatch",
+    "reduce at the last microbatch": lambda c: (
+        c.parallelism.gradient_reduce == "last_microbatch" and not c.validation.only
+    ),
     "async tensor parallel": lambda c: c.parallelism.enable_async_tensor_parallel,
     "no tensor parallel": lambda c: c.parallelism.tensor_parallel_degree == 1,
     "CPU offload": lambda c: c.training.enable_cpu_offload,

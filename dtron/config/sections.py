@@ -299,6 +299,7 @@ class Comm:
 @dataclass
 class Validation(Dataset):
     enable: bool = key(False, "evaluate on a validation set")
+    only: bool = key(False, "train nothing: tell the loss of checkpoint.initial_load_path on the validation set")
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
     seq_len: int | None = key(None, "tokens a sequence; unset: training.seq_len", minimum=1)
     freq: int = key(10, "steps between evaluations; the last step is always evaluated", minimum=1)

@@ -72,6 +72,8 @@ class SequenceDataset(Protocol):
 def check_dataloader(cfg: Config) -> None:
     """Refuse data-loader options that could have no effect. Raises UserError."""
     for section, options in (("training", cfg.training.dataloader), ("validation", cfg.validation.dataloader)):
+        if section == "training" and cfg.validation.only:
+            continue
         name = f"{section}.dataloader"
         if options.num_workers == 0:
             for option in ("persistent_workers", "prefetch_factor"):

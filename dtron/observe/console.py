@@ -9,7 +9,16 @@ from typing import Any, TextIO
 
 from dtron.observe.goodput import PARTS
 
-__all__ = ["EtaClock", "format_step", "format_summary", "human_bytes", "human_count", "human_seconds", "use_color"]
+__all__ = [
+    "EtaClock",
+    "format_evaluation",
+    "format_step",
+    "format_summary",
+    "human_bytes",
+    "human_count",
+    "human_seconds",
+    "use_color",
+]
 
 _COLORS = {"step": "1", "loss": "32", "validation_loss": "35", "mfu": "36"}  # ANSI codes
 _PARTS = {"startup": "start-up", "checkpoint": "checkpoints"}  # of the wall time, where the key is not the word
@@ -138,6 +147,22 @@ def format_summary(
     if accounts := [row for row in rows if row.get("goodput") is not None]:
         facts.append(("goodput", _goodput(max(accounts, key=lambda row: row["unix_s"]))))
     return _table([*facts, *lines])
+
+
+def format_evaluation(
+    checkpoint: str, dataset: str, loss: float, perplexity: float, tokens: int, seconds: float
+) -> str:
+    """The result of an evaluation. loss: nats a token; tokens: those it is the mean over, taken in `seconds`."""
+    facts = [
+        ("checkpoint", checkpoint),
+        ("evaluated on", dataset),
+        ("loss", f"{loss:.6f} nats a token"),
+        ("perplexity", f"{perplexity:.6g}"),
+        ("tokens", str(tokens)),
+        ("seconds", f"{seconds:.1f}"),
+        ("tokens/s", human_count(tokens / seconds)),
+    ]
+    return _table(facts)
 
 
 def _goodput(row: dict[str, Any]) -> str:

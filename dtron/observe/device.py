@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-__all__ = ["max_memory_bytes", "peak_flops_per_s", "reset_max_memory"]
+__all__ = ["device_name", "max_memory_bytes", "peak_flops_per_s", "reset_max_memory"]
 
 # Dense bf16 matrix peak with fp32 accumulation, in FLOP/s, of one device as torch.cuda counts them.
 # NVIDIA's data sheets often print the figure with 2:4 sparsity: it is halved here.
@@ -44,6 +44,11 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 )
 # A slice of a GPU, or a sibling with another peak: the table's figure would be wrong.
 _OTHER_CHIP = {"mig", "laptop", "ti", "d", "super"}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_flops_per_s(device_name: str) -> float | None:

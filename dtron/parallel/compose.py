@@ -159,7 +159,7 @@ def parallelize(
     for part in parts:
         part.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
     evaluated = config.validation.local_batch_size if config.validation.enable else config.training.local_batch_size
-    sizes = (config.training.local_batch_size, evaluated)
+    sizes = (evaluated if config.validation.only else config.training.local_batch_size, evaluated)
     microbatches = (sizes[0] // p.pipeline_parallel_microbatch_size, sizes[1] // p.pipeline_parallel_microbatch_size)
     pipeline = Pipeline(parts, plan, p, mesh.pp, microbatches, device, loss) if plan else None
     model = ParallelModel(parts, pipeline, loss, aliases, p.gradient_reduce == "every_microbatch", sharded_loss)

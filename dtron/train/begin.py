@@ -16,7 +16,7 @@ from dtron.train.folder import check_writable, checkpoint_place, choose_run_fold
 from dtron.train.launch import World
 from dtron.train.setup import Setup
 
-__all__ = ["SAVED_MARKER", "Begun", "begin", "load_begun"]
+__all__ = ["SAVED_MARKER", "Begun", "begin", "load_begun", "load_weights"]
 
 LONG_RUN_STEPS = 1000
 SAVED_MARKER = "SAVED"  # in the run folder: a signal ended the run, and all of it is saved
@@ -126,10 +126,18 @@ def load_begun(
     if begun.resume_from:
         load(begun.resume_from, model, optimizers)
     elif c.initial_load_path and begun.progress.step == 0:
-        place = Place.at(c.initial_load_path)
-        whole = meta_model(setup.spec, setup.model_config)
-        check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
-        heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
-        kept = None if c.initial_load_model_only else optimizers
-        load_initial(place, model, kept, c.exclude_from_loading, whole, heads)
-        world.say(f"weights from {place}")
+        load_weights(setup, model, None if c.initial_load_model_only else optimizers, world)
+
+
+def load_weights(
+    setup: Setup, model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None, world: World
+) -> None:
+    """Load checkpoint.initial_load_path, its optimizer state too unless None. UserError on all ranks if it is unfit."""
+    c = setup.config.checkpoint
+    assert c.initial_load_path is not None
+    place = Place.at(c.initial_load_path)
+    whole = meta_model(setup.spec, setup.model_config)
+    check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
+    heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
+    load_initial(place, model, optimizers, c.exclude_from_loading, whole, heads)
+    world.say(f"weights from {place}")

@@ -1,8 +1,9 @@
 """The data of a run: what the configuration names, checked to be the same on every rank and on every resume."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,23 @@ from dtron.train.launch import World
 
 BUILD_TIMEOUT_S = 24 * 3600  # ranks wait for the one that tokenizes a validation set, which says how far it is
 
-__all__ = ["RunData", "open_data", "source_names"]
+__all__ = ["HeldOut", "RunData", "open_data", "open_held_out", "source_names"]
+
+
+@dataclass
+class HeldOut:
+    """A validation set, and this rank's batches of it."""
+
+    dataset: Any
+    loader: ValidationLoader
 
 
 @dataclass
 class RunData:
-    """held_out: the validation set. first: the training set, or of a mixture the first; sources: its sources' names."""
+    """first: the training set, or of a mixture the first. sources: names of a mixture's sources, none without one."""
 
     loader: StepLoader | StreamLoader
-    validation: ValidationLoader | None
-    held_out: Any
+    held_out: HeldOut | None
     first: Any
     mixture: Mixture
     sources: list[str]
@@ -53,17 +61,19 @@ def open_data(
     UserError if a tokenizer is larger than the model's vocabulary, if two sources have different ones, and if the
     tokens are not those of the other ranks, or of the checkpoint.
     """
-    c, v = config.training, config.validation
-    compat.set_timeout(BUILD_TIMEOUT_S)
+    c = config.training
     sections: list[Dataset] = [*c.mixture] or [c]
-    data = [_build(config, section, "train", c.seq_len, vocab_size, world) for section in sections]
-    held_out = _build(config, v, "validation", v.seq_len or c.seq_len, vocab_size, world) if v.enable else None
+    with _time_to_build(config):
+        data = [_build(config, section, "train", c.seq_len, vocab_size, world) for section in sections]
+    held_out = open_held_out(config, vocab_size, degrees, dp_rank, world) if config.validation.enable else None
     if c.shuffle_documents != Training().shuffle_documents and not any(isinstance(d, StreamedSource) for d in data):
         raise UserError("training.shuffle_documents has no effect on prepared data, which is shuffled as a whole")
-    _check_one_tokenizer([*zip(sections, data, strict=True), (v, held_out)])
-    compat.set_timeout(config.comm.init_timeout_seconds)
+    built = [*zip(sections, data, strict=True)]
+    _check_one_tokenizer([*built, (config.validation, held_out.dataset)] if held_out else built)
     mixture = Mixture([getattr(section, "weight", 1.0) for section in sections])
-    _check_same_data(_fingerprint(data, mixture), progress, _named(sections[0]), world)
+    fingerprint = _fingerprint(data, mixture)
+    _check_same_on_all_ranks(fingerprint, _named(sections[0]), world)
+    _check_same_as_before(fingerprint, _named(sections[0]), progress)
     rank: Any = {"dp_rank": dp_rank, "dp_size": degrees.dp}
     where: Any = {"global_batch_size": c.global_batch_size, "seed": config.debug.seed, "consumed": progress.consumed}
     if any(isinstance(dataset, StreamedSource) for dataset in data):
@@ -71,11 +81,28 @@ def open_data(
         loader: Any = StreamLoader(data, mixture, options=c.dataloader, state=state, **where, **rank)
     else:
         loader = StepLoader(data, mixture, options=c.dataloader, **where, **rank)
-    validation = None
-    if held_out is not None:
-        batch = v.local_batch_size * degrees.dp
-        validation = ValidationLoader(held_out, global_batch_size=batch, options=v.dataloader, steps=v.steps, **rank)
-    return RunData(loader, validation, held_out, data[0], mixture, source_names(c.mixture))
+    return RunData(loader, held_out, data[0], mixture, source_names(c.mixture))
+
+
+def open_held_out(config: Config, vocab_size: int, degrees: Degrees, dp_rank: int, world: World) -> HeldOut:
+    """Build the validation set alone. UserError as from `open_data`."""
+    v = config.validation
+    with _time_to_build(config):
+        data = _build(config, v, "validation", v.seq_len or config.training.seq_len, vocab_size, world)
+    _check_same_on_all_ranks(getattr(data, "fingerprint", ""), _named(v), world)
+    loader = ValidationLoader(
+        data, global_batch_size=v.local_batch_size * degrees.dp, dp_rank=dp_rank, dp_size=degrees.dp,
+        options=v.dataloader, steps=v.steps,
+    )  # fmt: skip
+    return HeldOut(data, loader)
+
+
+@contextlib.contextmanager
+def _time_to_build(config: Config) -> Iterator[None]:
+    """Around what one rank may prepare for hours while the others wait."""
+    compat.set_timeout(BUILD_TIMEOUT_S)
+    yield
+    compat.set_timeout(config.comm.init_timeout_seconds)
 
 
 def source_names(mixture: Sequence[Dataset]) -> list[str]:
@@ -131,8 +158,8 @@ def _fingerprint(data: list[Any], mixture: Mixture) -> str:
     return hashlib.sha256(json.dumps([prints, mixture.counts.tolist()]).encode()).hexdigest()
 
 
-def _check_same_data(fingerprint: str, progress: Progress, name: str, world: World) -> None:
-    """UserError if ranks, or a resumed run and its checkpoint, have other data under the same name."""
+def _check_same_on_all_ranks(fingerprint: str, name: str, world: World) -> None:
+    """UserError if ranks have different data under the same name."""
     prints: list[str] = [""] * world.size
     dist.all_gather_object(prints, fingerprint)
     if other := [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]:
@@ -140,6 +167,10 @@ def _check_same_data(fingerprint: str, progress: Progress, name: str, world: Wor
             f"rank {other[0]} has other tokens of dataset {name} than rank 0 (another Python version, say); "
             "use the same sources on every machine, or a shared job.cache_folder"
         )
+
+
+def _check_same_as_before(fingerprint: str, name: str, progress: Progress) -> None:
+    """UserError if a resumed run has other data than its checkpoint; notes the fingerprint."""
     recorded = progress.data_fingerprint
     if recorded and fingerprint != recorded:
         raise UserError(

@@ -1,5 +1,7 @@
 """The front door: command line -> checked configuration -> process group -> Trainer; and how a run ends in error.
 
+With validation.only it is an Evaluation that runs in the Trainer's place.
+
 A user's mistake is one message from rank 0; the other ranks wait for it, bounded, and stay silent. A
 failure in training is told by the rank where it happened first; ranks that merely lost contact with
 it are silent. Both reach torchrun's summary as the root cause.
@@ -27,6 +29,7 @@ from dtron.train.setup import Setup, resolve
 from dtron.train.signals import StopRequest
 
 if TYPE_CHECKING:
+    from dtron.train.evaluate import Evaluation
     from dtron.train.trainer import Trainer
 
 __all__ = ["FIRST_FAILURE", "KILLED_WAIT_S", "World", "main", "tell_torchrun"]
@@ -53,9 +56,10 @@ class World:
 
 
 def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) -> None:
-    """Train as the command line says, and end the process: with 0 after training, with another code on any error.
+    """Train or evaluate as the command line says, and end the process: with 0 when done, another code on any error.
 
-    trainer: a subclass of dtron's Trainer to run in its place.
+    trainer: a subclass of dtron's Trainer to train in its place. An evaluation has nothing of it: its loss is the one
+    that training.loss names.
     """
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGINT, _exit_when_interrupted)
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
         _compare_configs(world, config)
         _announce(world, setup.config)
         _start_process_group(world, setup)
-        (trainer or _default_trainer())(setup, world).run()
+        _what_runs(setup, trainer)(setup, world).run()
         dist.destroy_process_group()
         # Threads of the groups may still be ending; a process that tears down around them can abort after all is done.
         sys.stdout.flush()
@@ -82,10 +86,11 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
         _exit_with_traceback(rank, world, error)
 
 
-def _default_trainer() -> "type[Trainer]":
-    from dtron.train.trainer import Trainer  # it imports this module's World
+def _what_runs(setup: Setup, trainer: "type[Trainer] | None") -> "type[Trainer | Evaluation]":
+    from dtron.train.evaluate import Evaluation  # these import this module's World
+    from dtron.train.trainer import Trainer
 
-    return Trainer
+    return Evaluation if setup.config.validation.only else trainer or Trainer
 
 
 def _join(rank: int, config: Config) -> World:

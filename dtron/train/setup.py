@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+import dtron
 from dtron import registry
 from dtron.checkpoint.hf import is_hf
 from dtron.checkpoint.place import Place
@@ -22,11 +23,14 @@ from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
 from dtron.models.llama import LlamaConfig
 from dtron.models.spec import ModelSpec
+from dtron.observe.device import device_name
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.compose import meta_model, stage_plan
 from dtron.parallel.pipeline import SCHEDULES, StagePlan, schedule_stages
 
-__all__ = ["Setup", "check_batch", "resolve"]
+__all__ = ["Setup", "check_batch", "describe", "resolve", "stages_of"]
+
+NAMED = ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")  # keys that say which data
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,21 @@ class Setup:
     spec: ModelSpec
     model_config: Any
 
+    def device(self, local_rank: int) -> torch.device:
+        """Where a rank computes."""
+        return torch.device("cuda", local_rank) if self.device_type == "cuda" else torch.device("cpu")
+
 
 def resolve(config: Config, world: int) -> Setup:
     """Check a configuration for `world` ranks. UserError with the first thing that cannot work."""
     registry.import_custom(config.job.custom_import)
     device_type = _device_type(config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
+    if config.validation.only:
+        config = dataclasses.replace(config, validation=dataclasses.replace(config.validation, enable=True))
+        _check_evaluation(config)
+    else:
+        _check_training(config)
     _check_values(config)
     _check_names(config)
     check_dataloader(config)
@@ -61,7 +74,8 @@ def resolve(config: Config, world: int) -> Setup:
     _check_sequence(config, degrees)
     if degrees.pp > 1:
         _check_pipeline(config, spec, model_config, degrees)
-    check_batch(config, degrees, config.training.global_batch_size)
+    if not config.validation.only:
+        check_batch(config, degrees, config.training.global_batch_size)
     return Setup(config, degrees, device_type, spec, model_config)
 
 
@@ -145,9 +159,49 @@ def _device_type(config: Config) -> Literal["cpu", "cuda"]:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
+def _check_evaluation(c: Config) -> None:
+    """What validation.only needs and what it leaves without effect."""
+    if not c.checkpoint.initial_load_path:
+        raise UserError(
+            "validation.only evaluates a checkpoint, and none is named: set checkpoint.initial_load_path to "
+            "outputs/RUN/checkpoint/step-N of a run, or to a Hugging Face folder"
+        )
+    if c.checkpoint.exclude_from_loading:
+        raise UserError(
+            "checkpoint.exclude_from_loading has no meaning with validation.only, which evaluates the weights of a "
+            "checkpoint and no initial values: leave it out, or clear that of the file by "
+            "--checkpoint.exclude_from_loading="
+        )
+
+
+def _check_training(c: Config) -> None:
+    """Values that only a training has: optimizer, schedule, clipping, profiler."""
+    sched = c.lr_scheduler
+    for key in ("beta1", "beta2"):
+        if getattr(c.optimizer, key) >= 1:
+            raise UserError(f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)")
+    total = sched.total_steps or c.training.steps
+    if sched.total_steps and sched.warmup_steps > sched.total_steps:
+        raise UserError(
+            f"lr_scheduler.warmup_steps {sched.warmup_steps} is more than its total_steps {sched.total_steps}; "
+            "lower the one or raise the other"
+        )
+    if sched.decay_ratio is not None and sched.warmup_steps + round(total * sched.decay_ratio) > total:
+        raise UserError(
+            f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
+            f"of {total} steps overlap; lower warmup_steps or decay_ratio"
+        )
+    if c.training.max_norm == 0:
+        raise UserError(
+            "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
+        )
+    check_profiling(c.profiling)
+    registry.look_up("optimizer", c.optimizer.name, "optimizer.name")
+
+
 def _check_values(c: Config) -> None:
     """Single values whose legal range is more than a type and a minimum."""
-    ac, schedule, sched = c.activation_checkpoint, c.parallelism.pipeline_parallel_schedule, c.lr_scheduler
+    ac, schedule = c.activation_checkpoint, c.parallelism.pipeline_parallel_schedule
     if ac.mode == "memory_budget":
         raise UserError("activation_checkpoint.mode = memory_budget is not built; expected selective, full or none")
     option = ac.selective_ac_option
@@ -168,20 +222,6 @@ def _check_values(c: Config) -> None:
             f"parallelism.context_parallel_load_balancer is {c.parallelism.context_parallel_load_balancer!r}; "
             'expected headtail or "" (contiguous)'
         )
-    for key in ("beta1", "beta2"):
-        if getattr(c.optimizer, key) >= 1:
-            raise UserError(f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)")
-    total = sched.total_steps or c.training.steps
-    if sched.total_steps and sched.warmup_steps > sched.total_steps:
-        raise UserError(
-            f"lr_scheduler.warmup_steps {sched.warmup_steps} is more than its total_steps {sched.total_steps}; "
-            "lower the one or raise the other"
-        )
-    if sched.decay_ratio is not None and sched.warmup_steps + round(total * sched.decay_ratio) > total:
-        raise UserError(
-            f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
-            f"of {total} steps overlap; lower warmup_steps or decay_ratio"
-        )
     if c.validation.steps != -1 and c.validation.steps < 1:
         raise UserError(f"validation.steps is {c.validation.steps}; expected a number of batches, or -1 for all")
     if c.compile.enable and not c.compile.components:
@@ -190,7 +230,6 @@ def _check_values(c: Config) -> None:
         )
     if c.compile.enable and c.compile.backend not in (known := torch._dynamo.list_backends(None)):
         raise UserError(f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}")
-    check_profiling(c.profiling)
     for key, folder in (
         ("checkpoint.folder", c.checkpoint.folder),
         ("metrics.save_tb_folder", c.metrics.save_tb_folder),
@@ -206,10 +245,6 @@ def _check_values(c: Config) -> None:
     _check_comm(c.comm)
     if c.checkpoint.exclude_from_loading and not c.checkpoint.initial_load_path:
         raise UserError("checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path")
-    if c.training.max_norm == 0:
-        raise UserError(
-            "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
-        )
     if c.checkpoint.load_step < -1:
         raise UserError(f"checkpoint.load_step is {c.checkpoint.load_step}; expected a step, or -1 for the newest")
 
@@ -228,31 +263,33 @@ def _check_names(c: Config) -> None:
     """Everything a run looks up by name is registered; building it comes later."""
     _check_datasets(c)
     registry.look_up("loss", c.training.loss, "training.loss")
-    registry.look_up("optimizer", c.optimizer.name, "optimizer.name")
     for name in c.model.converters:
         registry.look_up("converter", name, "model.converters")
 
 
 def _check_datasets(c: Config) -> None:
     """Every data set is known by name or place, and every key that names it takes effect."""
-    t, named = c.training, ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")
-    sections: dict[str, Dataset] = {f"training.mixture[{i}]": source for i, source in enumerate(t.mixture)}
-    if t.mixture:
-        for key in named:
-            if getattr(t, key) != getattr(Training(), key):
-                raise UserError(f"training.{key} has no effect beside training.mixture; leave one of them out")
-        Mixture([source.weight for source in t.mixture])
-    else:
-        sections["training"] = t
+    sections = {} if c.validation.only else _training_sources(c.training)
     if c.validation.enable:
         sections["validation"] = c.validation
     for name, section in sections.items():
         registry.find_dataset(section, f"{name}.dataset")
-        given = [key for key in named[1:] if getattr(section, key)]
+        given = [key for key in NAMED[1:] if getattr(section, key)]
         if section.dataset == "stdlib" and given:
             raise UserError(
                 f"{name}.{given[0]} has no effect with dataset = stdlib; leave it out or name another dataset"
             )
+
+
+def _training_sources(t: Training) -> dict[str, Dataset]:
+    """What is trained on, under the names that errors give it."""
+    if not t.mixture:
+        return {"training": t}
+    for key in NAMED:
+        if getattr(t, key) != getattr(Training(), key):
+            raise UserError(f"training.{key} has no effect beside training.mixture; leave one of them out")
+    Mixture([source.weight for source in t.mixture])
+    return {f"training.mixture[{i}]": source for i, source in enumerate(t.mixture)}
 
 
 def _model(c: Config) -> tuple[ModelSpec, Any]:
@@ -303,9 +340,10 @@ def _check_tensor(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
 def _check_sequence(c: Config, d: Degrees) -> None:
     """Context parallel cuts each sequence into equal chunks, sequence parallel cuts a rank's part by tp once more."""
     chunks = 2 * d.cp if c.parallelism.context_parallel_load_balancer else d.cp
-    lengths = {"training.seq_len": c.training.seq_len}
-    if c.validation.enable:
-        lengths["validation.seq_len"] = c.validation.seq_len or c.training.seq_len
+    v = c.validation
+    lengths = {} if v.only and v.seq_len else {"training.seq_len": c.training.seq_len}
+    if v.enable and v.seq_len:
+        lengths["validation.seq_len"] = v.seq_len
     for key, length in lengths.items():
         if d.cp > 1 and length % chunks:
             raise UserError(
@@ -338,10 +376,10 @@ def _check_pipeline(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
         raise UserError(
             f"{name} with pp {d.pp} makes {n_stages} stages, but the model has {m.n_layers} layers; lower pp"
         )
-    _check_microbatches(c, name, "training.local_batch_size", c.training.local_batch_size, n_stages, d.pp, rows)
-    if c.validation.enable:
-        key = "validation.local_batch_size"
-        _check_microbatches(c, name, key, c.validation.local_batch_size, n_stages, d.pp, rows)
+    for section, asked in (("training", not c.validation.only), ("validation", c.validation.enable)):
+        if asked:
+            local = getattr(c, section).local_batch_size
+            _check_microbatches(c, name, f"{section}.local_batch_size", local, n_stages, d.pp, rows)
 
 
 def _check_microbatches(
@@ -381,6 +419,17 @@ def _check_module_names(c: Config, spec: ModelSpec, m: Any, n_stages: int) -> No
         raise UserError(f"{key} must name every module once, in order ({expected[0]}, layers.0, ...); {reason}")
     if empty := [i for i, part in enumerate(parts) if not any(name.startswith("layers.") for name in part)]:
         raise UserError(f"{key}: part {empty[0]} has no layer; every stage needs one")
+
+
+def describe(setup: Setup, device: torch.device) -> str:
+    """Two lines for the log: versions, layout and machine; model and size."""
+    c, model = setup.config, meta_model(setup.spec, setup.model_config)
+    what = c.model.hf_config_path or f"{c.model.name} {c.model.flavor}"
+    machines = f"{setup.degrees.world} x {device_name(device)}"
+    return (
+        f"dtron {dtron.__version__}, torch {torch.__version__}: {setup.degrees}, on {machines}\n"
+        f"{what}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    )
 
 
 def stages_of(setup: Setup) -> StagePlan | None:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import dtron
 from dtron import compat, registry
 from dtron.checkpoint.export import export
 from dtron.checkpoint.place import Place
@@ -21,19 +20,19 @@ from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
-from dtron.observe.device import max_memory_bytes, peak_flops_per_s
+from dtron.observe.device import device_name, max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import meta_model, parallelize
-from dtron.parallel.context import gathered_positions, local_positions
 from dtron.train.assets import check_vocabulary, model_assets
 from dtron.train.begin import SAVED_MARKER, begin, load_begun
 from dtron.train.data import open_data
 from dtron.train.folder import saves
+from dtron.train.forward import local_batches, mean_loss
 from dtron.train.guard import StepGuard
 from dtron.train.launch import World
 from dtron.train.optimizer import build_optimizers, learning_rate_factor, scale_gradients, squared_gradient_norm
 from dtron.train.report import Report, StepClock
-from dtron.train.setup import Setup, check_batch, stages_of
+from dtron.train.setup import Setup, check_batch, describe, stages_of
 from dtron.train.watchdog import Watchdog
 
 __all__ = ["Trainer"]
@@ -46,12 +45,12 @@ class Trainer:
 
     def __init__(self, setup: Setup, world: World) -> None:
         self.setup, self.world = setup, world
-        cuda = setup.device_type == "cuda"
-        self.device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+        self.device = setup.device(world.local_rank)
         self.begun = begin(setup, world)
         self.run_folder, self.progress = self.begun.run_folder, self.begun.progress
         comm = setup.config.comm
-        self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=cuda)
+        sees_all = setup.device_type == "cuda"
+        self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=sees_all)
         self.watchdog.start()
         self.config = self._resolve_batch()
         self.mesh = Mesh(setup.degrees, setup.device_type)
@@ -120,9 +119,10 @@ class Trainer:
                     self.watchdog.first_step_done()
                 if self.guard.stop_asked and step < steps:
                     break  # the time that is given to save is short: no validation
-                if self.data.validation and (step == steps or step % c.validation.freq == 0):
+                if self.data.held_out and (step == steps or step % c.validation.freq == 0):
                     with clock.paused("validation"):
-                        self.report.validation(step, self.validate())
+                        loss, _ = mean_loss(self.model, self.data.held_out.loader, c, self.mesh, self.device)
+                        self.report.validation(step, loss)
                 with clock.paused("checkpoint"):
                     if self._save_is_due(step):
                         self._save(step, clock)
@@ -144,7 +144,8 @@ class Trainer:
         loss.valid_tokens = self._count_valid(batch.labels)
         loss.rows = None if batch.sources is None else []
         share = torch.zeros((), device=self.device)
-        forwards = self._local_batches(batch, self.config.training.local_batch_size)
+        c = self.config
+        forwards = local_batches(batch, c.training.local_batch_size, c.parallelism, self.mesh, self.device)
         for i, arguments in enumerate(forwards):
             share += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
         self.model.finish_gradients()
@@ -171,21 +172,6 @@ class Trainer:
         c = self.config
         return c.optimizer.lr * learning_rate_factor(c.lr_scheduler, step, c.training.steps)
 
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss a token over the validation set."""
-        assert self.data.validation is not None
-        d = self.setup.degrees
-        self.model.loss.valid_tokens = torch.ones((), device=self.device)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self.data.validation:
-            total[1] += (batch.labels != IGNORE_INDEX).sum() / (d.world // d.dp)
-            for arguments in self._local_batches(batch, self.config.validation.local_batch_size):
-                total[0] += self.model.evaluate(*arguments) / d.tp
-        dist.all_reduce(total)
-        loss, count = total.tolist()
-        return loss / count
-
     # --- parts of a step
 
     def _count_valid(self, labels: Tensor) -> Tensor:
@@ -194,26 +180,6 @@ class Trainer:
         dist.all_reduce(count)
         d = self.setup.degrees
         return (count // (d.world // d.dp)).clamp(min=1).float()
-
-    def _local_batches(self, batch: Batch, size: int) -> list[tuple[Tensor, ...]]:
-        """The arguments of each forward, on the device: tokens, labels, positions [size, S / cp].
-
-        Under document masks also documents [size, S / cp] and, under context parallel, keys [size, 2, S].
-        """
-        p, d = self.config.parallelism, self.setup.degrees
-        tokens, labels, documents, _ = batch
-        rows, length = tokens.shape
-        head_tail = bool(p.context_parallel_load_balancer)
-        positions = local_positions(length, self.mesh.cp_rank, d.cp, head_tail)
-        arguments = [tokens, labels] if documents is None else [tokens, labels, documents]
-        if d.cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
-            arguments = [t[:, positions] for t in arguments]
-            if documents is not None:
-                everywhere = gathered_positions(length, d.cp, head_tail)
-                arguments.append(torch.stack((documents[:, everywhere], everywhere.expand(rows, -1)), 1))
-        tokens, labels, *places = (t.to(self.device, non_blocking=True) for t in arguments)
-        forwards = (tokens, labels, positions.to(self.device).expand(rows, -1), *places)
-        return list(zip(*(t.split(size) for t in forwards), strict=True))
 
     def _count(self, batch: Batch, labels: list[Tensor]) -> None:
         """Add a step to the sums of the metrics; labels: on the device, of each forward."""
@@ -265,17 +231,11 @@ class Trainer:
         return dataclasses.replace(c, training=training)
 
     def _build_report(self) -> Report:
-        model = meta_model(self.setup.spec, self.setup.model_config)
         flops = self._flops_per_token(self.config.training.seq_len)
-        cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
-        c, d = self.config, self.setup.degrees
-        what = c.model.hf_config_path or f"{c.model.name} {c.model.flavor}"
-        forwards = c.training.global_batch_size // (c.training.local_batch_size * d.dp)
+        c, name = self.config, device_name(self.device)
+        forwards = c.training.global_batch_size // (c.training.local_batch_size * self.setup.degrees.dp)
         self.world.say(
-            f"dtron {dtron.__version__}, torch {torch.__version__}: {d}, on {self.world.size} x {name}\n"
-            f"{what}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-            f"{flops / 1e9:.3g} GFLOP a token\n"
+            f"{describe(self.setup, self.device)}, {flops / 1e9:.3g} GFLOP a token\n"
             f"{c.training.global_batch_size} sequences of {c.training.seq_len} tokens a step, "
             f"{forwards} forward(s) a rank\n"
             f"outputs in {self.run_folder}"
@@ -284,10 +244,12 @@ class Trainer:
             for rank, stages in enumerate(plan.of_rank):
                 parts = (f"{s} ({plan.modules[s][0]} to {plan.modules[s][-1]})" for s in stages)
                 self.world.say(f"pipeline rank {rank}: stage {', '.join(parts)}")
+        cuda = self.device.type == "cuda"
         peak = peak_flops_per_s(name) if cuda else None
         if cuda and peak is None:
             self.world.say(f"the peak FLOP/s of {name} is not known here: MFU is left out")
-        entropy = getattr(self.data.held_out, "unigram_entropy", None) if self.world.rank == 0 else None
+        held_out = self.data.held_out.dataset if self.data.held_out else None
+        entropy = getattr(held_out, "unigram_entropy", None) if self.world.rank == 0 else None
         return Report(
             self.world, c, to_toml(c), self.run_folder, self.progress.attempt, flops, peak, entropy,
             self.progress.ledger,

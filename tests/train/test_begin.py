@@ -2,34 +2,25 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from ranks import RankError, Ranks
+from tinyrun import quiet_world, train_tiny
 
-from dtron import registry
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.train import begin as beginning
 from dtron.train.folder import choose_run_folder
 from dtron.train.launch import World
 from dtron.train.setup import resolve
-from dtron.train.trainer import Trainer
 
 
 def said_at_begin(folder: str, arguments: str) -> list[str]:
     """What rank 0 is told while the folder and the checkpoint are chosen."""
-    said: list[str] = []
-
-    class Quiet(World):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    rank, size = dist.get_rank(), dist.get_world_size()
+    world, said = quiet_world()
     config = load(["--training.device", "cpu", "--job.dump_folder", folder, *arguments.split()])
-    begun = beginning.begin(resolve(config, size), Quiet(rank, rank, size, dist.HashStore()))
+    begun = beginning.begin(resolve(config, world.size), world)
     assert begun.resume_from is None and begun.progress.step == 0
     return said
 
@@ -107,37 +98,9 @@ def test_initial_weights_that_are_none(tmp_path: Path, monkeypatch: pytest.Monke
 
 def trained(folder: str, steps: int, arguments: str) -> tuple[list[str], int]:
     """What rank 0 is told by a run, and the step it came to."""
-    said: list[str] = []
-
-    class Quiet(World):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    registry.register("dataset", "counting", counting)
-    tiny = "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
-    tiny += "--model.vocab_size 96 --training.dataset counting --training.seq_len 16 --training.device cpu "
-    tiny += f"--training.local_batch_size 2 --training.steps {steps} --checkpoint.enable --checkpoint.interval 2 "
-    tiny += f"--metrics.no_enable_tensorboard --job.dump_folder {folder} --lr_scheduler.total_steps 9 "
-    tiny += "--lr_scheduler.warmup_steps 2 "
-    rank, size = dist.get_rank(), dist.get_world_size()
-    trainer = Trainer(resolve(load((tiny + arguments).split()), size), Quiet(rank, rank, size, dist.HashStore()))
-    trainer.run()
+    usual = "--checkpoint.interval 2 --lr_scheduler.total_steps 9 --lr_scheduler.warmup_steps 2"
+    trainer, said = train_tiny(folder, steps, f"{usual} {arguments}")
     return said, trainer.progress.step
-
-
-class Counting:
-    vocab_size, tokenizer_json = 96, None
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, i: int) -> Any:
-        text = torch.arange(i, i + 17).numpy() % 96
-        return text[:-1], text[1:]
-
-
-def counting(*_: Any) -> Counting:
-    return Counting()
 
 
 def test_a_run_that_ended_with_its_weights_alone(ranks: Ranks, tmp_path: Path) -> None:

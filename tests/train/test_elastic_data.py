@@ -16,6 +16,8 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from dtron import registry
+from dtron.checkpoint.files import read_manifest
+from dtron.checkpoint.place import Place
 from dtron.config import load
 from dtron.data.loader import Batch
 from dtron.data.prepare import prepare
@@ -276,7 +278,8 @@ def test_changed_content_is_refused_on_resume(run: Runner, folder: Path) -> None
     parts = ["--job.dump_folder", str(folder / "changed"), *KINDS["mixed"](folder), "--training.steps"]
     run.ranks.run(1, work, str(folder), [*parts, "2"])
     (path,) = (folder / "changed").glob("*/checkpoint/step-2/dtron.json")
-    recorded = json.loads(path.read_text())
-    path.write_text(json.dumps(recorded | {"data_fingerprint": "0" * 64}))
+    manifest = read_manifest(Place.at(path.parent))
+    manifest.progress.data_fingerprint = "0" * 64
+    path.write_bytes(manifest.to_json())
     message = run.ranks.run(1, build, str(folder), [*parts, "3"])[0]
     assert "is not the one this run was trained on" in message

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankError, Ranks
+from tinyrun import train_tiny
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -15,16 +16,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from dtron import compat, registry
 from dtron.checkpoint.files import Progress, read_manifest
 from dtron.checkpoint.place import Place
-from dtron.config import load
 from dtron.config.sections import Training
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.registry import cross_entropy
 from dtron.train import guard
 from dtron.train.guard import MAX_SKIPPED_IN_A_ROW, StepGuard
-from dtron.train.launch import World
-from dtron.train.setup import resolve
-from dtron.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -233,22 +230,11 @@ def numbers(*_: Any) -> Any:
 
 def run_with(what: str, folder: str, arguments: str) -> tuple[list[dict[str, Any]], list[str], int, bool]:
     """Rows of the metrics, what rank 0 was told, skipped steps and whether the weights are finite."""
-    said: list[str] = []
-
-    class Quiet(World):
-        def say(self, text: str) -> None:
-            said.append(text)
-
     registry.register("dataset", "numbers", numbers)
     LOSSES[what].calls = 0
     registry.register("loss", f"bad_once_{what}", LOSSES[what])
-    tiny = "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
-    tiny += f"--model.vocab_size 96 --training.dataset numbers --training.loss bad_once_{what} --training.seq_len 16 "
-    tiny += "--training.device cpu --training.local_batch_size 2 --training.steps 30 --checkpoint.enable "
-    tiny += f"--metrics.no_enable_tensorboard --metrics.log_freq 1 --job.dump_folder {folder} "
-    rank, size = dist.get_rank(), dist.get_world_size()
-    trainer = Trainer(resolve(load((tiny + arguments).split()), size), Quiet(rank, rank, size, dist.HashStore()))
-    trainer.run()
+    named = f"--training.dataset numbers --training.loss bad_once_{what} --metrics.log_freq 1"
+    trainer, said = train_tiny(folder, 30, f"{named} {arguments}")
     finite = all(bool(p.to_local().isfinite().all()) for _, p in trainer.model.named_parameters())  # type: ignore[operator]
     rows = read_metrics(trainer.run_folder / "metrics.jsonl")
     return rows, said, trainer.progress.skipped, finite

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-import torch
 import torch.distributed as dist
 from ranks import Ranks
+from tinyrun import train_tiny
 
-from dtron import registry
 from dtron.config import load
 from dtron.config.keys import KEYS
 from dtron.train import report
 from dtron.train.launch import World
 from dtron.train.report import Report, StepClock
-from dtron.train.setup import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,40 +109,9 @@ def test_resume_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path:
 # --- the batch of a run that resumes on another layout
 
 
-class Consecutive:
-    """Sequence i counts from i."""
-
-    vocab_size, tokenizer_json = 96, None
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, i: int) -> Any:
-        text = torch.arange(i, i + 17).numpy() % 96
-        return text[:-1], text[1:]
-
-
-def consecutive(*_: Any) -> Consecutive:
-    return Consecutive()
-
-
 def train(folder: str, steps: int, arguments: str) -> tuple[list[str], int, int]:
     """What rank 0 says, the global batch, and the forwards of a step."""
-    from dtron.train.trainer import Trainer
-
-    said: list[str] = []
-
-    class Quiet(World):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    registry.register("dataset", "consecutive", consecutive)
-    tiny = "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
-    tiny += "--model.vocab_size 96 --training.dataset consecutive --training.seq_len 16 --training.device cpu "
-    tiny += f"--checkpoint.enable --metrics.no_enable_tensorboard --training.steps {steps} --job.dump_folder {folder} "
-    rank, size = dist.get_rank(), dist.get_world_size()
-    trainer = Trainer(resolve(load((tiny + arguments).split()), size), Quiet(rank, rank, size, dist.HashStore()))
-    trainer.run()
+    trainer, said = train_tiny(folder, steps, arguments)
     config = trainer.config
     forwards = config.training.global_batch_size // (config.training.local_batch_size * trainer.setup.degrees.dp)
     return said, trainer.progress.consumed, forwards
@@ -152,12 +119,11 @@ def train(folder: str, steps: int, arguments: str) -> tuple[list[str], int, int]
 
 def test_global_batch_is_resolved_once_and_holds(ranks: Ranks, tmp_path: Path) -> None:
     """-1 on dp 2 is 4 sequences a step; on dp 1 they stay 4, by accumulation; an explicit change is said."""
-    said, consumed, forwards = ranks.run(2, train, str(tmp_path), 2, "--training.local_batch_size 2")[0]
+    said, consumed, forwards = ranks.run(2, train, str(tmp_path), 2, "")[0]
     assert (consumed, forwards) == (8, 1) and not any("resuming" in line for line in said)
-    said, consumed, forwards = ranks.run(1, train, str(tmp_path), 4, "--training.local_batch_size 2")[0]
+    said, consumed, forwards = ranks.run(1, train, str(tmp_path), 4, "")[0]
     assert (consumed, forwards) == (16, 2) and any("resuming from" in line for line in said)
-    explicit = "--training.local_batch_size 2 --training.global_batch_size 6"
-    said, consumed, forwards = ranks.run(1, train, str(tmp_path), 5, explicit)[0]
+    said, consumed, forwards = ranks.run(1, train, str(tmp_path), 5, "--training.global_batch_size 6")[0]
     assert (consumed, forwards) == (22, 3)
     assert "the global batch changes from 4 to 6 sequences, as configured" in said
 

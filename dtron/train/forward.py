@@ -1,0 +1,66 @@
+"""From a batch to the model: the arguments of each forward, and the mean loss over a validation set."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtron.config import Config
+from dtron.config.sections import Parallelism
+from dtron.data.loader import IGNORE_INDEX, Batch
+from dtron.errors import UserError
+from dtron.mesh import Mesh
+from dtron.parallel.compose import ParallelModel
+from dtron.parallel.context import gathered_positions, local_positions
+
+__all__ = ["local_batches", "mean_loss"]
+
+
+def local_batches(
+    batch: Batch, size: int, p: Parallelism, mesh: Mesh, device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """The arguments of each forward, on the device: tokens, labels, positions [size, S / cp].
+
+    Under document masks also documents [size, S / cp] and, under context parallel, keys [size, 2, S].
+    """
+    cp, (tokens, labels, documents, _) = mesh.degrees.cp, batch
+    rows, length = tokens.shape
+    head_tail = bool(p.context_parallel_load_balancer)
+    positions = local_positions(length, mesh.cp_rank, cp, head_tail)
+    arguments = [tokens, labels] if documents is None else [tokens, labels, documents]
+    if cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
+        arguments = [t[:, positions] for t in arguments]
+        if documents is not None:
+            everywhere = gathered_positions(length, cp, head_tail)
+            arguments.append(torch.stack((documents[:, everywhere], everywhere.expand(rows, -1)), 1))
+    tokens, labels, *places = (t.to(device, non_blocking=True) for t in arguments)
+    forwards = (tokens, labels, positions.to(device).expand(rows, -1), *places)
+    return list(zip(*(t.split(size) for t in forwards), strict=True))
+
+
+def mean_loss(
+    model: ParallelModel, batches: Iterable[Batch], config: Config, mesh: Mesh, device: torch.device,
+    after_batch: Callable[[Tensor], None] | None = None,
+) -> tuple[float, int]:  # fmt: skip
+    """(nats a token, tokens) over the labels that count in all `batches`, a validation set's, on every rank.
+
+    after_batch: is given this rank's share of [summed loss, tokens] so far. UserError if no label counts.
+    """
+    d = mesh.degrees
+    model.loss.valid_tokens = torch.ones((), device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        total[1] += (batch.labels != IGNORE_INDEX).sum().double() / (d.world // d.dp)
+        for arguments in local_batches(batch, config.validation.local_batch_size, config.parallelism, mesh, device):
+            total[0] += model.evaluate(*arguments) / d.tp
+        if after_batch is not None:
+            after_batch(total)
+    dist.all_reduce(total)
+    loss, count = total.tolist()
+    if not round(count):
+        raise UserError(
+            f"validation.dataset {config.validation.dataset} has no label to predict in what is evaluated; give it "
+            "text of at least validation.seq_len tokens"
+        )
+    return loss / count, round(count)
