@@ -53,6 +53,7 @@ def resolve(config: Config, world: int) -> Setup:
     registry.import_custom(config.job.custom_import)
     device_type = _device_type(config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
+    config = _resolve_initial(config)
     if config.validation.only:
         config = dataclasses.replace(config, validation=dataclasses.replace(config.validation, enable=True))
         _check_evaluation(config)
@@ -64,7 +65,6 @@ def resolve(config: Config, world: int) -> Setup:
     degrees = resolve_degrees(config.parallelism, world)
     check_legal(config)
     spec, model_config = _model(config)
-    config = _resolve_initial(config)
     _check_initial(config, model_config)
     _check_export(config, spec)
     if config.training.attention_mask == "document" and not spec.document_masks:

@@ -79,7 +79,10 @@ def test_a_machine_that_cannot_write_is_found_before_the_first_step(ranks: Ranks
     [
         ("nowhere", "there is no folder nowhere, or it is empty"),
         ("README.md", "README.md is no checkpoint"),
-        ("run", "run is no checkpoint, it has neither dtron.json nor .metadata; did you mean run/step-4?"),
+        (
+            "run",
+            "run is no checkpoint, it has neither dtron.json nor .metadata, nor safetensors; did you mean run/step-4?",
+        ),
         ("nosuch://bucket/step-1", "nosuch"),
     ],
 )

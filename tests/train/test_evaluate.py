@@ -12,6 +12,7 @@ from ranks import RankError, Ranks
 from tinyrun import quiet_world, tiny_setup, train_tiny
 
 from dtron import registry
+from dtron.__main__ import main
 from dtron.config import load
 from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
@@ -34,6 +35,7 @@ MEANINGLESS = (
     "--lr_scheduler.warmup_steps 9 --lr_scheduler.total_steps 3 --checkpoint.enable --checkpoint.load_step 77 "
     "--profiling.enable_profiling --profiling.profile_freq 1"
 )
+IN_HF = "--checkpoint.initial_load_in_hf --model.hf_assets_path {0}"
 LAYOUTS = {
     "one rank": (1, ""),
     "fsdp4": (4, ""),
@@ -116,7 +118,7 @@ def evaluated(checkpoint: str, arguments: str) -> tuple[evaluate.Result, list[st
     """What an evaluation finds, and what rank 0 is told."""
     register_parts()
     world, said = quiet_world()
-    only = f"--validation.only --checkpoint.initial_load_path {checkpoint}"
+    only = "--validation.only" + (f" --checkpoint.initial_load_path {checkpoint}" if checkpoint else "")
     return Evaluation(tiny_setup(f"{MODEL} {only} {arguments}"), world).run(), said
 
 
@@ -157,6 +159,17 @@ def test_the_same_layout_gives_the_same_bits_and_leaves_nothing(
     assert everything_in(run_folder.parent) == before
     assert ranks.run(2, elsewhere, str(tmp_path), checkpoint, "")[0][0].loss == loss
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["--checkpoint.initial_load_path {0}", IN_HF])
+def test_a_hugging_face_folder_gives_the_same_loss(
+    ranks: Ranks, causal: tuple[str, float], tmp_path: Path, given: str
+) -> None:
+    checkpoint, loss = causal
+    assert main(["convert", checkpoint, str(tmp_path / "hf")]) == 0
+    arguments = f"{given.format(tmp_path / 'hf')} --model.hf_config_path {tmp_path / 'hf'} --pp 2"
+    result, said = ranks.run(2, evaluated, "", arguments)[0]
+    assert result.loss == pytest.approx(loss, rel=1e-5) and said[-2] == f"weights from {tmp_path / 'hf'}"
 
 
 def test_what_is_told(ranks: Ranks, causal: tuple[str, float]) -> None:
@@ -246,7 +259,7 @@ def test_accepted_though_no_training_would_be(world: int, arguments: str) -> Non
     ("arguments", "message"),
     [
         ("--checkpoint.initial_load_path nowhere", "initial_load_path: there is no folder nowhere, or it is empty"),
-        ("--model.dim 32", "does not fit this model: .* is .* there and .* in this model"),
+        ("--model.ffn_dim 32", "does not fit this model: .* is .* there and .* in this model"),
         ("--validation.dataset_path unlike", "rank 1 has other tokens of dataset unlike than rank 0"),
         ("--validation.dataset unlabelled", "validation.dataset unlabelled has no label to predict"),
         ("--training.loss not_a_number", "the loss of .*/step-3 on uneven is nan: its weights are not finite, or what"),
