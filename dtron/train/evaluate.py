@@ -72,10 +72,12 @@ class Evaluation:
         """Evaluate and tell. UserError on all ranks if the loss is not finite."""
         config, loader = self.setup.config, self.held_out.loader
         began = time.perf_counter()
-        progress = Progress(len(loader), self.world.say, lambda: compat.set_timeout(config.comm.train_timeout_seconds))
+        progress = ProgressLines(
+            len(loader), self.world.say, lambda: compat.set_timeout(config.comm.train_timeout_seconds)
+        )
         loss, tokens = mean_loss(self.model, loader, config, self.mesh, self.device, progress)
         result = Result(loss, tokens, time.perf_counter() - began)
-        what = f"{config.validation.dataset_path or config.validation.dataset}"
+        what = config.validation.dataset_path or config.validation.dataset
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of {self.checkpoint} on {what} is {loss}: its weights are not finite, or what is computed "
@@ -85,7 +87,7 @@ class Evaluation:
         return result
 
 
-class Progress:
+class ProgressLines:
     """A line about every 10 s. Called after each batch, on every rank; first_done: called after the first."""
 
     def __init__(self, batches: int, say: Callable[[str], None], first_done: Callable[[], None]) -> None:

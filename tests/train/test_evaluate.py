@@ -19,7 +19,7 @@ from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.registry import cross_entropy
 from dtron.train import evaluate
-from dtron.train.evaluate import Evaluation, Progress
+from dtron.train.evaluate import Evaluation, ProgressLines
 from dtron.train.launch import _what_runs
 from dtron.train.setup import resolve
 from dtron.train.trainer import Trainer
@@ -290,7 +290,7 @@ def lines_of_progress(seconds_of_rank: list[float], batches: int) -> tuple[list[
     with pytest.MonkeyPatch.context() as patch:
         now = [0.0]
         patch.setattr(evaluate.time, "perf_counter", lambda: now[0])
-        progress = Progress(batches, said.append, lambda: started.append(progress._done))
+        progress = ProgressLines(batches, said.append, lambda: started.append(progress._done))
         for done in range(1, batches + 1):
             now[0] += seconds_of_rank[dist.get_rank()]
             progress(torch.tensor([8.0 * done * (done + 1) / 2, 8.0 * done], dtype=torch.float64))
