@@ -99,7 +99,7 @@ def load_initial(
     UserError on all ranks if the checkpoint is damaged or does not fit.
     """
     kind = from_rank_0(lambda: kind_of(checkpoint))
-    if kind == "dtron":
+    if kind in ("dtron", None):
         verify_on_all_ranks(checkpoint)
         load(checkpoint, model, optimizers, exclude)
         return

@@ -33,7 +33,7 @@ from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
 from dtron.models.llama import LlamaConfig, RopeScaling
-from dtron.parallel.compose import ParallelModel, parallelize
+from dtron.parallel.compose import ParallelModel, meta_model, parallelize
 from dtron.train.optimizer import build_optimizers
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
@@ -566,7 +566,8 @@ def from_torchtitan(exclude: list[str]) -> dict[str, str]:
     tensors = {name: tensor for name, tensor, _ in named_tensors(expected_model, None)}
     torchtitan.load(dcp.FileSystemReader(TORCHTITAN), tensors, TITAN.n_heads, TITAN.n_kv_heads)
     expected = state_of(expected_model, None)
-    load_initial(Place.at(TORCHTITAN), model, None, exclude, (TITAN.n_heads, TITAN.n_kv_heads))
+    whole = meta_model(registry.look_up("model", "llama3", "model.name"), TITAN)
+    load_initial(Place.at(TORCHTITAN), model, None, exclude, whole, (TITAN.n_heads, TITAN.n_kv_heads))
     fates = {}
     for name, tensor in state_of(model, None).items():
         kinds = {"torchtitan's": expected[name], "initial": initial[name]}
@@ -584,7 +585,7 @@ def test_weights_of_torchtitan(ranks: Ranks) -> None:
 def refused(folder: str) -> str:
     model, _ = begin_with_state()
     try:
-        load_initial(Place.at(folder), model, None, [], (4, 2))
+        load_initial(Place.at(folder), model, None, [], model.parts[0], (4, 2))
     except UserError as error:
         return str(error)
     return "loaded"
