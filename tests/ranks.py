@@ -47,6 +47,12 @@ def _forget_groups() -> None:
     torch._dynamo.reset()
 
 
+def _exit_code(process: Any) -> int | None:
+    """Of a process whose end was seen; it may take a moment more until it can be waited for."""
+    process.join(10)
+    return process.exitcode
+
+
 class RankError(AssertionError):
     """A rank raised; the text is its traceback."""
 
@@ -86,7 +92,7 @@ class Ranks:
                 self.close()
                 raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang")
             if dead := [ends[sentinel] for sentinel in ready if sentinel in ends]:
-                codes = {rank: self._workers[rank][0].exitcode for rank in dead}
+                codes = {rank: _exit_code(self._workers[rank][0]) for rank in dead}
                 self.close()
                 raise RankError(f"ranks died, with the exit codes {codes}")
             for pipe in ready:

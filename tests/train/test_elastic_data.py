@@ -6,6 +6,7 @@ Prepared, mixed and on-the-fly data; and the metrics of each source, which no la
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dtron.config import load
 from dtron.data.loader import Batch
 from dtron.data.prepare import prepare
 from dtron.data.sources import SourceSpec, open_source
-from dtron.data.tokenizer import train_bpe
+from dtron.data.tokenizer import read_tokenizer, train_bpe
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.train.launch import World
@@ -272,11 +273,29 @@ def test_data_that_does_not_fit_is_refused(run: Runner, folder: Path) -> None:
     assert "did you mean 'stdlib'" in refusal("--training.dataset", "stdlb")
 
 
-def test_changed_content_is_refused_on_resume(run: Runner, folder: Path) -> None:
-    parts = ["--job.dump_folder", str(folder / "changed"), *KINDS["mixed"](folder), "--training.steps"]
+@pytest.mark.parametrize("kind", ["prepared", "on the fly"])
+def test_changed_content_is_refused_on_resume(kind: str, run: Runner, folder: Path, tmp_path: Path) -> None:
+    """The data lie where they lay, under the same name, and one word of them is another; put back, the run goes on."""
+    text, prepared = tmp_path / "text", tmp_path / "prepared"
+    encoder = read_tokenizer(str(folder / "tokenizer"), folder / "cache", "model.hf_assets_path")
+    data = ["--training.dataset", str(text), "--model.hf_assets_path", str(folder / "tokenizer")]
+    if kind == "prepared":
+        data = ["--training.dataset", str(prepared)]
+    parts = ["--job.dump_folder", str(tmp_path / "outputs"), *data, "--training.steps"]
+
+    def write(first: str) -> None:
+        for path in (text, prepared):
+            shutil.rmtree(path, ignore_errors=True)
+        write_texts(text, 0, 3)
+        lines = (text / "0.jsonl").read_text().splitlines()
+        (text / "0.jsonl").write_text("\n".join([json.dumps({"text": first}), *lines]))
+        if kind == "prepared":
+            prepare(open_source(SourceSpec(str(text)), tmp_path), encoder, prepared, processes=1, log=lambda _: None)
+
+    write("abc def")
     run.ranks.run(1, work, str(folder), [*parts, "2"])
-    (path,) = (folder / "changed").glob("*/checkpoint/step-2/dtron.json")
-    recorded = json.loads(path.read_text())
-    path.write_text(json.dumps(recorded | {"data_fingerprint": "0" * 64}))
+    write("abc deg")
     message = run.ranks.run(1, build, str(folder), [*parts, "3"])[0]
     assert "is not the one this run was trained on" in message
+    write("abc def")
+    assert run.ranks.run(1, build, str(folder), [*parts, "3"])[0] == ""
