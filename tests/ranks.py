@@ -4,6 +4,7 @@ Importing torch and its distributed parts costs seconds a process; a fork costs 
 timeout the whole pool is killed, because the failed rank's peers may sit in a collective for ever.
 """
 
+import functools
 import multiprocessing.connection
 import os
 import tempfile
@@ -25,26 +26,40 @@ def _serve(rank: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         fn, world, store, args = jobs.recv()
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         try:
-            timeout = timedelta(seconds=120)
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+            if store:
+                _begin(rank, world, store)
             answer = (True, fn(*args))
             dist.barrier()
         except BaseException:
             answer = (False, traceback.format_exc())
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            _forget_groups()
+        torch._dynamo.reset()
         jobs.send(answer)
 
 
-def _forget_groups() -> None:
-    """Drop what torch caches by mesh shape: the next job's equal mesh would find the last job's process groups."""
+def _begin(rank: int, world: int, store: str) -> None:
+    """A world of its own, which knows nothing of the one before."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # What torch caches by mesh shape: this world's equal mesh would find the last one's process groups.
     _clear_sharding_prop_cache()
     _gen_transform_infos.cache_clear()
-    torch._dynamo.reset()
+    kept.cache_clear()
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+
+
+@functools.cache
+def kept(make: Callable[..., Any], *args: Any) -> Any:
+    """make(*args), once a world: what the jobs that share it build once, such as a mesh."""
+    return make(*args)
+
+
+def _exit_code(process: Any) -> int | None:
+    """Of a process whose end was seen; it may take a moment more until it can be waited for."""
+    process.join(10)
+    return process.exitcode
 
 
 class RankError(AssertionError):
@@ -56,15 +71,23 @@ class Ranks:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        self._stores = tempfile.TemporaryDirectory()  # a file for each world, through which its ranks meet
+        self._worlds = 0
+        self._shared: tuple[int, Any] = (0, None)
 
-    def run(self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-        """fn(*args) on each of `world` gloo ranks: their results. RankError with the first failure's traceback."""
+    def run(self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, share: Any = None) -> list[Any]:
+        """fn(*args) on each of `world` gloo ranks: their results. RankError with the first failure's traceback.
+
+        share: jobs in a row that give an equal one, no None, have the same world: its process groups and `kept`.
+        """
         self.grow(world)
         pipes = [pipe for _, pipe in self._workers[:world]]
-        with tempfile.TemporaryDirectory() as folder:
-            for pipe in pipes:
-                pipe.send((fn, world, os.path.join(folder, "store"), args))
-            return self._collect(pipes, time.monotonic() + timeout)
+        same = share is not None and self._shared == (world, share)
+        self._shared, self._worlds = (world, share), self._worlds + (not same)
+        store = "" if same else os.path.join(self._stores.name, str(self._worlds))
+        for pipe in pipes:
+            pipe.send((fn, world, store, args))
+        return self._collect(pipes, time.monotonic() + timeout)
 
     def grow(self, world: int) -> None:
         """Fork workers until there are `world`."""
@@ -86,7 +109,7 @@ class Ranks:
                 self.close()
                 raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang")
             if dead := [ends[sentinel] for sentinel in ready if sentinel in ends]:
-                codes = {rank: self._workers[rank][0].exitcode for rank in dead}
+                codes = {rank: _exit_code(self._workers[rank][0]) for rank in dead}
                 self.close()
                 raise RankError(f"ranks died, with the exit codes {codes}")
             for pipe in ready:
@@ -103,3 +126,4 @@ class Ranks:
         for process, _ in self._workers:
             process.join()
         self._workers.clear()
+        self._shared = 0, None

@@ -160,9 +160,12 @@ SEEN = {
     "unknown key": (2, "--training.step 3", "did you mean"),
     "syntax": (2, None, "line 2, column"),
 }
+LATER = ("layers", "unknown key")  # each is like its neighbour, and costs as much
 
 
-@pytest.mark.parametrize("about", SEEN)
+@pytest.mark.parametrize(
+    "about", [pytest.param(about, marks=[pytest.mark.long] if about in LATER else []) for about in SEEN]
+)
 def test_one_message_from_rank_0(about: str, tmp_path: Path) -> None:
     ranks, arguments, says = SEEN[about]
     config = CONFIG if arguments is not None else "[training]\nsteps = = 3\n"

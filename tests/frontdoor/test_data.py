@@ -58,7 +58,7 @@ def test_text_on_the_way_goes_on_on_another_layout(data: Path, tmp_path: Path) -
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["a flipped bit", "truncated"])
+@pytest.mark.parametrize("damage", ["a flipped bit", pytest.param("truncated", marks=pytest.mark.long)])
 def test_damaged_shard_ends_the_run_with_its_name(damage: str, data: Path, tmp_path: Path) -> None:
     prepared = shutil.copytree(data / "prepared", tmp_path / "prepared")
     (shard,) = prepared.glob("shard-*.tokens")

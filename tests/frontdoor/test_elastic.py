@@ -21,7 +21,7 @@ ENDLESS = SAVING.replace("steps = 20", "steps = 100000").replace("interval = 4",
 TWO = ("--training.local_batch_size", "4")
 
 
-def later(value: str) -> Any:
+def later(value: Any) -> Any:
     """A case that `make test-long` tries: it differs from its neighbour by little, and costs as much."""
     return pytest.param(value, marks=pytest.mark.long)
 
@@ -58,9 +58,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
 # --- resuming
 
 
-@pytest.mark.parametrize("mode", [later("disabled"), "async"])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_resume_on_the_same_layout_is_bit_for_bit(tmp_path: Path, whole: list[list[Any]], mode: str) -> None:
-    """From a fresh process; the schedule has its length, so that the first part is the whole run's."""
+    """From a fresh process; the schedule has its length, so that the first part is the whole run's.
+
+    `test_goodput_goes_on_over_restarts` sees the same of fewer steps.
+    """
     arguments = (*TWO, "--lr_scheduler.total_steps", "20", "--checkpoint.async_mode", mode)
     good(torchrun(tmp_path, 2, *arguments, "--training.steps", "10", config=SAVING))
     run = good(torchrun(tmp_path, 2, *arguments, config=SAVING))
@@ -68,9 +72,15 @@ def test_resume_on_the_same_layout_is_bit_for_bit(tmp_path: Path, whole: list[li
     assert curve(tmp_path) == whole
 
 
-def test_resume_on_other_layouts(tmp_path: Path, whole: list[list[Any]]) -> None:
+FEW = [(10, 1, ""), (20, 2, "--pp 2")]
+MORE = [(6, 1, ""), (12, 2, "--tp 2"), (20, 4, "--pp 2 --dp 2 --training.local_batch_size 4")]
+
+
+@pytest.mark.parametrize("parts", [FEW, later(MORE)], ids=["two parts", "three parts"])
+def test_resume_on_other_layouts(tmp_path: Path, whole: list[list[Any]], parts: list[tuple[int, int, str]]) -> None:
+    """The same with more layouts, without torchrun, is in tests/train/test_elastic_data.py."""
     arguments = ("--lr_scheduler.total_steps", "20", "--training.global_batch_size", "8")
-    for steps, ranks, layout in ((6, 1, ""), (12, 2, "--tp 2"), (20, 4, "--pp 2 --dp 2 --training.local_batch_size 4")):
+    for steps, ranks, layout in parts:
         good(torchrun(tmp_path, ranks, *arguments, "--training.steps", str(steps), *layout.split(), config=SAVING))
     assert curve(tmp_path) == [pytest.approx(row, rel=1e-4) for row in whole]
 
@@ -112,6 +122,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, wh
     assert find_damage(Place.at(newest), read_manifest(Place.at(newest)).files.items()) == []
 
 
+@pytest.mark.long
 def test_nothing_starts_from_scratch_where_all_is_damaged(tmp_path: Path) -> None:
     good(torchrun(tmp_path, 1, "--training.steps", "2", config=SAVING))
     only(tmp_path, "checkpoint/step-2/dtron.json").write_text("{")
@@ -235,10 +246,13 @@ def test_a_last_save_that_fails_is_no_success(tmp_path: Path) -> None:
     assert max(row["step"] for row in rows) == 10, "the training went on"
 
 
-def test_goodput_goes_on_over_restarts(tmp_path: Path) -> None:
+def test_goodput_goes_on_over_restarts(tmp_path: Path, whole: list[list[Any]]) -> None:
+    """And the training bit for bit, from a fresh process."""
     arguments = (*TWO, "--lr_scheduler.total_steps", "20", "--checkpoint.async_mode", "async")
     for steps in ("6", "9"):
         good(run := torchrun(tmp_path, 2, *arguments, "--training.steps", steps, config=SAVING))
+    assert "resuming from" in run.out[0] and "checkpoint/step-6\n" in run.out[0]
+    assert curve(tmp_path) == whole[:9]
     rows = [json.loads(line) for line in only(tmp_path, "metrics.jsonl").read_text().splitlines()]
     accounts = [row for row in rows if "goodput" in row]
     first, last = (next(r for r in reversed(accounts) if r["attempt"] == attempt) for attempt in (1, 2))
@@ -282,11 +296,12 @@ initial_load_path = "{ROOT / "tests/checkpoint/torchtitan/step-5"}"
 
 
 def test_weights_of_torchtitan(tmp_path: Path) -> None:
+    """What each layout makes of them is in tests/checkpoint/test_torchtitan.py."""
     config = TITAN.replace("[training]\n", '[training]\ndataset = "uneven"\n')
     both = ("--checkpoint.no_initial_load_model_only",)
-    run = good(torchrun(tmp_path, 2, "--tp", "2", *both, config=config))
+    run = good(torchrun(tmp_path, 1, *both, config=config))
     assert "weights from " in run.out[0] and "torchtitan/step-5" in run.out[0]
-    run = torchrun(tmp_path, 2, "--tp", "2", "--model.n_layers", "1", config=config)
+    run = torchrun(tmp_path, 1, "--model.n_layers", "1", config=config)
     assert run.code != 0
     assert "layers.1.attention" in run.err[0] and "Traceback" not in run.err[0], run.everything()
 
@@ -294,7 +309,7 @@ def test_weights_of_torchtitan(tmp_path: Path) -> None:
 def test_weights_of_another_run_in_part(tmp_path: Path) -> None:
     """The head of the other run has another vocabulary: left out it fits, else it is named."""
     (tmp_path / "other").mkdir()
-    good(torchrun(tmp_path / "other", 2, *TWO, "--training.steps", "4", config=SAVING))
+    good(torchrun(tmp_path / "other", 1, "--training.steps", "4", config=SAVING))
     path = only(tmp_path / "other", "checkpoint/step-4")
     start = ("--checkpoint.initial_load_path", str(path), "--model.vocab_size", "72", "--training.steps", "1")
     run = torchrun(tmp_path, 1, *start, config=SAVING)

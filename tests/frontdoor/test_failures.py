@@ -141,6 +141,7 @@ def environment_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
 
+@pytest.mark.long
 def test_loss_that_is_not_a_number(tmp_path: Path) -> None:
     run = torchrun(tmp_path, 2, *TWO_RANKS, "--training.loss", "nan_on_rank_1")
     assert run.code != 0

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, documents, off
+from ranks import kept
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -78,7 +79,7 @@ def build_config(case: Case) -> Config:
 
 def build(case: Case, config: Config) -> tuple[Mesh, ParallelModel]:
     """The mesh and this rank's part of the case's model."""
-    mesh = Mesh(case.degrees, "cpu")
+    mesh = kept(Mesh, case.degrees, "cpu")
     spec = registry.look_up("model", "llama3", "model.name")
     return mesh, parallelize(spec, MODELS[case.model], config, mesh, CPU, registry.cross_entropy, [])
 

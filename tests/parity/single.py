@@ -14,6 +14,7 @@ STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
 MODELS = {
     "small": SMALL,
+    "shallow": replace(SMALL, n_layers=2),
     "deep": replace(SMALL, n_layers=8),
     "mha": replace(SMALL, n_kv_heads=4),
     "tied": replace(SMALL, tie_embeddings=True),

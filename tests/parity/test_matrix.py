@@ -9,14 +9,19 @@ from ranks import Ranks
 
 from dtron.config.legal import check_legal
 
+# Cases of the same degrees in a row: they share a world, and what torch has worked out in it.
+DEGREES = list(dict.fromkeys(case.degrees for case in CASES))
+IN_ROWS = sorted(CASES, key=lambda case: DEGREES.index(case.degrees))
+
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] if case.long else []) for case in CASES]
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] if case.long else []) for case in IN_ROWS]
 )
 def test_layout_equals_one_process(case: Case, ranks: Ranks):
     expected = {o: single_process(case.model, o, masked=case.masked) for o in case.optimizers}
     arrays = {name: {n: w.numpy() for n, w in run.weights.items()} for name, run in expected.items()}
-    assert problems(case, ranks.run(case.degrees.world, train, case, arrays), expected) == []
+    results = ranks.run(case.degrees.world, train, case, arrays, share=case.degrees)
+    assert problems(case, results, expected) == []
 
 
 def test_no_layout_and_no_optimizer_is_skipped():

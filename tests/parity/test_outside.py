@@ -73,7 +73,7 @@ def _train(degrees: Degrees, shape: str, weights: Weights) -> list[tuple[float, 
     return rows
 
 
-ONE, DP2_TP2, PP2_CP2 = Degrees(), Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2)
+ONE, DP2, DP2_TP2, PP2_CP2 = Degrees(), Degrees(dp_shard=2), Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,9 @@ ONE, DP2_TP2, PP2_CP2 = Degrees(), Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2
     [
         ("cosine", ONE),
         ("wsd", ONE),
-        ("wsd", DP2_TP2),
+        ("wsd", DP2),
         pytest.param("cosine", DP2_TP2, marks=pytest.mark.long),
+        pytest.param("wsd", DP2_TP2, marks=pytest.mark.long),
         pytest.param("wsd", PP2_CP2, marks=pytest.mark.long),
     ],
     ids=str,

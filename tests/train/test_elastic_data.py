@@ -6,6 +6,7 @@ Prepared, mixed and on-the-fly data; and the metrics of each source, which no la
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,11 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from dtron import registry
-from dtron.checkpoint.files import read_manifest
-from dtron.checkpoint.place import Place
 from dtron.config import load
 from dtron.data.loader import Batch
 from dtron.data.prepare import prepare
 from dtron.data.sources import SourceSpec, open_source
-from dtron.data.tokenizer import train_bpe
+from dtron.data.tokenizer import read_tokenizer, train_bpe
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.train.launch import World
@@ -165,7 +164,7 @@ PP_TP = ["--pp", "2", "--tp", "2", "--training.local_batch_size", "2"]
 SEGMENTS = [(4, 3, []), (4, 5, ["--dp", "2", "--cp", "2"]), (4, 7, PP_TP), (8, 9, [])]  # ranks, last step, layout
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("prepared", marks=pytest.mark.long), *list(KINDS)[1:]])
 def test_run_on_changing_layouts_sees_what_one_rank_sees(kind: str, run: Runner, folder: Path) -> None:
     arguments = KINDS[kind](folder)
     name = kind.replace(" ", "-")
@@ -182,20 +181,32 @@ def test_run_on_changing_layouts_sees_what_one_rank_sees(kind: str, run: Runner,
             assert (got is None) == (want is None) and (want is None or np.array_equal(got, want)), step
     for row, want in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(want["loss"], rel=1e-5), row["step"]
+        assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4), row["step"]
+        assert (row["lr"], row["tokens"]) == (want["lr"], row["step"] * G * S)  # not times cp, tp or pp
     assert len({arrays[0].tobytes() for arrays in whole.values()}) == 9
     if "mixed" in kind:
         assert all(abs((arrays[3] == 0).sum() - G * 2 / 3) < 2 for arrays in whole.values())
 
 
-SCHEDULES = ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV", "InterleavedZeroBubble", "GPipe", "LoopedBFS"]
+# One schedule of each kind; the others are long.
+SCHEDULES = ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"], ["DualPipeV", "InterleavedZeroBubble", "GPipe", "LoopedBFS"]
+LAYOUTS = [(4, "--tp 2 --cp 2"), (2, "--dp-replicate 2 --training.local_batch_size 2")]  # with accumulation
+PIPELINES = [[(2, f"--pp 2 --parallelism.pipeline_parallel_schedule {name}") for name in names] for names in SCHEDULES]
+
+ALIKE = ("loss", "grad_norm", "lr", "tokens", "validation_loss", "attended_tokens", "flops_per_token")
 
 
-def test_metrics_of_each_source_are_the_same_on_every_layout(run: Runner, folder: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts", [[*LAYOUTS, *PIPELINES[0]], pytest.param(PIPELINES[1], marks=pytest.mark.long)], ids=["few", "others"]
+)
+def test_metrics_of_each_source_are_the_same_on_every_layout(
+    layouts: list[tuple[int, str]], run: Runner, folder: Path, tmp_path: Path
+) -> None:
     arguments = [*KINDS["mixed"](folder), "--training.steps", "3", "--training.attention_mask", "document"]
     arguments += ["--model.n_layers", "4", "--training.local_batch_size", "4", "--validation.enable"]
     arguments += ["--validation.dataset", str(folder / "code-prepared"), "--validation.freq", "3"]
     arguments += ["--validation.local_batch_size", "4"]
-    batches, expected = run("sources-one", 1, *arguments)
+    batches, expected = run(str(tmp_path / "one"), 1, *arguments)
     for step, row in enumerate(expected, 1):
         tokens = [row[f"source_tokens/{name}-prepared"] for name in ("web", "code")]
         assert sum(tokens) == step * G * S == row["tokens"]
@@ -206,13 +217,12 @@ def test_metrics_of_each_source_are_the_same_on_every_layout(run: Runner, folder
         begins = batches[step][2]
         lengths = [np.unique(line, return_counts=True)[1] for line in begins]
         assert row["attended_tokens"] == pytest.approx(sum((n**2).sum() for n in lengths) / begins.size)
-    layouts = [(4, "--tp 2 --cp 2"), *((2, f"--pp 2 --parallelism.pipeline_parallel_schedule {s}") for s in SCHEDULES)]
     assert "validation_loss" in expected[2]
     for number, (ranks, layout) in enumerate(layouts):
-        _, rows = run(f"sources-{number}", ranks, *arguments, *layout.split())
+        _, rows = run(str(tmp_path / str(number)), ranks, *arguments, *layout.split())
         for row, want in zip(rows, expected, strict=True):
             for key in want:
-                if key.startswith(("source", "attended", "flops", "validation_loss")):
+                if key in ALIKE or key.startswith("source"):
                     assert row[key] == pytest.approx(want[key], rel=1e-5), (layout, key)
 
 
@@ -274,12 +284,29 @@ def test_data_that_does_not_fit_is_refused(run: Runner, folder: Path) -> None:
     assert "did you mean 'stdlib'" in refusal("--training.dataset", "stdlb")
 
 
-def test_changed_content_is_refused_on_resume(run: Runner, folder: Path) -> None:
-    parts = ["--job.dump_folder", str(folder / "changed"), *KINDS["mixed"](folder), "--training.steps"]
+@pytest.mark.parametrize("kind", ["prepared", "on the fly"])
+def test_changed_content_is_refused_on_resume(kind: str, run: Runner, folder: Path, tmp_path: Path) -> None:
+    """The data lie where they lay, under the same name, and one word of them is another; put back, the run goes on."""
+    text, prepared = tmp_path / "text", tmp_path / "prepared"
+    encoder = read_tokenizer(str(folder / "tokenizer"), folder / "cache", "model.hf_assets_path")
+    data = ["--training.dataset", str(text), "--model.hf_assets_path", str(folder / "tokenizer")]
+    if kind == "prepared":
+        data = ["--training.dataset", str(prepared)]
+    parts = ["--job.dump_folder", str(tmp_path / "outputs"), *data, "--training.steps"]
+
+    def write(first: str) -> None:
+        for path in (text, prepared):
+            shutil.rmtree(path, ignore_errors=True)
+        write_texts(text, 0, 3)
+        lines = (text / "0.jsonl").read_text().splitlines()
+        (text / "0.jsonl").write_text("\n".join([json.dumps({"text": first}), *lines]))
+        if kind == "prepared":
+            prepare(open_source(SourceSpec(str(text)), tmp_path), encoder, prepared, processes=1, log=lambda _: None)
+
+    write("abc def")
     run.ranks.run(1, work, str(folder), [*parts, "2"])
-    (path,) = (folder / "changed").glob("*/checkpoint/step-2/dtron.json")
-    manifest = read_manifest(Place.at(path.parent))
-    manifest.progress.data_fingerprint = "0" * 64
-    path.write_bytes(manifest.to_json())
+    write("abc deg")
     message = run.ranks.run(1, build, str(folder), [*parts, "3"])[0]
     assert "is not the one this run was trained on" in message
+    write("abc def")
+    assert run.ranks.run(1, build, str(folder), [*parts, "3"])[0] == ""

@@ -22,12 +22,12 @@ PLAIN = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1),
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
 }
-WATCHED = ("embed_tokens.weight", "layers.1.mlp.down_proj.weight", "layers.2.input_layernorm.weight")
+WATCHED = ("embed_tokens.weight", "layers.0.mlp.down_proj.weight", "layers.1.input_layernorm.weight")
 
 
 def _train() -> dict[str, list[list[float]]]:
     """Three steps with each optimizer from the same weights; flattened watched weights by section."""
-    case = Case("optimizers", LAYOUT)
+    case = Case("optimizers", LAYOUT, model="shallow")
     mesh, model = build(case, build_config(case))
     initial = [p.detach().clone() for _, p in model.named_parameters()]
     results = {}
@@ -48,7 +48,7 @@ def _train() -> dict[str, list[list[float]]]:
 
 
 def _plain(name: str) -> list[torch.Tensor]:
-    model = plain_model(MODELS["small"])
+    model = plain_model(MODELS["shallow"])
     optimizer = PLAIN[name](model.parameters())
     for step in range(3):
         tokens, labels = batch(step)
