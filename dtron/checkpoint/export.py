@@ -4,7 +4,6 @@ The files are shared out over the ranks. Each reads the tensors of its files fro
 them, and holds no more than one file in memory. The folder gets its name when all of it is there.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -17,12 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf
 from dtron.checkpoint.files import ASSETS, MANIFEST
 from dtron.checkpoint.load import from_rank_0
 from dtron.checkpoint.place import Place
+from dtron.checkpoint.save import reason
 from dtron.errors import UserError
 
 __all__ = ["FILE_BYTES", "ExportDtype", "assets_of", "check_out", "export"]
@@ -72,9 +73,12 @@ def export(
     for number in range(rank, len(plan), world):
         try:
             _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number])
-        except Exception as error:  # safetensors' errors derive from nothing but it
-            problem = problem or f"rank {rank}: {_reason(error)}"
+        except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
+            problem = reason(error)
             break
+        except BaseException:  # Ctrl-C
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         say(f"{number + 1} of {len(plan)} files written")
     problems: list[str] = [""] * world
     dist.all_gather_object(problems, problem)
@@ -83,7 +87,7 @@ def export(
     def finish() -> None:
         try:
             if found:
-                raise UserError(f"{checkpoint} could not be written to {out}: {found}")
+                raise UserError(f"{checkpoint} could not be written to {out}: {found}; make room, or name another disk")
             _finish(checkpoint, out, partial, plan, force)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk is to have its space back
@@ -174,10 +178,3 @@ def _finish(checkpoint: Place, out: Path, partial: Path, plan: Plan, force: bool
     if force and out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{text}: make room, or name another disk"
-    return text

@@ -29,7 +29,7 @@ from dtron.checkpoint.place import Place
 from dtron.config.sections import Checkpoint
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["Saved", "Saver", "named_tensors", "write_checkpoint"]
+__all__ = ["Saved", "Saver", "named_tensors", "reason", "write_checkpoint"]
 
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 
@@ -120,7 +120,7 @@ class Saver:
             saved.told = tuple(told)
         # Whatever went wrong, the training goes on and the user is told. DCP's own error is no Exception.
         except (Exception, CheckpointException) as error:
-            saved.error = _reason(error)
+            saved.error = reason(error)
         saved.stall_s += time.perf_counter() - began
         return [saved]
 
@@ -272,7 +272,7 @@ def _of_the_disk(error: BaseException) -> BaseException:
     return cause or error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One line: of DCP's summary the first rank's error."""
     failures = getattr(error, "failures", None)
     if not failures:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dtron.checkpoint import hf
 from dtron.checkpoint.export import FILE_BYTES, ExportDtype, check_out, export
 from dtron.checkpoint.files import Manifest, Progress
 from dtron.checkpoint.load import fitting_entries, verify_on_all_ranks
 from dtron.checkpoint.place import Place
-from dtron.checkpoint.save import write_checkpoint
+from dtron.checkpoint.save import reason, write_checkpoint
 from dtron.errors import UserError
 from dtron.hf.read import Found, find_model, one_rank
 from dtron.models.llama import Llama
@@ -74,8 +75,8 @@ def _import(found: Found, model: Llama, out: Path) -> None:
     new = out.with_name(f"{out.name}.new") if out.exists() else out
     try:
         write_checkpoint(Place.at(new), tensors, Manifest(Progress(model_only=True), {}), found.assets)
-    except OSError as error:
-        raise UserError(f"{out} could not be written: {error}") from None
+    except (OSError, CheckpointException) as error:  # DCP's own error is no Exception
+        raise UserError(f"{out} could not be written: {reason(error)}; make room, or name another disk") from None
     if new != out:
         shutil.rmtree(out)
         new.rename(out)

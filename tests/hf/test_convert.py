@@ -1,13 +1,16 @@
 """`dtron convert`: the same logits in transformers and here, both ways; the same bits there and back; faults."""
 
-import errno
+import contextlib
 import json
 import os
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hf.models import PUBLISHED, logits_of, save_random, tokens
 from safetensors import safe_open
@@ -15,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dtron.__main__ import main
-from dtron.checkpoint import export as export_module
 from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.place import Place
 from dtron.hf.read import open_model
@@ -244,18 +246,38 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert (notes / "mine.txt").read_text() == "mine"
 
 
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a full disk is like: the kernel refuses to write more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_is_told_and_leaves_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = tmp_path / "here"
     assert main(["convert", str(folder), str(here)]) == 0
     capsys.readouterr()
+    with files_of_at_most(20_000):
+        said = [refused(capsys, folder, tmp_path / "out"), refused(capsys, here, tmp_path / "out")]
+    assert all("File too large" in text and "make room, or name another disk" in text for text in said), said
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_module, "_write_file", full)
-    assert "No space left on device: make room" in refused(capsys, here, tmp_path / "out")
+def test_an_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, out = tmp_path / "here", tmp_path / "out"
+    assert main(["convert", str(folder), str(here)]) == 0
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
+    assert main(["convert", str(here), str(out)]) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
 
 
 def test_a_damaged_checkpoint_is_not_exported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
