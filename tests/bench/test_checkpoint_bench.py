@@ -27,7 +27,7 @@ def lines_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("step", ["real", "stand-in"])
+@pytest.mark.parametrize("step", ["real", pytest.param("stand-in", marks=pytest.mark.long)])
 def test_worlds_and_modes(tmp_path: Path, step: str) -> None:
     out = tmp_path / "out.json"
     options = ["--model", "tiny", "--ranks", "1", "2", "--saves", "2", "--step", step, "--folder", str(tmp_path)]

@@ -213,6 +213,7 @@ def by_hand(folder: Path, *arguments: tuple[str, ...]) -> tuple[list[int], list[
     return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
 
 
+@pytest.mark.long
 def test_ranks_with_different_configurations(tmp_path: Path) -> None:
     key = "--training.local_batch_size"
     codes, out, err = by_hand(tmp_path, (key, "4"), (key, "2"))

@@ -203,15 +203,25 @@ def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", later("SIGINT")])
 def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
+    """And to everything below it, as Slurm signals every process of a step."""
     began = time.monotonic()
-    run = stopped(tmp_path, lambda agent: agent.send_signal(getattr(signal, name)))
+
+    def send(agent: subprocess.Popen[bytes]) -> None:
+        ranks = workers(agent)
+        loaders = [pid for rank in ranks for pid in children(rank)]
+        assert len(loaders) >= 2
+        for pid in (*loaders, *ranks, agent.pid):
+            os.kill(pid, getattr(signal, name))
+
+    run = stopped(tmp_path, send, "--training.dataloader.num_workers", "1")
     check_saved(tmp_path)
     assert time.monotonic() - began < 120
     assert "which is saved" in run.out[0], run.everything()
 
 
+@pytest.mark.long
 def test_loader_workers_that_are_signalled_too_do_not_break_the_save(tmp_path: Path) -> None:
-    """Slurm signals every process of a step."""
+    """The same without torchrun, which so ends well."""
 
     def send(agent: subprocess.Popen[bytes]) -> None:
         ranks = workers(agent)
@@ -301,13 +311,19 @@ def test_weights_of_torchtitan(tmp_path: Path) -> None:
     both = ("--checkpoint.no_initial_load_model_only",)
     run = good(torchrun(tmp_path, 1, *both, config=config))
     assert "weights from " in run.out[0] and "torchtitan/step-5" in run.out[0]
+
+
+@pytest.mark.long
+def test_weights_of_torchtitan_of_another_model(tmp_path: Path) -> None:
+    config = TITAN.replace("[training]\n", '[training]\ndataset = "uneven"\n')
     run = torchrun(tmp_path, 1, "--model.n_layers", "1", config=config)
     assert run.code != 0
     assert "layers.1.attention" in run.err[0] and "Traceback" not in run.err[0], run.everything()
 
 
+@pytest.mark.long
 def test_weights_of_another_run_in_part(tmp_path: Path) -> None:
-    """The head of the other run has another vocabulary: left out it fits, else it is named."""
+    """As in tests/train/test_begin.py."""
     (tmp_path / "other").mkdir()
     good(torchrun(tmp_path / "other", 1, "--training.steps", "4", config=SAVING))
     path = only(tmp_path / "other", "checkpoint/step-4")

@@ -97,6 +97,7 @@ def test_rank_that_hangs_in_a_pipeline(tmp_path: Path) -> None:
     assert len(steps(run)) >= 2
 
 
+@pytest.mark.long
 def test_rank_that_is_stopped(tmp_path: Path) -> None:
     def stop(torchrun_process: subprocess.Popen[bytes]) -> None:
         wait_for(tmp_path, "outputs/*/metrics.jsonl", torchrun_process)

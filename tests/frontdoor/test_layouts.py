@@ -69,8 +69,12 @@ def test_embedded_corpus(tmp_path: Path) -> None:
     assert run.out[1] == ""
 
 
+@pytest.mark.long
 def test_rerun_resumes_on_another_layout(tmp_path: Path) -> None:
-    """The same command on one rank goes on where two ranks ended, with their global batch."""
+    """The same command on one rank goes on where two ranks ended, with their global batch.
+
+    `test_global_batch_is_resolved_once_and_holds` sees it on forked ranks.
+    """
     config = CONFIG.replace("global_batch_size = 8", "") + "[checkpoint]\nenable = true\n"
     passed(torchrun(tmp_path, 2, "--training.local_batch_size", "2", "--training.steps", "2", config=config))
     rows = passed(

@@ -44,7 +44,8 @@ PP2_FSDP2, PP2_TP2, PP2_CP2 = Degrees(2, dp_shard=2), Degrees(2, tp=2), Degrees(
 PP2_HSDP = Degrees(2, 2, 2)
 FOUR_D = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
 
-# Every layout with nothing else changed. The last needs 32 processes.
+# Every layout with nothing else changed, those of replicas and tensor parallel with two layers, for they take long.
+# The last needs 32 processes.
 LAYOUTS = [
     Case("one", ONE),
     Case("fsdp2", FSDP2),
@@ -64,8 +65,8 @@ LAYOUTS = [
     Case("pp2 cp2", PP2_CP2),
     Case("fsdp2 tp2 cp2", Degrees(dp_shard=2, cp=2, tp=2)),
     Case("pp2 tp2 cp2", Degrees(2, cp=2, tp=2)),
-    Case("hsdp2x2 tp2", Degrees(1, 2, 2, 1, 2)),
-    Case("hsdp2x2 cp2 tp2", Degrees(1, 2, 2, 2, 2)),
+    Case("hsdp2x2 tp2", Degrees(1, 2, 2, 1, 2), model="shallow"),
+    Case("hsdp2x2 cp2 tp2", Degrees(1, 2, 2, 2, 2), model="shallow"),
     Case("pp2 fsdp2 cp2 tp2", FOUR_D),
     Case("pp2 hsdp2x2 cp2 tp2", Degrees(2, 2, 2, 2, 2), long=True),
 ]
@@ -219,8 +220,8 @@ MASKED = [
         ("pp2", PP2, PAIRS, {"evaluate": True}),
         ("pp2 cp2 ZBVZeroBubble", PP2_CP2, schedule("ZBVZeroBubble"), {}),
         ("heads alike cp2", CP2, {}, {"model": "mha", "long": True}),
-        ("fsdp2 tp2 cp2", Degrees(dp_shard=2, cp=2, tp=2), {}, {}),
-        ("pp2 fsdp2 cp2 tp2", FOUR_D, PAIRS, {}),
+        ("fsdp2 tp2 cp2", Degrees(dp_shard=2, cp=2, tp=2), {}, {"long": True}),
+        ("pp2 fsdp2 cp2 tp2", FOUR_D, PAIRS, {"model": "shallow"}),
         ("compiled fsdp2", FSDP2, compiled(), {"long": True}),
         ("compiled tp2", TP2, compiled(), {}),
         ("compiled tp2 cp2", TP2_CP2, compiled(), {"long": True}),
