@@ -92,8 +92,11 @@ def _resolve_initial(config: Config) -> Config:
     return dataclasses.replace(config, checkpoint=dataclasses.replace(c, initial_load_path=config.model.hf_assets_path))
 
 
-# What the shapes of the weights do not tell, and a wrong value of which spoils them silently.
-_SHAPELESS = ("n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings")
+# What neither the shapes of the weights tell nor a missing one, so that a wrong value would spoil the model silently.
+_SHAPELESS = (
+    "n_layers", "n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings",
+    "qkv_bias", "qk_norm",
+)  # fmt: skip
 
 
 def _check_initial(config: Config, model_config: Any) -> None:
@@ -111,13 +114,13 @@ def _check_initial(config: Config, model_config: Any) -> None:
         return
     there, m = from_hf_config(place, "checkpoint.initial_load_path"), config.model
     meant = {"rope_theta"} if m.rope_theta is not None else set()
-    meant |= {"rope_theta", "rope_scaling"} if m.hf_config_path else set()
     for name in _SHAPELESS:
         ours, theirs = getattr(model_config, name), getattr(there, name)
         if ours != theirs and name not in meant:
             raise UserError(
                 f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "
-                f"with {theirs}; set model.hf_config_path = {folder} to take the dimensions of its config.json"
+                f"with {theirs}; set model.hf_config_path = {folder} to take the dimensions of its config.json, and "
+                "change them there where another value is meant"
             )
 
 

@@ -118,6 +118,7 @@ LLAMA2 = (
     ("said", "change"),
     [
         ("the model has rope_theta 10000.0, but the weights in", (0, 2, LLAMA2.split())),
+        ("the model has n_layers 2, but the weights in .* were trained with 3", (5, 5, ["--model.n_layers", "2"])),
         ("checkpoint.initial_load_in_hf needs the folder with the weights", (2, 4, [])),
         ("has no config.json with safetensors beside it", (3, 4, ["."])),
         ("checkpoint.export_dtype has no effect", (5, 5, ["--checkpoint.export_dtype", "bfloat16"])),
