@@ -12,6 +12,7 @@ from parity.table import CSV, FOUR_D, FSDP2, HSDP, ONE, PP2, PP2_FSDP2, QUARTERS
 from ranks import RankError, Ranks
 
 BEFORE = 2
+ENOUGH = 3  # steps after the resume in which lost optimizer state shows, see `test_the_optimizer_state_matters`
 EXACT = 5  # steps after the resume whose losses and norms are held to 1e-5; the others to 1e-4
 CASES = {
     case.name: case
@@ -74,7 +75,8 @@ def check_same(got: Curve, whole: Curve) -> None:
 def test_any_layout_goes_on(
     ranks: Ranks, saved: Callable[[str], str], expected: Callable[[str, int], Curve], model: str, target: str
 ) -> None:
-    case, last = case_of(target, model), BEFORE + EXACT
+    case = case_of(target, model)
+    last = BEFORE + (EXACT if case.degrees.world < 16 else ENOUGH)
     arguments = (case, BEFORE, last, saved(model))
     got = ranks.run(case.degrees.world, train, *arguments, share=case.degrees)[0]
     check_same(got, expected(model, last))
