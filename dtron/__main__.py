@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return 0  # whoever read our output, such as `head`, has seen enough
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted{arguments.after_interrupt}", file=sys.stderr)
         return 130
@@ -72,7 +75,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="DST", help="folder to make")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of exported weights (default: as they are)")
     add("--max-file-gb", type=float, metavar="GB", help="size of exported files (default: 5, as transformers has it)")
-    add("--force", action="store_true", help="replace DST where it is a model's folder already")
+    add("--force", action="store_true", help="replace DST where it holds a model and nothing else")
     parser.set_defaults(run=_convert)
 
 

@@ -25,12 +25,14 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 def _serve(rank: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
     while True:
-        fn, world, store, args = jobs.recv()
+        fn, world, store, keep, args = jobs.recv()
         try:
             if store:
                 _begin(rank, world, store)
             answer = (True, fn(*args))
             dist.barrier()
+            if not keep:
+                _end()
         except BaseException:
             answer = (False, traceback.format_exc())
         torch._dynamo.reset()
@@ -40,14 +42,21 @@ def _serve(rank: int, jobs: Connection) -> None:
 def _begin(rank: int, world: int, store: str) -> None:
     """A world of its own, which knows nothing of the one before."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # What torch caches by mesh shape: this world's equal mesh would find the last one's process groups.
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+
+
+def _end() -> None:
+    """All ranks of a world leave it together: gloo that outlives its peers was seen to corrupt memory."""
+    dist.destroy_process_group()
+    # What torch caches by mesh shape: the next world's equal mesh would find this one's process groups.
     _clear_sharding_prop_cache()
     _gen_transform_infos.cache_clear()
     kept.cache_clear()
-    timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+
+
+def _nothing() -> None:
+    """The last job of a world that was kept."""
 
 
 @functools.cache
@@ -81,12 +90,19 @@ class Ranks:
         share: jobs in a row that give an equal one, no None, have the same world: its process groups and `kept`.
         """
         self.grow(world)
+        keep, store = share is not None, ""
+        if self._shared != (world, share):
+            if self._shared[0]:
+                self._send(self._shared[0], _nothing, "", False, (), timeout)
+            self._worlds += 1
+            store = os.path.join(self._stores.name, str(self._worlds))
+        self._shared = (world, share) if keep else (0, None)
+        return self._send(world, fn, store, keep, args, timeout)
+
+    def _send(self, world: int, fn: Callable[..., Any], store: str, keep: bool, args: Any, timeout: float) -> list[Any]:
         pipes = [pipe for _, pipe in self._workers[:world]]
-        same = share is not None and self._shared == (world, share)
-        self._shared, self._worlds = (world, share), self._worlds + (not same)
-        store = "" if same else os.path.join(self._stores.name, str(self._worlds))
         for pipe in pipes:
-            pipe.send((fn, world, store, args))
+            pipe.send((fn, world, store, keep, args))
         return self._collect(pipes, time.monotonic() + timeout)
 
     def grow(self, world: int) -> None:

@@ -4,11 +4,14 @@ The files are shared out over the ranks. Each reads the tensors of its files fro
 them, and holds no more than one file in memory. The folder gets its name when all of it is there.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +23,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf
-from dtron.checkpoint.files import ASSETS, MANIFEST
+from dtron.checkpoint.files import ASSETS, WRITTEN
 from dtron.checkpoint.load import from_rank_0
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import reason
 from dtron.errors import UserError
 
-__all__ = ["FILE_BYTES", "ExportDtype", "assets_of", "check_out", "export"]
+__all__ = ["FILE_BYTES", "ExportDtype", "assets_of", "check_out", "export", "replacing"]
 
 FILE_BYTES = 5 * 10**9  # of one safetensors file, as transformers has it
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -38,16 +41,51 @@ def assets_of(folder: Place) -> dict[str, bytes]:
 
 
 def check_out(out: Path, force: bool, key: str = "the output folder") -> None:
-    """UserError unless `out` can be made: it is not there, or may be replaced and is a model's folder."""
+    """UserError unless `out` can be made: it is not there, or empty, or may be replaced and holds a model alone."""
     if not out.exists() and not out.is_symlink():
+        return
+    folder = out.is_dir() and not out.is_symlink()
+    if folder and not os.listdir(out):
         return
     if not force:
         raise UserError(f"{key} {out} is there already, and nothing is overwritten: name another, or use --force")
-    names = os.listdir(out) if out.is_dir() and not out.is_symlink() else []
-    inner = [name for name in names if (out / name).is_dir()]
-    if inner or (names and MANIFEST not in names and not hf.is_hf(names)):
-        what = f"it holds the folder {inner[0]}" if inner else "it holds no weights"
-        raise UserError(f"{key} {out} is not just a model's folder ({what}), so --force does not replace it")
+    foreign = [name for name in sorted(os.listdir(out)) if not _is_ours(name)] if folder else ["is no folder"]
+    if foreign:
+        what = f"it holds {foreign[0]}" if folder else "it is no folder"
+        raise UserError(f"{key} {out} is not just a model ({what}), so --force does not replace it; move that away")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether conversion writes files of this name."""
+    return bool(WRITTEN.fullmatch(name) or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name))
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, which takes its place at the end, or is deleted where that is not reached.
+
+    Its name is no one else's. What lay in `out` is deleted last.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+    try:
+        new.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+        yield new
+        old = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent)) if out.exists() else None
+        if old:
+            out.rename(old)
+        new.rename(out)
+        if old:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # a full disk is to have its space back
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def export(
@@ -66,49 +104,43 @@ def export(
     file_bytes: most bytes of a file of several tensors.
     UserError on all ranks where the checkpoint does not fit its config.json, and where the disk refuses.
     """
-    partial = out.with_name(f"{out.name}.partial")
-    plan = from_rank_0(lambda: _begin(checkpoint, out, partial, shapes, dtype, force, file_bytes))
     rank, world = dist.get_rank(), dist.get_world_size()
-    problem = ""
-    for number in range(rank, len(plan), world):
-        try:
-            _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number])
-        except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
-            problem = reason(error)
-            break
-        except BaseException:  # Ctrl-C
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        say(f"{number + 1} of {len(plan)} files written")
-    problems: list[str] = [""] * world
-    dist.all_gather_object(problems, problem)
-    found = next(filter(None, problems), "")
+    with contextlib.ExitStack() as stack:  # on rank 0 the folder is deleted if anything goes wrong, on any rank
 
-    def finish() -> None:
-        try:
-            if found:
-                raise UserError(f"{checkpoint} could not be written to {out}: {found}; make room, or name another disk")
-            _finish(checkpoint, out, partial, plan, force)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk is to have its space back
-            raise
+        def begin() -> tuple[Path, Plan]:
+            plan = _plan(checkpoint, out, shapes, dtype, force, file_bytes)
+            return stack.enter_context(replacing(out)), plan
 
-    from_rank_0(finish)
+        partial, plan = from_rank_0(begin)
+        problem = ""
+        for number in range(rank, len(plan), world):
+            try:
+                _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number])
+            except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
+                problem = (
+                    str(error) if isinstance(error, UserError) else f"{reason(error)}; make room, or name another disk"
+                )
+                break
+            say(f"{number + 1} of {len(plan)} files written")
+        problems: list[str] = [""] * world
+        dist.all_gather_object(problems, problem)
+        if found := next(filter(None, problems), ""):
+            raise UserError(f"{checkpoint} could not be written to {out}: {found}")
+        from_rank_0(lambda: _finish(checkpoint, partial, plan))
 
 
 Plan = list[dict[str, tuple[tuple[int, ...], torch.dtype]]]  # of each file: name of ours -> shape, dtype
 
 
-def _begin(
+def _plan(
     checkpoint: Place,
     out: Path,
-    partial: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: ExportDtype | None,
     force: bool,
     file_bytes: int,
 ) -> Plan:
-    """Check everything, make the folder, and share out the tensors over files, in the order of the model."""
+    """Check everything, and share out the tensors over files, in the order of the model."""
     check_out(out, force)
     saved = checkpoint.reader().read_metadata().state_dict_metadata
     there = {
@@ -125,13 +157,6 @@ def _begin(
             filled = 0
         plan[-1][name] = shape, kind
         filled += size
-    try:
-        if partial.exists():  # of an attempt that was killed
-            check_out(partial, force=True)
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made: {error}") from None
     return plan
 
 
@@ -150,11 +175,14 @@ def _write_file(checkpoint: Place, file: Path, tensors: Mapping[str, tuple[tuple
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads by itself, and means to
         dcp.load(state, storage_reader=checkpoint.reader(), no_dist=True)
+    for name, tensor in state.items():
+        if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+            raise UserError(f"{name} has values that float16 does not hold (above 65504, or not finite); use bfloat16")
     save_file({hf.their_name(name): tensor for name, tensor in state.items()}, file, metadata={"format": "pt"})
 
 
-def _finish(checkpoint: Place, out: Path, partial: Path, plan: Plan, force: bool) -> None:
-    """On rank 0, when all files are written: what lies beside the weights, and the folder's name."""
+def _finish(checkpoint: Place, partial: Path, plan: Plan) -> None:
+    """On rank 0, when all files are written: what lies beside the weights."""
     for name, content in assets_of(checkpoint).items():
         (partial / name).write_bytes(content)
     config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
@@ -175,6 +203,3 @@ def _finish(checkpoint: Place, out: Path, partial: Path, plan: Plan, force: bool
             f"{_file_name(missing[0], len(plan))}, which another rank has written, cannot be seen from rank 0: the "
             "output needs a folder that all machines share"
         )
-    if force and out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)

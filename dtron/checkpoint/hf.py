@@ -76,7 +76,7 @@ def local(folder: Place) -> Path:
 
 def our_name(theirs: str) -> str:
     """`lm_head.weight` -> `model.lm_head.weight`: parameters of checkpoints all begin so."""
-    return theirs if theirs.startswith("model.") else f"model.{theirs}"
+    return HEAD if theirs == their_name(HEAD) else theirs
 
 
 def their_name(ours: str) -> str:
@@ -92,13 +92,15 @@ def entries_of(folder: Path) -> dict[str, Entry]:
         try:
             weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
+            if not all(isinstance(name, str) for name in files):
+                raise TypeError("weight_map does not give names of files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / INDEX} is no index of safetensors files: {error!r}") from None
     elif (folder / SINGLE).is_file():
         weight_map, files = {}, [SINGLE]
     else:
-        there = "; it has pytorch_model files: save them anew with safetensors" if _is_pickled(folder) else ""
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{there}")
+        lost = ", which tells what is in the others there" if any(folder.glob("model-*.safetensors")) else ""
+        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{lost}")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: {len(missing)} of {len(files)} files named in {INDEX} are missing, {missing[0]} the first; "
@@ -110,16 +112,15 @@ def entries_of(folder: Path) -> dict[str, Entry]:
     return {our_name(theirs): entry for theirs, entry in found.items() if not IGNORED.fullmatch(theirs)}
 
 
-def _is_pickled(folder: Path) -> bool:
-    return any(folder.glob("pytorch_model*.bin"))
-
-
 def _header(file: Path) -> Iterator[tuple[str, Entry]]:
     """Names and entries of one file. Its format: https://huggingface.co/docs/safetensors/index#format."""
     size = file.stat().st_size
     try:
         with file.open("rb") as opened:
-            length = struct.unpack("<Q", opened.read(8))[0]
+            first = opened.read(8)
+            if first == b"version ":
+                raise ValueError("it is a pointer of git-lfs, not the file")
+            length = struct.unpack("<Q", first)[0]
             if length > size - 8:
                 raise ValueError(f"its header has {length} bytes, the file {size}")
             header = json.loads(opened.read(length))
@@ -145,13 +146,13 @@ def check_fits(
     shapes: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     excluded: Callable[[str], bool] = lambda name: False,
+    mend: str = "its config.json is of another model",
 ) -> None:
     """UserError unless `where` has just the tensors of the model, each in its shape.
 
     shapes, expected: by our names, there and in the plain model. excluded: whether a weight is left out on purpose.
-    A head that a tied model has no use for may be there.
+    A head that a tied model has no use for may be there. mend: what to do.
     """
-    mend = "choose the dimensions that were trained: model.hf_config_path = FOLDER takes those of its config.json"
     for name, shape in expected.items():
         if excluded(name):
             continue

@@ -115,18 +115,22 @@ def load_initial(
 
     if kind == "hf" and optimizers:
         raise UserError(f"{checkpoint} holds no optimizer state; set checkpoint.initial_load_model_only = true")
-    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded)) if kind == "hf" else {}
+    mend = "choose the dimensions of its config.json: model.hf_config_path, and no keys that override it"
+    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, mend)) if kind == "hf" else {}
     _fill(checkpoint, model, optimizers, exclude, read)
 
 
 def fitting_entries(
-    checkpoint: Place, whole: nn.Module, excluded: Callable[[str], bool] = lambda name: False
+    checkpoint: Place,
+    whole: nn.Module,
+    excluded: Callable[[str], bool] = lambda name: False,
+    mend: str = "its config.json is of another model",
 ) -> dict[str, hf.Entry]:
     """What a Hugging Face folder holds. UserError if it is not all there, or not this model's."""
     folder = hf.local(checkpoint)
     entries = hf.entries_of(folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
-    hf.check_fits(checkpoint, {name: entry.shape for name, entry in entries.items()}, expected, excluded)
+    hf.check_fits(checkpoint, {name: entry.shape for name, entry in entries.items()}, expected, excluded, mend)
     hf.check_tied(folder, entries, tied=hf.HEAD not in expected)
     return entries
 

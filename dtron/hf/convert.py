@@ -1,6 +1,6 @@
 """`dtron convert`: a folder of Hugging Face to a checkpoint, and a checkpoint to a folder of Hugging Face."""
 
-import shutil
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dtron.checkpoint import hf
-from dtron.checkpoint.export import FILE_BYTES, ExportDtype, check_out, export
+from dtron.checkpoint.export import FILE_BYTES, ExportDtype, check_out, export, replacing
 from dtron.checkpoint.files import Manifest, Progress
 from dtron.checkpoint.load import fitting_entries, verify_on_all_ranks
 from dtron.checkpoint.place import Place
@@ -34,12 +34,14 @@ def convert(
     dtype: of exported weights; None: as they are. max_file_gb: most GB of an exported file of several tensors.
     UserError where `source` is no model that can be converted, or `to` cannot be made.
     """
+    if "://" in to:
+        raise UserError(f"DST {to} is a URL; expected a local folder")
     found = find_model(source)
     out = Path(to).expanduser().resolve()
     local = found.place.local
     if local is not None and (out.is_relative_to(local.resolve()) or local.resolve().is_relative_to(out)):
         raise UserError(f"DST {out} and SRC {found.place} lie in one another; name another DST")
-    if max_file_gb is not None and max_file_gb <= 0:
+    if max_file_gb is not None and not 0 < max_file_gb < math.inf:
         raise UserError(f"--max-file-gb is {max_file_gb}; expected a positive number")
     if found.kind == "torchtitan":
         raise UserError(
@@ -56,7 +58,7 @@ def convert(
     with one_rank():
         if found.kind == "hf":
             _import(found, model, out)
-            use = f"checkpoint.initial_load_path = {out}, model.hf_config_path = {out}"
+            use = f'checkpoint.initial_load_path = "{out}", model.hf_config_path = "{out}"'
         else:
             verify_on_all_ranks(found.place)
             shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
@@ -72,11 +74,14 @@ def _import(found: Found, model: Llama, out: Path) -> None:
     entries = fitting_entries(found.place, model)
     names = {f"model.{name}" for name, _ in model.named_parameters()}
     tensors = hf.tensors_of(folder, {name: entry for name, entry in entries.items() if name in names})
-    new = out.with_name(f"{out.name}.new") if out.exists() else out
+    manifest = Manifest(Progress(model_only=True), {})
     try:
-        write_checkpoint(Place.at(new), tensors, Manifest(Progress(model_only=True), {}), found.assets)
-    except (OSError, CheckpointException) as error:  # DCP's own error is no Exception
+        with replacing(out) as new:
+            write_checkpoint(Place.at(new / "checkpoint"), tensors, manifest, found.assets)
+            for file in (new / "checkpoint").iterdir():
+                file.rename(new / file.name)
+            (new / "checkpoint").rmdir()
+    except CheckpointException as error:  # DCP's own error is no Exception
+        if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
+            raise KeyboardInterrupt from None
         raise UserError(f"{out} could not be written: {reason(error)}; make room, or name another disk") from None
-    if new != out:
-        shutil.rmtree(out)
-        new.rename(out)

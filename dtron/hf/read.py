@@ -26,6 +26,9 @@ from dtron.registry import cross_entropy
 __all__ = ["Found", "find_model", "one_rank", "open_model"]
 
 
+DOWNLOAD = "a model of the hub has to be downloaded first: hf download NAME --local-dir FOLDER"
+
+
 @dataclass(frozen=True)
 class Found:
     """A model on disk: where, whose, what lies beside its weights, and its dimensions."""
@@ -38,7 +41,9 @@ class Found:
 
 def find_model(path: str) -> Found:
     """The model at `path`; of a run's folder, or that of several runs, the newest checkpoint. UserError without one."""
-    place, kind = _find(Place.at(path))
+    if path.split("://")[0] in ("http", "https", "hf") or not path.rstrip("/"):
+        raise UserError(f"{path!r} is no folder to read a model from; {DOWNLOAD}")
+    place, kind = _find(Place.at(Path(path).expanduser() if "://" not in path else path))
     assets = assets_of(place)
     if "config.json" not in assets:
         whose = "a model of its own, which is none of Hugging Face's" if kind == "dtron" else "no model that we know"
@@ -61,12 +66,12 @@ def _find(place: Place) -> tuple[Place, Kind]:
                     read_manifest(folder / f"step-{step}")
                     return folder / f"step-{step}", "dtron"
         there = ", ".join(place.names()[:5]) or "nothing"
+        found = f"there is no model in {place} (but {there})" if place.exists() else f"there is no folder {place}"
     except OSError as error:
         raise UserError(f"{place} cannot be read: {error}") from None
     raise UserError(
-        f"there is no model in {place} (but {there}); expected a checkpoint (outputs/RUN/checkpoint/step-N), a run's "
-        "folder, or a folder of Hugging Face with safetensors; a model of the hub has to be downloaded first: "
-        "hf download NAME --local-dir FOLDER"
+        f"{found}; expected a checkpoint (outputs/RUN/checkpoint/step-N), a run's folder, or a folder of Hugging Face "
+        f"with safetensors; {DOWNLOAD}"
     )
 
 
@@ -107,27 +112,38 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedMod
     with one_rank():
         load_initial(found.place, whole, None, [], model, (found.config.n_heads, found.config.n_kv_heads))
     encoder = _encoder(found)
-    config, generation = (
-        json.loads(found.assets.get(name, b"{}")) for name in ("config.json", "generation_config.json")
-    )
+    config, generation = _object(found, "config.json"), _object(found, "generation_config.json")
     ends = _ids(generation.get("eos_token_id")) or _ids(config.get("eos_token_id"))
     ends = ends or ([encoder.eos_id] if encoder else [])
     begins = _ids(config.get("bos_token_id"))
+    longest = config.get("max_position_embeddings")
     return OpenedModel(
-        model, encoder, ends, begins[0] if begins else None, config.get("max_position_embeddings"), str(found.place)
-    )
+        model, encoder, ends, begins[0] if begins else None, longest if isinstance(longest, int) else None,
+        str(found.place),
+    )  # fmt: skip
 
 
 def _encoder(found: Found) -> TextEncoder | None:
-    if not any(name.startswith("tokenizer.") for name in found.assets):
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & found.assets.keys():
         return None
     with _unpacked(found.assets) as folder:
         try:
             return read_tokenizer(str(folder), folder, str(found.place))
         except UserError as error:
-            raise UserError(str(error).replace(str(folder), str(found.place))) from None
+            raise UserError(str(error).replace(f"{found.place} = '{folder}'", str(found.place))) from None
+
+
+def _object(found: Found, name: str) -> dict[str, Any]:
+    """The object in one of the JSON files beside the weights; none where there is no such file."""
+    try:
+        content = json.loads(found.assets.get(name, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{found.place}/{name} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{found.place}/{name} holds a JSON {type(content).__name__}; expected an object")
+    return content
 
 
 def _ids(given: Any) -> list[int]:
-    """Token ids of a config: a number, a list, or nothing."""
-    return given if isinstance(given, list) else [] if given is None else [given]
+    """Token ids of a config: a number, a list, or nothing. What is none is left out."""
+    return [id_ for id_ in (given if isinstance(given, list) else [given]) if isinstance(id_, int)]

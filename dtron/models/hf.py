@@ -1,6 +1,7 @@
 """Our dimensions from a Hugging Face config.json, and back."""
 
 import json
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig, RopeScaling
 
-__all__ = ["from_hf_config", "hf_dimensions", "to_hf_config"]
+__all__ = ["from_hf_config", "hf_dimensions", "read_hf_config", "to_hf_config"]
 
 # model_type -> the flags of our model that make it one.
 TYPES: dict[str, dict[str, Any]] = {
@@ -35,6 +36,11 @@ def from_hf_config(path: Path | str, key: str = "model.hf_config_path") -> Llama
 
     UserError naming `key` if it cannot be read, and naming the field that we cannot represent.
     """
+    return hf_dimensions(*read_hf_config(path, key))
+
+
+def read_hf_config(path: Path | str, key: str = "model.hf_config_path") -> tuple[dict[str, Any], Path]:
+    """The object in a local config.json, given by its name or its folder's, and the file. UserError naming `key`."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
@@ -44,13 +50,13 @@ def from_hf_config(path: Path | str, key: str = "model.hf_config_path") -> Llama
         raise UserError(f"{key}: {file} is not readable JSON: {error}") from None
     if not isinstance(hf, dict):
         raise UserError(f"{file} holds a JSON {type(hf).__name__}; expected the object of a Hugging Face config.json")
-    return hf_dimensions(hf, file)
+    return hf, file
 
 
 def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
     """The dimensions in the object of a config.json, called `file` in messages. UserError, naming the field."""
     kind = hf.get("model_type")
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         raise UserError(f"{file}: model_type is {kind!r}; expected one of {', '.join(TYPES)}")
     for field, legal in _ONLY.items():
         if hf.get(field) not in legal:
@@ -58,29 +64,49 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
     _check_windows(hf, kind, file)
     needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     needed += [] if kind == "llama" else ["num_key_value_heads"]  # whose default is another number in each type
-    if missing := [name for name in needed if not isinstance(hf.get(name), int)]:
-        raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number")
+    if missing := [name for name in needed if not _is_count(hf.get(name))]:
+        raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number above 0")
+    for name in ("num_key_value_heads", "head_dim"):
+        if hf.get(name) is not None and not _is_count(hf[name]):
+            raise UserError(f"{file}: {name} = {hf[name]!r}; expected a whole number above 0")
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
     head_size = hf.get("head_dim") or (128 if kind == "qwen3" else dim // heads)
     return LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
-        head_dim=None if head_size * heads == dim else head_size, norm_eps=hf.get("rms_norm_eps", 1e-6),
+        head_dim=None if head_size * heads == dim else head_size, norm_eps=_positive(hf, "rms_norm_eps", 1e-6, file),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)), **TYPES[kind], **_rope(hf, file),
     )  # fmt: skip
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _positive(fields: dict[str, Any], name: str, default: float, file: Path | str) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{file}: {name} = {value!r}; expected a positive number")
+    return value
+
+
 def _check_windows(hf: dict[str, Any], kind: str, file: Path | str) -> None:
     """UserError unless every layer attends to all tokens before. Qwen's files name a window that is not used."""
-    if kind in ("llama", "mistral") and hf.get("sliding_window") is not None:
-        raise UserError(f"{file}: sliding_window = {hf['sliding_window']!r} cannot be represented; expected none")
-    if other := set(hf.get("layer_types") or ()) - {"full_attention"}:
-        raise UserError(f"{file}: layer_types has {', '.join(map(repr, sorted(other)))}; expected full_attention only")
+    window = hf.get("sliding_window", 4096 if kind == "mistral" else None)  # what transformers takes
+    if kind in ("llama", "mistral") and window is not None:
+        raise UserError(f"{file}: sliding_window = {window!r} cannot be represented; expected null")
+    layers = hf.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        raise UserError(f"{file}: layer_types = {layers!r} cannot be represented; expected full_attention only")
 
 
 def _rope(hf: dict[str, Any], file: Path | str) -> dict[str, Any]:
     """Rotary settings: `rope_parameters` of newer files, `rope_theta` and `rope_scaling` of older ones."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(name) or {}, dict):
+            raise UserError(f"{file}: {name} = {hf[name]!r}; expected an object, or null")
+        rope |= hf.get(name) or {}
+    theta = float(_positive({"rope_theta": hf.get("rope_theta", 10000.0)} | rope, "rope_theta", 10000.0, file))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (1, None):
         raise UserError(f"{file}: a partial_rotary_factor cannot be represented; expected 1")

@@ -11,7 +11,7 @@ from dtron.checkpoint.place import Place
 from dtron.config import Config
 from dtron.data.tokenizer import TextEncoder, eos_token, read_tokenizer
 from dtron.errors import UserError
-from dtron.models.hf import hf_dimensions
+from dtron.models.hf import hf_dimensions, read_hf_config
 from dtron.train.setup import Setup
 
 __all__ = ["check_vocabulary", "model_assets"]
@@ -36,7 +36,13 @@ def model_assets(setup: Setup, source: Place | None, dataset: Any) -> dict[str, 
     elif _is_of(old, setup):
         return assets
     scaling = getattr(setup.model_config, "rope_scaling", None)
-    longest = max(setup.config.training.seq_len, scaling.original_max_position if scaling else 0)
+    if (file := setup.config.model.hf_config_path) and not old:
+        old = read_hf_config(file)[0]
+    known = old.get("max_position_embeddings")
+    longest = max(
+        setup.config.training.seq_len, scaling.original_max_position if scaling else 0,
+        known if isinstance(known, int) else 0,
+    )  # fmt: skip
     config = setup.spec.hf_config(setup.model_config) | ids | {"max_position_embeddings": longest}
     return assets | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 

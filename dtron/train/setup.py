@@ -92,10 +92,10 @@ def _resolve_initial(config: Config) -> Config:
     return dataclasses.replace(config, checkpoint=dataclasses.replace(c, initial_load_path=config.model.hf_assets_path))
 
 
-# What neither the shapes of the weights tell nor a missing one, so that a wrong value would spoil the model silently.
-_SHAPELESS = (
-    "n_layers", "n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings",
-    "qkv_bias", "qk_norm",
+# Most of these the shapes of the weights do not tell: a wrong value would spoil the model silently.
+_TRAINED_WITH = (
+    "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps",
+    "tie_embeddings", "qkv_bias", "qk_norm",
 )  # fmt: skip
 
 
@@ -107,21 +107,27 @@ def _check_initial(config: Config, model_config: Any) -> None:
         return
     names = os.listdir(place)
     if config.checkpoint.initial_load_in_hf and not ("config.json" in names and is_hf(names)):
-        raise UserError(f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it")
+        raise UserError(
+            f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it; leave the key out "
+            "for a checkpoint"
+        )
     if "config.json" not in names:
         return
     if not isinstance(model_config, LlamaConfig):
         return
     there, m = from_hf_config(place, "checkpoint.initial_load_path"), config.model
     meant = {"rope_theta"} if m.rope_theta is not None else set()
-    for name in _SHAPELESS:
+    for name in _TRAINED_WITH:
         ours, theirs = getattr(model_config, name), getattr(there, name)
-        if ours != theirs and name not in meant:
-            raise UserError(
-                f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "
-                f"with {theirs}; set model.hf_config_path = {folder} to take the dimensions of its config.json, and "
-                "change them there where another value is meant"
-            )
+        if ours == theirs or name in meant:
+            continue
+        mend = f"set model.hf_config_path = {folder} to take the dimensions of its config.json"
+        if getattr(m, name, None) is not None:
+            mend = f"take model.{name} out of the configuration"
+        raise UserError(
+            f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "
+            f"with {theirs}; {mend}, or change its config.json where another value is meant"
+        )
 
 
 def _check_export(c: Config, spec: ModelSpec) -> None:

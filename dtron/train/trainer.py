@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtron import compat, registry
 from dtron.checkpoint.export import export
+from dtron.checkpoint.load import from_rank_0
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saved, Saver
 from dtron.config import to_toml
@@ -98,6 +99,7 @@ class Trainer:
         c, steps, first = self.config, self.config.training.steps, self.progress.step + 1
         if first > steps:
             self.world.say(f"nothing to do: step {first - 1} is done, of training.steps {steps}; raise it to go on")
+            self._export()  # a finished run may be asked for it later
             return
         gc.disable()  # collections at different times on different ranks would make all wait for each
         self.world.stop.arm()
@@ -356,7 +358,7 @@ class Trainer:
         """Write the weights of a finished run for Hugging Face. UserError if that fails; the checkpoint stays."""
         step, c = self.progress.step, self.config.checkpoint
         out = self.run_folder / "hf" / f"step-{step}"
-        if not c.last_save_in_hf or step < self.config.training.steps:
+        if not c.last_save_in_hf or step != self.config.training.steps or from_rank_0(out.exists):
             return
         compat.set_timeout(EXPORT_TIMEOUT_S)
         whole = meta_model(self.setup.spec, self.setup.model_config)

@@ -172,7 +172,7 @@ def test_a_wrong_shape_is_named(broken: Path, tmp_path: Path, capsys: pytest.Cap
         ({"attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' cannot be represented"),
-        ({"layer_types": ["sliding_attention"] * 3}, "layer_types has 'sliding_attention'"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types = ['sliding_attention', "),
     ],
 )
 def test_a_config_that_is_not_the_weights_is_refused(
@@ -217,9 +217,32 @@ def test_quantized_and_pickled_weights_are_refused(
     assert "there is no model in" in refused(capsys, pickled, tmp_path / "out")
 
 
+def test_names_of_another_kind_of_model_are_told(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `LlamaModel.save_pretrained` writes them."""
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(broken / "config.json", base)
+    save_file({n.removeprefix("model."): w for n, w in weights(broken).items()}, base / "model.safetensors")
+    assert "it has no model.embed_tokens.weight" in refused(capsys, base, tmp_path / "out")
+
+
+def test_a_lost_index_and_a_pointer_are_told(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first_file(broken).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "it is a pointer of git-lfs" in refused(capsys, broken, tmp_path / "out")
+    (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    assert "is no index of safetensors files" in refused(capsys, broken, tmp_path / "out")
+    (broken / "model.safetensors.index.json").unlink()
+    assert "which tells what is in the others there" in refused(capsys, broken, tmp_path / "out")
+
+
 def test_what_is_no_model_is_told(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a checkpoint" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
-    assert "hf download" in refused(capsys, "HuggingFaceTB/SmolLM-135M", tmp_path / "out")
+    for name in ("HuggingFaceTB/SmolLM-135M", "https://huggingface.co/HuggingFaceTB/SmolLM-135M", ""):
+        assert "hf download" in refused(capsys, name, tmp_path / "out")
+    assert main(["convert", str(folder), "s3://bucket/model"]) == 1
+    assert "DST s3://bucket/model is a URL" in capsys.readouterr().err
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
     (bare / "config.json").unlink()
@@ -238,9 +261,13 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path, capsys: pytest.Cap
         capsys.readouterr()
     notes.mkdir()
     (notes / "mine.txt").write_text("mine")
-    assert "it holds no weights" in refused(capsys, folder, notes, "--force")
+    assert "it holds mine.txt" in refused(capsys, folder, notes, "--force")
+    (here / "mine.txt").write_text("mine")
+    assert "it holds mine.txt" in refused(capsys, folder, here, "--force")
+    (here / "mine.txt").unlink()
     (back / "inner").mkdir()
-    assert "it holds the folder inner" in refused(capsys, here, back, "--force")
+    assert "it holds inner" in refused(capsys, here, back, "--force")
+    assert "it is no folder" in refused(capsys, folder, notes / "mine.txt", "--force")
     assert "lie in one another" in refused(capsys, folder, folder / "inside")
     assert "lie in one another" in refused(capsys, folder, folder.parent, "--force")
     assert (notes / "mine.txt").read_text() == "mine"
@@ -268,6 +295,37 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert all("File too large" in text and "make room, or name another disk" in text for text in said), said
 
 
+def test_a_value_that_float16_does_not_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = save_random("Qwen3-8B", tmp_path / "there")
+    content = load_file(there / "model.safetensors")
+    content["model.norm.weight"][3] = 7e4
+    save_file(content, there / "model.safetensors", {"format": "pt"})
+    assert main(["convert", str(there), str(tmp_path / "here")]) == 0
+    capsys.readouterr()
+    said = refused(capsys, tmp_path / "here", tmp_path / "out", "--dtype", "float16")
+    assert "model.norm.weight has values that float16 does not hold" in said
+    assert main(["convert", str(tmp_path / "here"), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+
+
+def test_folders_of_similar_names_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    assert main(["convert", str(folder), str(here)]) == 0
+    for name in ("out.partial", "out.new", "out.old", "out.partial-1"):
+        shutil.copytree(here, tmp_path / name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for source in (here, folder):
+        for _ in range(2):
+            assert main(["convert", str(source), str(tmp_path / "out"), "--force"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
+
+
+def test_an_empty_folder_may_be_filled(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_an_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, out = tmp_path / "here", tmp_path / "out"
     assert main(["convert", str(folder), str(here)]) == 0
@@ -277,6 +335,8 @@ def test_an_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
     assert main(["convert", str(here), str(out)]) == 130
+    monkeypatch.setattr(torch, "save", interrupted)  # as DCP writes
+    assert main(["convert", str(folder), str(out)]) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
 
 

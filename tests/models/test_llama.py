@@ -190,6 +190,18 @@ def test_older_files_and_absent_fields(tmp_path: Path):
         ({"model_type": "gemma"}, "model_type is 'gemma'"),
         ({"model_type": "qwen2"}, "num_key_value_heads missing"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"model_type": "mistral", "num_key_value_heads": 2}, "sliding_window = 4096"),  # transformers' default
+        ({"model_type": ["llama"]}, "model_type is ['llama']"),
+        ({"hidden_size": -64}, "hidden_size missing or not a whole number above 0"),
+        ({"hidden_size": True}, "hidden_size missing or not a whole number above 0"),
+        ({"head_dim": "16"}, "head_dim = '16'"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads = -2"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps = 'x'"),
+        ({"rope_theta": 0}, "rope_theta = 0"),
+        ({"rope_theta": None}, "rope_theta = None"),
+        ({"rope_parameters": "x"}, "rope_parameters = 'x'"),
+        ({"layer_types": 5}, "layer_types = 5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
@@ -199,7 +211,7 @@ def test_older_files_and_absent_fields(tmp_path: Path):
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' cannot be represented"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "lacks or misstates 'low_freq_factor'"),
         ({"hidden_size": "absent"}, "hidden_size missing"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers missing or not a whole number"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers missing or not a whole number above 0"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(change: dict, said: str, tmp_path: Path):

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from hf.models import save_random
+from safetensors.torch import load_file
+from tinyrun import train_tiny
 
 from dtron.checkpoint.place import Place
 from dtron.config import load
@@ -80,6 +84,22 @@ def test_models_that_hugging_face_does_not_know_have_none(monkeypatch: pytest.Mo
     made = setup()
     unknown = dataclasses.replace(made, spec=dataclasses.replace(made.spec, hf_config=None))
     assert model_assets(unknown, None, object()) == {}
+
+
+def finished_and_then_exported(folder: str) -> list[str]:
+    """What rank 0 is told by a finished run that is started again with last_save_in_hf."""
+    train_tiny(folder, 2, "")
+    exported = "--checkpoint.last_save_in_hf --checkpoint.export_dtype bfloat16"
+    trainer, said = train_tiny(folder, 2, exported)
+    dist.barrier()
+    assert sorted(path.name for path in (trainer.run_folder / "hf").iterdir()) == ["step-2"]
+    return [line for line in said + train_tiny(folder, 2, exported)[1] if "Hugging Face" in line]
+
+
+def test_a_finished_run_is_exported_when_asked_for_it_later(ranks: Any, tmp_path: Path) -> None:
+    (told,) = ranks.run(2, finished_and_then_exported, str(tmp_path))[0]
+    weights = load_file(Path(told.split(" in ", 1)[1]) / "model.safetensors")
+    assert weights["lm_head.weight"].shape == (96, 16) and weights["lm_head.weight"].dtype == torch.bfloat16
 
 
 def vocabulary(config: Any, data: Any) -> None:

@@ -259,7 +259,7 @@ def test_accepted_though_no_training_would_be(world: int, arguments: str) -> Non
     ("arguments", "message"),
     [
         ("--checkpoint.initial_load_path nowhere", "initial_load_path: there is no folder nowhere, or it is empty"),
-        ("--model.ffn_dim 32", "does not fit this model: .* is .* there and .* in this model"),
+        ("--model.vocab_size 97", "does not fit this model: .* is .* there and .* in this model"),
         ("--validation.dataset_path unlike", "rank 1 has other tokens of dataset unlike than rank 0"),
         ("--validation.dataset unlabelled", "validation.dataset unlabelled has no label to predict"),
         ("--training.loss not_a_number", "the loss of .*/step-3 on uneven is nan: its weights are not finite, or what"),
