@@ -99,8 +99,8 @@ def entries_of(folder: Path) -> dict[str, Entry]:
     elif (folder / SINGLE).is_file():
         weight_map, files = {}, [SINGLE]
     else:
-        lost = ", which tells what is in the others there" if any(folder.glob("model-*.safetensors")) else ""
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{lost}")
+        loose = ", which tells what is in the others there" if any(folder.glob("model-*.safetensors")) else ""
+        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{loose}")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: {len(missing)} of {len(files)} files named in {INDEX} are missing, {missing[0]} the first; "
