@@ -44,7 +44,8 @@ PP2_FSDP2, PP2_TP2, PP2_CP2 = Degrees(2, dp_shard=2), Degrees(2, tp=2), Degrees(
 PP2_HSDP = Degrees(2, 2, 2)
 FOUR_D = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
 
-# Every layout with nothing else changed, those of replicas and tensor parallel with two layers, for they take long.
+# Every layout with nothing else changed; the dearest with two layers, which tests/checkpoint/test_resume.py and the
+# long case of 32 ranks train with four.
 # The last needs 32 processes.
 LAYOUTS = [
     Case("one", ONE),
@@ -64,10 +65,10 @@ LAYOUTS = [
     Case("pp2 tp2", PP2_TP2),
     Case("pp2 cp2", PP2_CP2),
     Case("fsdp2 tp2 cp2", Degrees(dp_shard=2, cp=2, tp=2)),
-    Case("pp2 tp2 cp2", Degrees(2, cp=2, tp=2)),
+    Case("pp2 tp2 cp2", Degrees(2, cp=2, tp=2), model="shallow"),
     Case("hsdp2x2 tp2", Degrees(1, 2, 2, 1, 2), model="shallow"),
     Case("hsdp2x2 cp2 tp2", Degrees(1, 2, 2, 2, 2), model="shallow"),
-    Case("pp2 fsdp2 cp2 tp2", FOUR_D),
+    Case("pp2 fsdp2 cp2 tp2", FOUR_D, model="shallow"),
     Case("pp2 hsdp2x2 cp2 tp2", Degrees(2, 2, 2, 2, 2), long=True),
 ]
 
