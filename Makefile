@@ -19,8 +19,8 @@ lint: setup  ## ruff and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy dtron
 
-test: lint  ## lint, then every test but the long ones
-	$(PYTHON) -m pytest $(ARGS)
+test: lint  ## lint, then every test but the long ones, two files at a time
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-long: setup  ## the long tests (with lm-eval, which this installs); the log goes to tests/long.log
 	$(PYTHON) -m pip install -qq --disable-pip-version-check -c $(firstword $(wildcard .venv/constraints.txt) constraints.txt) -e '.[eval]'
