@@ -13,7 +13,7 @@ from dtron.train.trainer import Trainer
 
 MODEL = (
     "--model.n_layers 1 --model.dim 16 --model.n_heads 2 --model.n_kv_heads 2 --model.ffn_dim 16 "
-    "--model.vocab_size 96 --training.dataset counting --training.seq_len 16 --training.local_batch_size 2 "
+    "--model.vocab_size 96 --training.dataset tiny_counting --training.seq_len 16 --training.local_batch_size 2 "
     "--training.device cpu --metrics.no_enable_tensorboard"
 )
 
@@ -49,7 +49,7 @@ def quiet_world() -> tuple[World, list[str]]:
 
 def tiny_setup(arguments: str) -> Setup:
     """The tiny model's configuration, in which `arguments` come last."""
-    registry.register("dataset", "counting", counting)
+    registry.register("dataset", "tiny_counting", counting)
     return resolve(load(f"{MODEL} {arguments}".split()), dist.get_world_size())
 
 
