@@ -267,7 +267,8 @@ def test_goodput_goes_on_over_restarts(tmp_path: Path, whole: list[list[Any]]) -
     accounts = [row for row in rows if "goodput" in row]
     first, last = (next(r for r in reversed(accounts) if r["attempt"] == attempt) for attempt in (1, 2))
     assert last["spent_s/down"] > 0 and last["spent_s/startup"] > first["spent_s/startup"] > 0
-    assert last["spent_s/steps"] > first["spent_s/steps"] > 0 and last["spent_s/replayed"] < 0.01
+    a_step = last["spent_s/steps"] / 9
+    assert last["spent_s/steps"] > first["spent_s/steps"] > 0 and last["spent_s/replayed"] < a_step / 2
     parts = sum(value for key, value in last.items() if key.startswith("spent_s/"))
     assert parts == pytest.approx(last["unix_s"] - accounts[0]["unix_s"] + sum(
         value for key, value in accounts[0].items() if key.startswith("spent_s/")

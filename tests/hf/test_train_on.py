@@ -1,5 +1,6 @@
 """Training goes on from Hugging Face weights as transformers itself would, on every layout from the first step."""
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -111,6 +112,7 @@ def anonymous_bytes() -> int:
 
 def peak_while(work: Callable[[], object]) -> int:
     """Most bytes that `work` held at once beyond those held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier job has freed could be taken again, unseen
     before = peak = anonymous_bytes()
     done = threading.Event()
 
@@ -155,7 +157,7 @@ def test_a_rank_reads_its_slices_only(ranks: Ranks, tmp_path: Path) -> None:
     assert total > 100 * MIB
     largest = max(4 * w.numel() for w in weights.values())
     for shards, whole in ranks.run(4, peaks, str(tmp_path)):
-        assert whole > 0.9 * total
+        assert whole > 0.5 * total > 10 * largest
         assert shards < largest, (shards, largest, total)  # its shards are there before: what is on its way counts
 
 
