@@ -61,25 +61,36 @@ def _is_ours(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, force: bool) -> Iterator[Path]:
     """A new folder beside `out`, which takes its place at the end, or is deleted where that is not reached.
 
-    Its name is no one else's. What lay in `out` is deleted last.
+    Its name is no one else's. What lay in `out` is deleted last. UserError, as of `check_out`, for what has appeared
+    there meanwhile.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
     try:
         new.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
         yield new
-        old = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent)) if out.exists() else None
-        if old:
-            out.rename(old)
-        new.rename(out)
-        if old:
-            shutil.rmtree(old)
+        check_out(out, force)
+        _swap(new, out)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)  # a full disk is to have its space back
         raise
+
+
+def _swap(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
 
 
 def _umask() -> int:
@@ -109,7 +120,7 @@ def export(
 
         def begin() -> tuple[Path, Plan]:
             plan = _plan(checkpoint, out, shapes, dtype, force, file_bytes)
-            return stack.enter_context(replacing(out)), plan
+            return stack.enter_context(replacing(out, force)), plan
 
         partial, plan = from_rank_0(begin)
         problem = ""
@@ -143,9 +154,8 @@ def _plan(
     """Check everything, and share out the tensors over files, in the order of the model."""
     check_out(out, force)
     saved = checkpoint.reader().read_metadata().state_dict_metadata
-    there = {
-        name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata) and _is_weight(name)
-    }
+    tensors = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+    there = {name: entry for name, entry in tensors.items() if name.startswith("model.")}
     hf.check_fits(checkpoint, {name: tuple(entry.size) for name, entry in there.items()}, shapes)
     plan: Plan = [{}]
     filled = 0
@@ -158,10 +168,6 @@ def _plan(
         plan[-1][name] = shape, kind
         filled += size
     return plan
-
-
-def _is_weight(name: str) -> bool:
-    return name.startswith("model.")
 
 
 def _file_name(number: int, of: int) -> str:

@@ -32,6 +32,7 @@ from dtron.checkpoint.place import Place
 from dtron.errors import UserError
 
 __all__ = [
+    "HEAD",
     "INDEX",
     "SINGLE",
     "Entry",
@@ -41,7 +42,6 @@ __all__ = [
     "entries_of",
     "is_hf",
     "local",
-    "our_name",
     "tensors_of",
     "their_name",
 ]

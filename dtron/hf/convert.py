@@ -57,7 +57,7 @@ def convert(
     say(f"{found.place}: {n / 1e6:,.1f}M parameters, {'Hugging Face' if found.kind == 'hf' else 'dtron'}")
     with one_rank():
         if found.kind == "hf":
-            _import(found, model, out)
+            _import(found, model, out, force)
             use = f'checkpoint.initial_load_path = "{out}", model.hf_config_path = "{out}"'
         else:
             verify_on_all_ranks(found.place)
@@ -68,7 +68,7 @@ def convert(
     say(f"in {out}; to use it: {use}")
 
 
-def _import(found: Found, model: Llama, out: Path) -> None:
+def _import(found: Found, model: Llama, out: Path, force: bool) -> None:
     """Write the tensors of a folder, one after the other as they are mapped from disk, as a checkpoint."""
     folder = hf.local(found.place)
     entries = fitting_entries(found.place, model)
@@ -76,7 +76,7 @@ def _import(found: Found, model: Llama, out: Path) -> None:
     tensors = hf.tensors_of(folder, {name: entry for name, entry in entries.items() if name in names})
     manifest = Manifest(Progress(model_only=True), {})
     try:
-        with replacing(out) as new:
+        with replacing(out, force) as new:
             write_checkpoint(Place.at(new / "checkpoint"), tensors, manifest, found.assets)
             for file in (new / "checkpoint").iterdir():
                 file.rename(new / file.name)

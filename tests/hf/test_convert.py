@@ -319,6 +319,45 @@ def test_folders_of_similar_names_are_left_alone(folder: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_appears_meanwhile_is_not_overwritten(
+    force: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, out, save = tmp_path / "here", tmp_path / "out", safetensors.torch.save_file
+    assert main(["convert", str(folder), str(here)]) == 0
+
+    def saved_while_someone_writes(*arguments: Any, **more: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+        save(*arguments, **more)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", saved_while_someone_writes)
+    assert main(["convert", str(here), str(out), *force]) == 1
+    said = capsys.readouterr().err
+    assert ("it holds mine.txt" if force else "nothing is overwritten") in said and said.count("\n") == 1
+    assert (out / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "out"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    assert main(["convert", str(folder), str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refuse(path: Path, target: Any) -> Path:
+        if ".partial-" in path.name and Path(target) == out:
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert main(["convert", str(folder), str(out), "--force"]) == 1
+    assert "the disk is gone" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_empty_folder_may_be_filled(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
