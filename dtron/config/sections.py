@@ -31,6 +31,10 @@ class Job:
     save_config_file: str | None = key(
         None, "", lacks="the resolved configuration always lies in the run folder as config.toml"
     )
+    control_folder: str | None = key(
+        None,
+        "folder of STOP, HEARTBEAT, SAVED, DONE and FAILED, by which batch scripts follow a run; else the run folder",
+    )
     custom_import: list[str] = key([], "modules imported first: they register models, datasets, losses, optimizers")
     cache_folder: str = key("./.cache", "tokenizers and tokenized corpora, keyed by a hash of their sources")
 

@@ -16,10 +16,9 @@ from dtron.train.folder import check_writable, checkpoint_place, choose_run_fold
 from dtron.train.launch import World
 from dtron.train.setup import Setup
 
-__all__ = ["SAVED_MARKER", "Begun", "begin", "load_begun", "load_weights"]
+__all__ = ["Begun", "begin", "load_begun", "load_weights"]
 
 LONG_RUN_STEPS = 1000
-SAVED_MARKER = "SAVED"  # in the run folder: a signal ended the run, and all of it is saved
 
 
 @dataclass
@@ -46,7 +45,6 @@ def begin(setup: Setup, world: World) -> Begun:
             if saves(config.checkpoint) and "://" in config.checkpoint.folder and place is not None:
                 place.mkdir(parents=True, exist_ok=True)
                 lock.append(hold(place))
-            (folder.path / SAVED_MARKER).unlink(missing_ok=True)  # of the attempt before
             chosen = [folder]
         except (OSError, UserError) as error:
             given = f"job.dump_folder {config.job.dump_folder}: "
@@ -58,6 +56,7 @@ def begin(setup: Setup, world: World) -> Begun:
     if folder.told:
         world.say(folder.told)
     checkpoints = checkpoint_place(config.checkpoint, folder.path)
+    world.control.begin(folder.path, str(checkpoints))
     if saves(config.checkpoint):
         _check_storage(checkpoints, world)
     elif config.training.steps > LONG_RUN_STEPS and not config.checkpoint.enable:

@@ -84,6 +84,7 @@ class Evaluation:
                 "from them; training.mixed_precision_param = float32 tells whether it is the precision"
             )
         self.world.say(format_evaluation(str(self.checkpoint), what, loss, result.perplexity, tokens, result.seconds))
+        self.world.control.done(0)
         return result
 
 

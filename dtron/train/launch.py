@@ -25,6 +25,7 @@ import torch.distributed as dist
 from dtron import compat
 from dtron.config import Config, HelpRequested, flatten, load, to_toml
 from dtron.errors import UserError
+from dtron.train.control import Control
 from dtron.train.setup import Setup, resolve
 from dtron.train.signals import StopRequest
 
@@ -41,13 +42,16 @@ FIRST_FAILURE = "first_failure"  # the key of the store that holds who failed fi
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks; `store` is the rendezvous store they all reach; `stop`: signals that reached it."""
+    """This process among the ranks; `store`: of the rendezvous, which all reach; `stop`: signals that reached it;
+    `control`: files by which it is followed and stopped.
+    """
 
     rank: int
     local_rank: int
     size: int
     store: dist.Store
     stop: StopRequest = field(default_factory=StopRequest)
+    control: Control = field(default_factory=Control)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -64,10 +68,12 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGINT, _exit_when_interrupted)
     world: World | None = None
+    control = Control(rank)
     try:
         config = load(sys.argv[1:] if argv is None else argv)
+        control = Control(rank, config.job.control_folder)
         setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
-        world = _join(rank, setup.config)
+        world = _join(rank, setup.config, control)
         _compare_configs(world, config)
         _announce(world, setup.config)
         _start_process_group(world, setup)
@@ -81,9 +87,9 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
         if rank == 0:
             print(help_text)
     except UserError as error:
-        _exit_with_message(rank, world, error)
+        _exit_with_message(rank, world, control, error)
     except BaseException as error:
-        _exit_with_traceback(rank, world, error)
+        _exit_with_traceback(rank, world, control, error)
 
 
 def _what_runs(setup: Setup, trainer: "type[Trainer] | None") -> "type[Trainer | Evaluation]":
@@ -93,7 +99,7 @@ def _what_runs(setup: Setup, trainer: "type[Trainer] | None") -> "type[Trainer |
     return Evaluation if setup.config.validation.only else trainer or Trainer
 
 
-def _join(rank: int, config: Config) -> World:
+def _join(rank: int, config: Config, control: Control) -> World:
     """Reach the rendezvous store. Without torchrun the run is one process of its own."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "MASTER_ADDR" not in os.environ:
@@ -102,13 +108,13 @@ def _join(rank: int, config: Config) -> World:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR is not set, so the ranks cannot meet; "
                 "start them with torchrun, or set MASTER_ADDR and MASTER_PORT"
             )
-        return World(rank, local_rank, 1, dist.HashStore())
+        return World(rank, local_rank, 1, dist.HashStore(), control=control)
     timeout = timedelta(seconds=config.comm.init_timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     # A run restarted by torchrun finds the old attempt's keys in the agent's store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return World(rank, local_rank, size, dist.PrefixStore(f"dtron/{attempt}", store))
+    return World(rank, local_rank, size, dist.PrefixStore(f"dtron/{attempt}", store), control=control)
 
 
 def _compare_configs(world: World, config: Config) -> None:
@@ -171,7 +177,7 @@ def _exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + signum)
 
 
-def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoReturn:
+def _exit_with_message(rank: int, world: World | None, control: Control, error: UserError) -> NoReturn:
     """Rank 0 speaks. Another rank speaks only if rank 0 is still there after the wait: the mistake was its own."""
     StopRequest().disarm()  # torchrun is to stop the waiting at once
     _is_first_to_fail(rank, world)  # ranks that lose contact with this one are to be silent
@@ -182,12 +188,13 @@ def _exit_with_message(rank: int, world: World | None, error: UserError) -> NoRe
             os._exit(2)
         where = f" on rank {rank}"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    control.failed(error)
     error.__cause__, error.__suppress_context__ = None, True  # the summary, too, has the message only
     tell_torchrun(error.with_traceback(None))
     os._exit(2)
 
 
-def _exit_with_traceback(rank: int, world: World | None, error: BaseException) -> NoReturn:
+def _exit_with_traceback(rank: int, world: World | None, control: Control, error: BaseException) -> NoReturn:
     """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped.
 
     One that was told to stop before it failed waits for nothing: it will not be told again, and ranks that wait for it
@@ -200,6 +207,7 @@ def _exit_with_traceback(rank: int, world: World | None, error: BaseException) -
         time.sleep(0.0 if told_to_stop else KILLED_WAIT_S)
         print(traceback.format_exc(), file=sys.stderr)
         print(f"error on rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        control.failed(error)
         tell_torchrun(error)
         os._exit(1)
     time.sleep(0.0 if told_to_stop else SILENT_WAIT_S)

@@ -3,8 +3,6 @@
 import dataclasses
 import gc
 import hashlib
-import json
-import time
 from typing import Any
 
 import torch
@@ -25,7 +23,8 @@ from dtron.observe.device import device_name, max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import meta_model, parallelize
 from dtron.train.assets import check_vocabulary, model_assets
-from dtron.train.begin import SAVED_MARKER, begin, load_begun
+from dtron.train.begin import begin, load_begun
+from dtron.train.control import LONG_S
 from dtron.train.data import open_data
 from dtron.train.folder import saves
 from dtron.train.forward import local_batches, mean_loss
@@ -38,6 +37,7 @@ from dtron.train.watchdog import Watchdog
 
 __all__ = ["Trainer"]
 
+MARGIN_S = 60.0  # beside a timeout of [comm], for the watchdog to say what it was
 EXPORT_TIMEOUT_S = 24 * 3600  # ranks wait for those with more files to write
 
 
@@ -49,7 +49,8 @@ class Trainer:
         self.device = setup.device(world.local_rank)
         self.begun = begin(setup, world)
         self.run_folder, self.progress = self.begun.run_folder, self.begun.progress
-        comm = setup.config.comm
+        comm, alive = setup.config.comm, world.control.alive
+        alive("starting", comm.init_timeout_seconds + MARGIN_S, self.progress.step)
         sees_all = setup.device_type == "cuda"
         self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=sees_all)
         self.watchdog.start()
@@ -61,12 +62,14 @@ class Trainer:
             [registry.look_up("converter", name, "model.converters") for name in self.config.model.converters],
         )  # fmt: skip
         self.optimizers = self.build_optimizers()
+        alive("opening the data", LONG_S, self.progress.step)
         self.data = open_data(
             self.config, setup.model_config.vocab_size, setup.degrees, self.mesh.dp_rank, world, self.progress
         )
         # Since the last logged step: [loss, tokens] of each source of a mixture; of documents [tokens, their squares].
         self.by_source = torch.zeros(2, len(self.data.sources), dtype=torch.float64, device=self.device)
         self.by_document = torch.zeros(2, dtype=torch.float64)
+        alive("loading", comm.init_timeout_seconds + MARGIN_S, self.progress.step)
         if not self.begun.resume_from:
             check_vocabulary(self.config, self.data.first)
         load_begun(self.begun, setup, self.model, self.optimizers, world)
@@ -100,13 +103,16 @@ class Trainer:
         if first > steps:
             self.world.say(f"nothing to do: step {first - 1} is done, of training.steps {steps}; raise it to go on")
             self._export()  # a finished run may be asked for it later
+            self.world.control.done(first - 1)
             return
         gc.disable()  # collections at different times on different ranks would make all wait for each
         self.world.stop.arm()
         self.report.started()
         clock = StepClock()
         with profiler(c.profiling, self.run_folder, self.world.rank, steps_done=self.progress.step) as trace:
+            limit_s = c.comm.init_timeout_seconds + MARGIN_S
             for step in range(first, steps + 1):
+                self.world.control.alive("training", limit_s, step - 1)
                 saving = self.saver is not None and self.saver.busy
                 stats, share = self.train_step(clock)
                 self.guard.watch(step, stats, share)
@@ -119,23 +125,29 @@ class Trainer:
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
                     self.watchdog.first_step_done()
+                    limit_s = c.comm.train_timeout_seconds + MARGIN_S
                 if self.guard.stop_asked and step < steps:
                     break  # the time that is given to save is short: no validation
                 if self.data.held_out and (step == steps or step % c.validation.freq == 0):
+                    self.world.control.alive("validating", LONG_S, step)
                     with clock.paused("validation"):
                         loss, _ = mean_loss(self.model, self.data.held_out.loader, c, self.mesh, self.device)
                         self.report.validation(step, loss)
                 with clock.paused("checkpoint"):
                     if self._save_is_due(step):
+                        self.world.control.alive("saving", LONG_S, step)
                         self._save(step, clock)
                     elif self.saver:
                         self._tell(self.saver.poll(), clock)
+        self.world.control.alive("finishing", LONG_S, self.progress.step)
         with clock.paused("checkpoint"):
             self._finish(clock)
         self.watchdog.stop()
         gc.enable()
         self._export()
         self.report.end(self.progress.step, clock)
+        if self.progress.step == steps:
+            self.world.control.done(steps)
 
     def train_step(self, clock: StepClock) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns what `StepGuard.watch` reads, and this rank's share of the loss."""
@@ -201,7 +213,7 @@ class Trainer:
         """[loss, gradient norm, ranks asked to stop] of the global batch: one all-reduce over the world, in float64."""
         d = self.setup.degrees
         squares = squared_gradient_norm(self.model.named_parameters(), self.model.aliases, d.stage, self.device)
-        asked = torch.full_like(squares, bool(self.world.stop.asked))
+        asked = torch.full_like(squares, bool(self.world.stop.asked) or self.world.control.stop_wanted())
         stats = torch.stack((share.double() / d.tp, squares, asked))
         dist.all_reduce(stats)
         stats[1].sqrt_()
@@ -328,11 +340,11 @@ class Trainer:
         stopped = self.guard.stop_asked and step < self.config.training.steps
         if stopped and self.saver is None:
             why = "checkpoint.load_only is true" if c.enable else "checkpoint.enable is false"
-            raise UserError(f"stopped by a signal after step {step}, and nothing was saved: {why}")
+            raise UserError(f"stopped by {self._asked_by()} after step {step}, and nothing was saved: {why}")
         if self.saver is None:
             return
         if stopped:
-            self.world.say(f"asked to stop by a signal: saving after step {step}")
+            self.world.say(f"asked to stop by {self._asked_by()}: saving after step {step}")
         if step != self.saved_step:
             self._save(step, clock)
         self._tell(self.saver.wait(), clock)
@@ -342,9 +354,12 @@ class Trainer:
                 f"same command goes on from the newest one in {self.begun.checkpoints}, if there is one"
             )
         if stopped and self.world.rank == 0:
-            marker = {"step": step, "checkpoint": f"{self.begun.checkpoints}/step-{step}", "unix_s": time.time()}
-            (self.run_folder / SAVED_MARKER).write_text(json.dumps(marker) + "\n")
-            print(f"stopped by a signal after step {step}, which is saved", flush=True)
+            by = self._asked_by()
+            self.world.control.saved(step, f"{self.begun.checkpoints}/step-{step}")
+            print(f"stopped by {by} after step {step}, which is saved", flush=True)
+
+    def _asked_by(self) -> str:
+        return "the file STOP" if self.world.control.stop_wanted() else "a signal"
 
     def _build_saver(self) -> Saver | None:
         if not saves(self.config.checkpoint):

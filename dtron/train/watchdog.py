@@ -163,7 +163,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.get_ident()
         self._clock = time.pthread_getcpuclockid(self._thread)
-        self._store, self._stop = world.store, world.stop
+        self._store, self._stop, self._control = world.store, world.stop, world.control
 
     def start(self) -> None:
         """Begin with the long limit, that of the first step."""
@@ -260,6 +260,7 @@ class Watchdog:
         try:
             raise HangError(text)  # torchrun's summary shows what is being handled
         except HangError as error:
+            self._control.failed(error)
             tell_torchrun(error.with_traceback(None))
         self._store.set(OVER, "")
         self._wait_for(LEFT, answered - 1, 1.0)  # without torchrun the store may live in this process

@@ -201,6 +201,22 @@ def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.glob("outputs/*/SAVED")), "the marker is of the attempt that it ended"
 
 
+def test_a_file_stops_a_run_and_others_tell_how_it_went(tmp_path: Path) -> None:
+    """What a batch script does: it makes STOP and reads the rest."""
+    control = tmp_path / "control"
+    own = ("--job.control_folder", str(control))
+    run = good(stopped(tmp_path, lambda agent: (control / "STOP").touch(), *own))
+    saved, beat = (json.loads((control / name).read_text()) for name in ("SAVED", "HEARTBEAT"))
+    assert "stopped by the file STOP" in run.out[0] and saved["checkpoint"].endswith(f"step-{saved['step']}")
+    assert beat["run_folder"] == str(only(tmp_path, "metrics.jsonl").parent) and beat["phase"] == "finishing"
+    assert {path.name for path in control.iterdir()} == {"SAVED", "HEARTBEAT"}
+    good(torchrun(tmp_path, 1, "--training.steps", str(saved["step"] + 1), *own, config=ENDLESS))
+    assert {path.name for path in control.iterdir()} == {"DONE", "HEARTBEAT"}
+    torchrun(tmp_path, 1, "--tp", "3", *own, config=ENDLESS)
+    failed = json.loads((control / "FAILED").read_text())
+    assert failed["kind"] == "mistake" and "world size" in failed["message"]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", later("SIGINT")])
 def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
     """And to everything below it, as Slurm signals every process of a step."""

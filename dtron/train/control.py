@@ -1,0 +1,134 @@
+"""How a run and whatever looks after it (a batch script, a sweep, a person) talk: small files in one folder.
+
+    STOP        made by anybody: save after this step and end
+    HEARTBEAT   where the run is, and within how many seconds this file will change again
+    SAVED       stopped as it was asked to, and all of it is saved
+    DONE        training.steps is reached, or the evaluation told
+    FAILED      why it ended otherwise
+
+All but STOP are one JSON object. The folder is job.control_folder, or else the run folder.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import OutOfMemoryError
+
+from dtron.errors import UserError
+
+__all__ = ["Control", "kind_of"]
+
+EVERY_S = 1.0  # between two looks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
+LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, validation, writing out
+
+
+class Control:
+    """Rank 0 writes and looks; FAILED is written by the rank that failed. Without a folder, or a rank, nothing is done.
+
+    Nothing here raises: a full disk must not end a training for the sake of a heartbeat.
+    """
+
+    def __init__(self, rank: int | None = None, folder: str | None = None) -> None:
+        self._rank = rank
+        self._folder = Path(folder) if folder else None
+        self._beat: dict[str, Any] = {}
+        self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
+        self._stop = False
+
+    def begin(self, run_folder: Path, checkpoints: str) -> None:
+        """A run begins in `run_folder`: from here on there is a folder, and what the attempt before left is gone."""
+        if self._rank is None:
+            return
+        self._folder = self._folder or run_folder
+        self._beat = {"run_folder": str(run_folder.absolute()), "checkpoints": checkpoints}
+        if self._rank == 0:
+            self._make()
+            for name in ("SAVED", "DONE", "FAILED"):
+                self._remove(name)
+
+    def alive(self, phase: str, within_s: float, step: int = 0) -> None:
+        """Beat: `phase` at `step`, and the next beat comes within `within_s`. Cheap enough for every step."""
+        now = time.monotonic()
+        if self._rank != 0 or self._folder is None or (phase == self._phase and now - self._beat_s < EVERY_S):
+            return
+        self._phase, self._beat_s = phase, now
+        self._write("HEARTBEAT", {"phase": phase, "step": step, "within_s": within_s, **self._beat})
+
+    def stop_wanted(self) -> bool:
+        """Whether there is a STOP; only rank 0 looks."""
+        now = time.monotonic()
+        if self._rank == 0 and self._folder and not self._stop and now - self._looked_s >= EVERY_S:
+            self._looked_s = now
+            self._stop = (self._folder / "STOP").exists()
+        return self._stop
+
+    def saved(self, step: int, checkpoint: str) -> None:
+        """The run has stopped as it was asked to."""
+        self._write("SAVED", {"step": step, "checkpoint": checkpoint})
+        self._remove("STOP")
+
+    def done(self, step: int) -> None:
+        """There is nothing left to do."""
+        if self._rank == 0:
+            self._make()
+            self._write("DONE", {"step": step, **self._beat})
+
+    def failed(self, error: BaseException) -> None:
+        """Say why, on whichever rank. Of several that do, the first one's words stay."""
+        if self._folder is None or (self._folder / "FAILED").exists():
+            return
+        self._make()
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self._write("FAILED", {"kind": kind_of(error), "message": text, "rank": self._rank, **self._beat})
+
+    def _make(self) -> None:
+        if self._folder is not None:
+            _forgiving(lambda folder: folder.mkdir(parents=True, exist_ok=True), self._folder)
+
+    def _remove(self, name: str) -> None:
+        if self._folder is not None:
+            _forgiving(lambda path: path.unlink(missing_ok=True), self._folder / name)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        """Whole or not at all, for who reads it meanwhile."""
+        if self._folder is None:
+            return
+        text = json.dumps({**row, "unix_s": time.time()}) + "\n"
+        draft = self._folder / f".{name}-{self._rank}"
+
+        def replace(path: Path) -> None:
+            path.write_text(text)
+            os.replace(path, path.with_name(name))
+
+        _forgiving(replace, draft)
+
+
+def _forgiving(action: Callable[[Path], None], path: Path) -> None:
+    try:
+        action(path)
+    except OSError as error:
+        print(f"warning: {path}: {error}; the run goes on", flush=True)
+
+
+def kind_of(error: BaseException) -> str:
+    """What to do about a failure hangs on it: mistake, nonfinite, oom (the same again), hang, lost, error (may pass).
+
+    lost: another rank or machine went away.
+    """
+    text = str(error)
+    if isinstance(error, UserError):
+        return "mistake"
+    if isinstance(error, FloatingPointError):
+        return "nonfinite"
+    if isinstance(error, OutOfMemoryError | MemoryError) or re.search(r"out of memory|can't allocate memory", text):
+        return "oom"
+    if type(error).__name__ == "HangError" or re.search(r"[Tt]imed out|[Tt]imeout", text):
+        return "hang"
+    if re.search(r"Connection (closed|reset)|recvValue failed|Broken pipe|remote process exited", text):
+        return "lost"
+    return "error"

@@ -1,0 +1,96 @@
+"""The files by which a run is followed and stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtron.errors import UserError
+from dtron.train import control
+from dtron.train.control import Control, kind_of
+from dtron.train.watchdog import HangError
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Control:
+    made = Control(0)
+    made.begin(tmp_path, "checkpoints")
+    return made
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def test_a_beat_says_where_the_run_is_and_when_the_next_comes(begun: Control, tmp_path: Path) -> None:
+    begun.alive("training", 90.0, 7)
+    beat = read(tmp_path, "HEARTBEAT")
+    assert (beat["phase"], beat["step"], beat["within_s"]) == ("training", 7, 90.0)
+    assert beat["run_folder"] == str(tmp_path) and beat["checkpoints"] == "checkpoints"
+    begun.alive("training", 90.0, 8)
+    assert read(tmp_path, "HEARTBEAT") == beat, "at most one a second"
+    begun.alive("saving", 100.0, 8)
+    assert read(tmp_path, "HEARTBEAT")["phase"] == "saving", "another phase is told at once"
+
+
+def test_stop_is_seen_and_goes_when_the_run_has_saved(
+    begun: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "EVERY_S", 0.0)
+    assert not begun.stop_wanted()
+    (tmp_path / "STOP").touch()
+    assert begun.stop_wanted()
+    begun.saved(12, "somewhere/step-12")
+    assert read(tmp_path, "SAVED")["checkpoint"] == "somewhere/step-12" and not (tmp_path / "STOP").exists()
+
+
+def test_a_new_attempt_forgets_what_the_last_one_left_but_not_a_stop(tmp_path: Path) -> None:
+    for name in ("SAVED", "DONE", "FAILED", "STOP"):
+        (tmp_path / name).touch()
+    Control(1, str(tmp_path)).begin(tmp_path, "")
+    assert len([*tmp_path.iterdir()]) == 4, "rank 0 alone cleans"
+    Control(0, str(tmp_path)).begin(tmp_path / "run", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["STOP"]
+
+
+def test_the_first_failure_stays(tmp_path: Path) -> None:
+    for rank, text in ((3, "cause"), (0, "consequence")):
+        Control(rank, str(tmp_path / "made")).failed(UserError(text))
+    failed = read(tmp_path / "made", "FAILED")
+    assert (failed["kind"], failed["message"], failed["rank"]) == ("mistake", "cause", 3)
+
+
+def test_other_ranks_and_a_world_made_by_hand_write_nothing(tmp_path: Path) -> None:
+    for quiet in (Control(1), Control()):
+        quiet.begin(tmp_path / "run", "")
+        quiet.alive("training", 1.0)
+        quiet.done(3)
+        assert not quiet.stop_wanted()
+    Control().failed(UserError("mistake"))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    broken = Control(0, str(tmp_path / "file" / "folder"))
+    broken.begin(tmp_path, "")
+    broken.alive("training", 1.0)
+    assert "the run goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UserError("x"), "mistake"),
+        (FloatingPointError("step 3: loss nan"), "nonfinite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "oom"),
+        (HangError("the run hangs"), "hang"),
+        (RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv"), "hang"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:1"), "lost"),
+        (ValueError("anything"), "error"),
+    ],
+)
+def test_kinds_of_failures(error: BaseException, kind: str) -> None:
+    assert kind_of(error) == kind
