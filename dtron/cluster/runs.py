@@ -1,0 +1,75 @@
+"""How a run went, read from what it left: its control files (dtron/train/control.py) and its metrics.jsonl."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtron.observe.metrics import read_metrics
+
+__all__ = ["Outcome", "read_outcome", "read_row"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """state: done, saved (stopped as asked), running (or ended without a word), nonfinite, oom, hang, lost, failed;
+    none where the run has written nothing. why: the message of a failure; run_folder: None where it had not come to it.
+
+    Of the last logged step: `step`, `loss` (nats a token), `mfu` and `goodput` (shares of 1), `max_memory_bytes` of a
+    rank; of the median step `tokens_per_s` and `step_s`. Each None where not known.
+    """
+
+    state: str = "none"
+    why: str = ""
+    phase: str = ""
+    run_folder: Path | None = None
+    step: int | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    step_s: float | None = None
+    mfu: float | None = None
+    goodput: float | None = None
+    max_memory_bytes: int | None = None
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    """A control file; None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_outcome(control_folder: Path) -> Outcome:
+    """What the files in a control folder say, the newest of DONE, SAVED and FAILED before HEARTBEAT."""
+    rows = {name: read_row(control_folder / name) for name in ("DONE", "SAVED", "FAILED")}
+    ended = {name: row for name, row in rows.items() if row is not None}
+    beat = read_row(control_folder / "HEARTBEAT") or {}
+    run_folder = Path(beat["run_folder"]) if "run_folder" in beat else None
+    seen: dict[str, Any] = {"run_folder": run_folder, "phase": beat.get("phase", ""), "step": beat.get("step")}
+    if run_folder is not None:
+        seen |= _measured(run_folder)
+    if not ended:
+        return Outcome("running" if beat else "none", **seen)
+    name = max(ended, key=lambda name: ended[name]["unix_s"])
+    if name != "FAILED":
+        return Outcome(name.lower(), **{**seen, "step": ended[name]["step"]})
+    kind = ended[name]["kind"]
+    return Outcome("failed" if kind in ("mistake", "error") else kind, ended[name]["message"], **seen)
+
+
+def _measured(run_folder: Path) -> dict[str, Any]:
+    path = run_folder / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    steps = [row for row in rows if "loss" in row]
+    found = {key: row[key] for row in rows for key in ("loss", "goodput", "max_memory_bytes") if row.get(key)}
+    if steps:
+        found["step"] = steps[-1]["step"]
+        # The first step of an attempt compiles, connects and warms up.
+        attempts = [row.get("attempt") for row in steps]
+        later = [row for i, row in enumerate(steps) if attempts.index(attempts[i]) != i] or steps
+        for key in ("tokens_per_s", "step_s", "mfu"):
+            values = sorted(row[key] for row in later if row.get(key))
+            if values:
+                found[key] = values[len(values) // 2]
+    return found
