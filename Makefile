@@ -14,10 +14,11 @@ setup:  ## make .venv with the tested versions (instant when it is there)
 train: setup  ## train a small model on what this machine has; ARGS="--training.steps 50" overrides keys
 	@scripts/quickstart.sh $(ARGS)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy and shellcheck
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy dtron
+	.venv/bin/shellcheck --severity=warning scripts/*.sh scripts/slurm/*.sbatch .ci/run
 
 test: lint  ## lint, then every test but the long ones, two files at a time
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -148,7 +148,10 @@ def render(folder: Path, options: SlurmOptions) -> str:
     asked |= {"signal": f"B:USR1@{options.save_s}", "output": f"{folder}/logs/batch.log"}
     asked |= {"gpus-per-node": options.ranks_per_node} if options.gpus else {}
     asked |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
-    more = [f"#SBATCH --{key}={value}" for key, value in asked.items()]
+    more = [
+        f'#SBATCH --{key}="{value}"' if " " in str(value) else f"#SBATCH --{key}={value}"
+        for key, value in asked.items()
+    ]
     more += [f"#SBATCH {option if option.startswith('-') else '--' + option}" for option in options.sbatch]
     more += [] if options.requeue else ["#SBATCH --no-requeue"]
     kept = [

@@ -68,9 +68,9 @@ class Control:
             self._stop = (self._folder / "STOP").exists()
         return self._stop
 
-    def saved(self, step: int, checkpoint: str) -> None:
-        """The run has stopped as it was asked to."""
-        self._write("SAVED", {"step": step, "checkpoint": checkpoint})
+    def saved(self, step: int, checkpoint: str, by: str) -> None:
+        """The run has stopped as it was asked to; by: what asked."""
+        self._write("SAVED", {"step": step, "checkpoint": checkpoint, "by": by})
         self._remove("STOP")
 
     def done(self, step: int) -> None:

@@ -355,7 +355,7 @@ class Trainer:
             )
         if stopped and self.world.rank == 0:
             by = self._asked_by()
-            self.world.control.saved(step, f"{self.begun.checkpoints}/step-{step}")
+            self.world.control.saved(step, f"{self.begun.checkpoints}/step-{step}", by)
             print(f"stopped by {by} after step {step}, which is saved", flush=True)
 
     def _asked_by(self) -> str:

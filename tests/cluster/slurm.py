@@ -156,7 +156,8 @@ class Slurm:
 
     def _start(self, name: str, command: Sequence[str]) -> None:
         with (self.folder / f"{name}.out").open("wb") as out:
-            self._daemons[name] = subprocess.Popen(command, env=self.environment, stdout=out, stderr=out)
+            whole = ["setpriv", "--pdeathsig", "KILL", *command]  # none is left when this process is killed
+            self._daemons[name] = subprocess.Popen(whole, env=self.environment, stdout=out, stderr=out)
 
     def start_node(self, i: int) -> None:
         """Start the slurmd of node i, also one that was killed."""

@@ -71,11 +71,9 @@ class Job:
         (folder / "tiny.toml").write_text(TINY)
         own = ["--nodes", str(nodes), "--ranks-per-node", "1", "--cpu", "--no-preflight", "--interface", "eth0"]
         own += [*LAYOUTS[nodes], "--training.dataset_path", str(pause_ms)]
-        self.told = slurm.run(
-            sys.executable, ROOT / "scripts/slurm/submit.py", "tiny.toml", *own, *arguments, cwd=folder
-        )
-        (self.folder,) = folder.glob("outputs/slurm/*")
-        self.id = json.loads((self.folder / "job.json").read_text())["job_id"]
+        told = slurm.run(sys.executable, ROOT / "scripts/slurm/submit.py", "tiny.toml", *own, *arguments, cwd=folder)
+        self.id, where = told.splitlines()[-2].removeprefix("job ").split(" in ")
+        self.folder = Path(where)
 
     def events(self) -> list[dict[str, Any]]:
         path = self.folder / "events.jsonl"
@@ -141,6 +139,8 @@ def urgent(slurm: Slurm, folder: Path, nodes: int, seconds: int) -> str:
 
 
 def test_a_preempted_job_goes_on_by_itself(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    secret = "a-token-that-nobody-is-to-see"
+    slurm.environment["HF_TOKEN"] = secret
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(20)
     urgent(slurm, tmp_path, 3, 1)
@@ -149,6 +149,21 @@ def test_a_preempted_job_goes_on_by_itself(slurm: Slurm, tmp_path: Path, alone: 
     assert job.replayed() == [0], "it was saved when it was told to go"
     assert [why.split(",")[0] for why in job.said("requeued")] == ["preempted"]
     assert "done   150/150" in job.status()
+    check_records(job, secret)
+
+
+def check_records(job: Job, secret: str) -> None:
+    """What ran is kept, and without what was secret."""
+    assert (job.folder / "code/dtron/models/llama.py").read_text() == (ROOT / "dtron/models/llama.py").read_text()
+    about = json.loads((job.folder / "environment.json").read_text())
+    assert about["host"] in [job.slurm.nodes.name(i) for i in range(1, 5)]
+    assert about["dtron"].startswith(str(job.folder / "code")), "the copy is what ran"
+    commit = job.slurm.run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
+    assert json.loads((job.folder / "git.json").read_text())["commit"] == commit
+    names = {path.name for path in job.folder.glob("logs/*")}
+    assert {"batch.log", *(f"{attempt}-train-{job.slurm.nodes.name(1)}.log" for attempt in (0, 1))} <= names
+    written = [path for path in job.cwd.rglob("*") if path.is_file()]
+    assert len(written) > 100 and not [path for path in written if secret.encode() in path.read_bytes()]
 
 
 @pytest.mark.long
@@ -165,9 +180,10 @@ def test_twice_preempted_and_a_node_lost(slurm: Slurm, tmp_path: Path, alone: An
     slurm.start_node(3)
     job.wait_until_done()
     job.check(alone(300))
-    first, second, third = job.replayed()
+    first, second, third, *more = job.replayed()
     assert (first, second) == (0, 0) and 0 < third <= 20, "a lost node costs what was not saved"
-    assert len(job.said("started")) == 4 and slurm.job(job.id)["Restarts"] == "3"
+    # Slurm may tell the node that came back to end the attempt that was lost, and end the next one, which saves.
+    assert more in ([], [0]) and int(slurm.job(job.id)["Restarts"]) == 3 + len(more)
 
 
 @pytest.mark.long
@@ -185,15 +201,15 @@ def test_a_run_that_does_not_save_in_time_goes_on_from_the_checkpoint_before(
 ) -> None:
     """A rank stands still when the time limit comes near: the batch script does not wait for it too long."""
     limits = ["--time", "2", "--save-s", "60", "--comm.train_timeout_seconds", "600"]
-    job = Job(slurm, tmp_path, 2, *limits, "--training.steps", "300", "--checkpoint.interval", "5", pause_ms=50)
+    job = Job(slurm, tmp_path, 2, *limits, "--training.steps", "150", "--checkpoint.interval", "5", pause_ms=50)
     job.wait_for_step(10)
     for pid in slurm.nodes.pids(2):
         if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGSTOP)
     job.wait_until_done()
-    job.check(alone(300))
+    job.check(alone(150))
     assert len(job.said("late")) == 1 and not job.said("hang"), job.events()
-    assert 0 < job.replayed()[0] <= 5
+    assert job.replayed()[0] <= 5, "none, if Slurm wakes the rank up when it ends the job"
 
 
 @pytest.mark.long
@@ -227,6 +243,18 @@ def test_stopped_by_a_person(slurm: Slurm, tmp_path: Path) -> None:
     (job.folder / "control" / "STOP").touch()
     job.wait(lambda: slurm.job(job.id)["JobState"] == "COMPLETED", "the job has ended")
     assert len(job.said("started")) == 1 and "stopped" in job.status()
+
+
+@pytest.mark.long
+def test_ranks_that_are_told_to_end_by_nobody_we_know(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    job.wait_for_step(25)
+    for pid in slurm.nodes.pids(job.hosts()[1]):
+        if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGTERM)
+    job.wait_until_done()
+    job.check(alone(150))
+    assert job.replayed() == [0] and job.said("requeued")[0].startswith("a signal")
 
 
 @pytest.mark.long

@@ -78,6 +78,7 @@ def test_a_script_asks_for_what_it_was_told(tmp_path: Path) -> None:
     script = render(tmp_path / "a job", options)
     asked = headers(script)
     assert (asked["nodes"], asked["gpus-per-node"], asked["time"], asked["partition"]) == ("4", "2", "2-0", "gpu")
+    assert (asked["account"], asked["output"]) == ('"a b"', f'"{tmp_path}/a job/logs/batch.log"')
     assert (asked["signal"], asked["mem"], asked["exclusive"]) == ("B:USR1@120", "0", "") and "requeue" in asked
     assert "qos" not in asked, "what was not told is the cluster's business"
     for name, value in {"PYTHON": "/p y/python", "JOB": f"{tmp_path}/a job", "SAVE_S": "120", "RETRIES": "7"}.items():

@@ -208,6 +208,7 @@ def test_a_file_stops_a_run_and_others_tell_how_it_went(tmp_path: Path) -> None:
     run = good(stopped(tmp_path, lambda agent: (control / "STOP").touch(), *own))
     saved, beat = (json.loads((control / name).read_text()) for name in ("SAVED", "HEARTBEAT"))
     assert "stopped by the file STOP" in run.out[0] and saved["checkpoint"].endswith(f"step-{saved['step']}")
+    assert saved["by"] == "the file STOP"
     assert beat["run_folder"] == str(only(tmp_path, "metrics.jsonl").parent) and beat["phase"] == "finishing"
     assert {path.name for path in control.iterdir()} == {"SAVED", "HEARTBEAT"}
     good(torchrun(tmp_path, 1, "--training.steps", str(saved["step"] + 1), *own, config=ENDLESS))

@@ -43,7 +43,7 @@ def test_stop_is_seen_and_goes_when_the_run_has_saved(
     assert not begun.stop_wanted()
     (tmp_path / "STOP").touch()
     assert begun.stop_wanted()
-    begun.saved(12, "somewhere/step-12")
+    begun.saved(12, "somewhere/step-12", "a signal")
     assert read(tmp_path, "SAVED")["checkpoint"] == "somewhere/step-12" and not (tmp_path / "STOP").exists()
 
 
