@@ -14,7 +14,7 @@ from dtron.cluster.sweep_file import SweepFile, read_sweep
 from dtron.cluster.sweep_local import LocalRunner
 from dtron.cluster.sweep_picture import check_matplotlib, draw
 from dtron.cluster.sweep_points import Point, check_machine, make_points
-from dtron.cluster.sweep_results import Row, advice, as_table, label, loss_notes, make_rows, write_csv
+from dtron.cluster.sweep_results import Row, advice, as_table, in_common, label, loss_notes, make_rows, write_csv
 from dtron.cluster.sweep_run import ENDED, Record, Sweep
 from dtron.errors import UserError
 from dtron.observe.console import human_bytes, human_count, human_seconds
@@ -190,7 +190,7 @@ def _results(file: SweepFile, rows: list[Row], out: Path, picture: bool) -> None
     if picture:
         models = ", ".join(dict.fromkeys(row.point.model for row in rows))
         drawn = [out / "results.svg", out / "results.png"]
-        draw(rows, f"{file.path.stem}: {models}, {file.ranks} ranks, {file.steps} steps a point", drawn)
+        draw(rows, f"{file.path.stem}: {models} on {file.ranks} ranks", in_common(rows), drawn)
         files += drawn
     print(as_table(rows))
     for line in [*loss_notes(rows), *advice(rows)]:

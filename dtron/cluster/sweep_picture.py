@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtron.cluster.sweep_results import Row, columns
+from dtron.cluster.sweep_results import DEGREE_COLUMNS, Row, columns
 from dtron.errors import UserError
 from dtron.observe.console import human_count
 
@@ -32,7 +32,7 @@ def check_matplotlib() -> None:
         ) from None
 
 
-def draw(rows: Sequence[Row], title: str, files: Sequence[Path]) -> None:
+def draw(rows: Sequence[Row], title: str, subtitle: str, files: Sequence[Path]) -> None:
     """Draw `rows`, in their order, into files whose suffix names the format (.svg, .png)."""
     from matplotlib.figure import Figure
 
@@ -41,11 +41,12 @@ def draw(rows: Sequence[Row], title: str, files: Sequence[Path]) -> None:
     head = list(table[0])
     widths = [max(len(name), *(len(line[name]) for line in table)) + 2 for name in head]
     text_inches, height = (sum(widths) + 1) * CHAR_INCHES, (len(shown) + 1) * ROW_INCHES
-    top, bottom, edge = 0.75, 0.75 if left_out else 0.55, 0.2
+    top, bottom, edge = 0.95, 0.6 if left_out else 0.4, 0.2
     total_w, total_h = edge + text_inches + BAR_INCHES + MEMORY_INCHES + 0.9, top + height + bottom
 
     figure = Figure(figsize=(total_w, total_h))
-    figure.text(edge / total_w, 1 - 0.28 / total_h, title, fontsize=11, weight="bold", color=INK, va="center")
+    figure.text(edge / total_w, 1 - 0.25 / total_h, title, fontsize=11, weight="bold", color=INK, va="center")
+    figure.text(edge / total_w, 1 - 0.48 / total_h, subtitle, fontsize=8, color=GREY, va="center")
 
     def axes(x: float, width: float) -> Any:
         return figure.add_axes((x / total_w, bottom / total_h, width / total_w, height / total_h))
@@ -57,6 +58,8 @@ def draw(rows: Sequence[Row], title: str, files: Sequence[Path]) -> None:
     _draw_memory(memory, shown)
     for one in (names, speed, memory):
         one.set_ylim(len(shown) - 0.4, -1.4)
+        for y in _breaks(shown):
+            one.axhline(y - 0.5, color=GREY, linewidth=0.6)
     if left_out:
         figure.text(edge / total_w, 0.14 / total_h, left_out, fontsize=7.5, color=GREY, va="center")
     for file in files:
@@ -72,6 +75,12 @@ def _choose(rows: Sequence[Row]) -> tuple[list[Row], str]:
     pruned, slow = len(rows) - len(ran), len(ran) - len(shown)
     parts = [f"{pruned} pruned points"] * bool(pruned) + [f"the last {slow} of those that ran"] * bool(slow)
     return shown, f"not shown: {', '.join(parts)}; the CSV has them all"
+
+
+def _breaks(rows: Sequence[Row]) -> list[int]:
+    """Where another model begins, and where the points without figures do."""
+    kinds = [row.group if row.done else None for row in rows]
+    return [y for y in range(1, len(rows)) if kinds[y] != kinds[y - 1]]
 
 
 def _plain(axes: "Axes") -> None:
@@ -95,8 +104,9 @@ def _draw_names(
     for name, x in zip(head, ends, strict=True):
         axes.text(x, -1, name, weight="bold", color=INK, **style)
     for y, (row, line) in enumerate(zip(rows, table, strict=True)):
-        color = ORANGE if row.best else INK if row.done else GREY
         for name, x in zip(head, ends, strict=True):
+            faint = not row.done or (name in DEGREE_COLUMNS and line[name] == "1")
+            color = ORANGE if row.best else GREY if faint else INK
             axes.text(x, y, line[name], color=color, weight="bold" if row.best else "normal", **style)
 
 

@@ -1,6 +1,5 @@
 """The points of a sweep: each a whole configuration, checked for its ranks before anything runs."""
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -130,7 +129,7 @@ def _asked(config: Config) -> Degrees:
 def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
     """base < what a sweep sets by itself < [fixed] < the point."""
     given = file.fixed | settings
-    config = copy.deepcopy(_base(given["base"]))
+    config = load(["--job.config_file", given["base"]])
     values = QUIET | {"metrics.log_freq": 1, "training.steps": file.steps}
     if config.lr_scheduler.total_steps is None:  # the learning rates of the beginning of the base's own run
         values["lr_scheduler.total_steps"] = max(config.training.steps, config.lr_scheduler.warmup_steps)
@@ -139,11 +138,6 @@ def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
             *sections, leaf = name.split(".")
             setattr(functools.reduce(getattr, sections, config), leaf, value)
     return config
-
-
-@functools.cache
-def _base(path: str) -> Config:
-    return load(["--job.config_file", path])
 
 
 def _resolved(config: Config, ranks: int, elsewhere: bool) -> Setup:

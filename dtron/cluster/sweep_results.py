@@ -16,7 +16,18 @@ from dtron.config import flatten
 from dtron.config.toml import toml_value
 from dtron.observe.console import human_bytes, human_count
 
-__all__ = ["Row", "advice", "as_table", "columns", "label", "loss_notes", "make_rows", "write_csv"]
+__all__ = [
+    "DEGREE_COLUMNS",
+    "Row",
+    "advice",
+    "as_table",
+    "columns",
+    "in_common",
+    "label",
+    "loss_notes",
+    "make_rows",
+    "write_csv",
+]
 
 # What the losses of points that promise the same may differ by, relative to their median: docs/elastic.md has the
 # first, measured in fp32; bf16 rounds every product to 3 digits, differently on each layout.
@@ -29,6 +40,7 @@ SHOWN = (
     "model.name",
     "model.flavor",
 )
+DEGREE_COLUMNS = {"pp": "pp", "rep": "dp_replicate", "dp": "dp_shard", "cp": "cp", "tp": "tp"}  # short -> of Degrees
 STATES = (*ENDED, "interrupted", "running", "waiting", "pruned")
 
 
@@ -120,11 +132,10 @@ def varying(rows: Sequence[Row]) -> list[str]:
 def columns(row: Row, rows: Sequence[Row]) -> dict[str, str]:
     """What tells a point from the others, short: only what differs between them."""
     d, c = row.point.degrees, flatten(row.point.config)
-    degrees = {"pp": "pp", "dp_replicate": "rep", "dp_shard": "dp", "cp": "cp", "tp": "tp"}
     cells = {}
     if len({r.point.model for r in rows}) > 1:
         cells["model"] = row.point.model
-    for name, short in degrees.items():
+    for short, name in DEGREE_COLUMNS.items():
         if any(getattr(r.point.degrees, name) > 1 for r in rows):
             degree = getattr(d, name)
             cells[short] = str(degree) if degree > 0 else "?"
@@ -141,13 +152,34 @@ def columns(row: Row, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     return value if isinstance(value, str) else toml_value(value)
+
+
+def in_common(rows: Sequence[Row]) -> str:
+    """What all points share, of what a person asks first."""
+    p = rows[0].point
+    facts: dict[str, set[Any]] = {
+        f"{p.config.training.steps} steps a point": {r.point.config.training.steps for r in rows},
+        f"{p.parameters or 0:,} parameters": {r.point.parameters for r in rows if r.point.parameters},
+        f"global batch {p.global_batch} x {p.config.training.seq_len} tokens": {
+            (r.point.global_batch, r.point.config.training.seq_len) for r in rows
+        },
+        f"local batch {p.config.training.local_batch_size}": {r.point.config.training.local_batch_size for r in rows},
+        f"recompute {p.recompute}": {r.point.recompute for r in rows},
+        f"compile {'on' if p.config.compile.enable else 'off'}": {r.point.config.compile.enable for r in rows},
+        f"compute in {p.config.training.mixed_precision_param}": {
+            r.point.config.training.mixed_precision_param for r in rows
+        },
+    }
+    return ", ".join(text for text, values in facts.items() if len(values) == 1)
 
 
 def label(row: Row, rows: Sequence[Row]) -> str:
     """A point in words: 'dp 2 x tp 2, local 4, recompute none'."""
     cells = columns(row, rows)
-    rest = [f"{name} {text}" for name, text in cells.items() if name not in ("model", "pp", "rep", "dp", "cp", "tp")]
+    rest = [f"{name} {text}" for name, text in cells.items() if name not in ("model", *DEGREE_COLUMNS)]
     return ", ".join([*([cells["model"]] if "model" in cells else []), str(row.point.degrees), *rest])
 
 
@@ -159,8 +191,7 @@ def advice(rows: Sequence[Row]) -> list[str]:
         speed = f"{human_count(r.tokens_per_s or 0)} tokens/s"
         mfu = "" if r.mfu is None else f" (MFU {r.mfu:.1%})"
         memory = "" if r.max_memory_bytes is None else f", {human_bytes(r.max_memory_bytes)} a rank"
-        several = f" for {best.point.model}" if len({row.group for row in rows if row.best}) > 1 else ""
-        lines.append(f"take{several} {label(best, rows)}: {speed}{mfu}{memory}{_beside(best, rows)}")
+        lines.append(f"take {label(best, rows)}: {speed}{mfu}{memory}{_beside(best, rows)}")
     return lines
 
 
