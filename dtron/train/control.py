@@ -1,7 +1,7 @@
 """How a run and whatever looks after it (a batch script, a sweep, a person) talk: small files in one folder.
 
     STOP        made by anybody: save after this step and end
-    HEARTBEAT   where the run is, and within how many seconds this file will change again
+    HEARTBEAT   where the run is, the step it began at, and within how many seconds this file will change again
     SAVED       stopped as it was asked to, and all of it is saved
     DONE        training.steps is reached, or the evaluation told
     FAILED      why it ended otherwise
@@ -57,6 +57,7 @@ class Control:
         if self._rank != 0 or self._folder is None or (phase == self._phase and now - self._beat_s < EVERY_S):
             return
         self._phase, self._beat_s = phase, now
+        self._beat.setdefault("began_at", step)
         self._write("HEARTBEAT", {"phase": phase, "step": step, "within_s": within_s, **self._beat})
 
     def stop_wanted(self) -> bool:

@@ -48,10 +48,13 @@ class Setup:
         return torch.device("cuda", local_rank) if self.device_type == "cuda" else torch.device("cpu")
 
 
-def resolve(config: Config, world: int) -> Setup:
-    """Check a configuration for `world` ranks. UserError with the first thing that cannot work."""
+def resolve(config: Config, world: int, device_type: Literal["cpu", "cuda"] | None = None) -> Setup:
+    """Check a configuration for `world` ranks. UserError with the first thing that cannot work.
+
+    device_type: of the machine that will run it, where that is not this one.
+    """
     registry.import_custom(config.job.custom_import)
-    device_type = _device_type(config)
+    device_type = device_type or _device_type(config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
     config = _resolve_initial(config)
     if config.validation.only:

@@ -31,7 +31,9 @@ def test_a_beat_says_where_the_run_is_and_when_the_next_comes(begun: Control, tm
     begun.alive("training", 90.0, 8)
     assert read(tmp_path, "HEARTBEAT") == beat, "at most one a second"
     begun.alive("saving", 100.0, 8)
-    assert read(tmp_path, "HEARTBEAT")["phase"] == "saving", "another phase is told at once"
+    saving = read(tmp_path, "HEARTBEAT")
+    assert saving["phase"] == "saving", "another phase is told at once"
+    assert (saving["step"], saving["began_at"]) == (8, 7)
 
 
 def test_stop_is_seen_and_goes_when_the_run_has_saved(

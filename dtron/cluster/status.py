@@ -1,0 +1,143 @@
+"""The state of jobs: what Slurm says of them, what their batch scripts noted, and what their runs left."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtron.cluster.runs import Outcome, read_outcome, read_row
+from dtron.cluster.slurm import FOLDER, states
+from dtron.errors import UserError
+
+__all__ = ["JobStatus", "job_status", "list_jobs", "table"]
+
+GONE = {  # Slurm's word for a job that has ended -> ours
+    "TIMEOUT": "timeout",
+    "OUT_OF_MEMORY": "oom",
+    "PREEMPTED": "preempted",
+    "CANCELLED": "cancelled",
+    "NODE_FAIL": "lost",
+    "DEADLINE": "timeout",
+}
+TELLING = ("oom", "hang", "nonfinite", "lost", "failed")  # outcomes that say why a job ended
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """state: queued, running, stopping, preempted (and queued again), done, stopped (as somebody asked), cancelled,
+    timeout, oom, hang, nonfinite, lost, failed, ended. why: a line; restarts: how often it began again; outcome: of
+    its run; steps: how many there are to be.
+    """
+
+    name: str
+    job_id: str
+    state: str
+    why: str
+    restarts: int
+    outcome: Outcome
+    steps: int | None
+
+
+def list_jobs(dump_folder: Path) -> list[JobStatus]:
+    """Every job whose folder lies in a dump folder, oldest first. UserError if there is none."""
+    folders = sorted(path.parent for path in (dump_folder / FOLDER).glob("*/job.json"))
+    if not folders:
+        raise UserError(f"there are no jobs in {dump_folder / FOLDER}; scripts/slurm/submit.py makes them")
+    queue = states()
+    return [job_status(folder, queue) for folder in folders]
+
+
+def job_status(folder: Path, queue: dict[str, tuple[str, str]]) -> JobStatus:
+    """One job's; queue: what `states` gave."""
+    about = read_row(folder / "job.json") or {}
+    job_id = str(about.get("job_id", ""))
+    events, outcome = _events(folder), read_outcome(folder / "control")
+    slurm, reason = queue.get(job_id) or _ended(job_id)
+    state, why = _state(slurm, reason, events, outcome)
+    restarts = max((event["attempt"] for event in events), default=0)
+    return JobStatus(folder.name, job_id, state, why, restarts, outcome, about.get("steps"))
+
+
+def _state(slurm: str, reason: str, events: list[dict[str, Any]], outcome: Outcome) -> tuple[str, str]:
+    last = events[-1] if events else {"event": "", "detail": ""}
+    what, detail = last["event"], last["detail"]
+    if outcome.state == "done":
+        return "done", ""
+    if slurm in ("PENDING", "REQUEUED", "CONFIGURING"):
+        queued = f"waits: {reason}" if reason and reason != "None" else "waits"
+        if not events:
+            return "queued", queued
+        before = detail if what == "requeued" else _unsaid(reason)
+        return "preempted" if "preempted" in before else "queued", f"{before}; {queued}"
+    if slurm in ("RUNNING", "COMPLETING", "SUSPENDED"):
+        if what == "stopping":
+            return "stopping", detail
+        return "running", outcome.phase or "starting"
+    if slurm in GONE:
+        return GONE[slurm], outcome.why or detail
+    if what == "stopped":
+        return what, detail
+    if outcome.state in TELLING:
+        return outcome.state, outcome.why
+    if what == "hang" or (what in ("ended", "failed") and detail.startswith("hang")):
+        return "hang", detail
+    if what == "failed" or slurm in ("FAILED", "BOOT_FAIL"):
+        return "failed", detail or f"Slurm says {slurm}: see logs/batch.log"
+    if what in ("ended", "taken"):
+        return "ended", detail
+    return "ended", "without a word: cancelled, or over its time limit" if events else "before it began: cancelled"
+
+
+def _unsaid(reason: str) -> str:
+    """Why Slurm itself put a job back into the queue, of which the batch script could say nothing."""
+    return "its node was lost" if "Nodes" in reason or "NODE" in reason.upper() else "Slurm put it back into the queue"
+
+
+def _ended(job_id: str) -> tuple[str, str]:
+    """Slurm's accounting of a job that has left the queue, where there is one."""
+    try:
+        command = ["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return "", ""
+    words = done.stdout.split() if done.returncode == 0 else []  # "CANCELLED by 1000"
+    return (words[0], "") if words else ("", "")
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    """What the batch script noted; a line that a kill cut short is passed over."""
+    rows = []
+    path = folder / "events.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def table(jobs: list[JobStatus]) -> str:
+    """One row a job, and under those that need one a line that says why."""
+    head = ["name", "job", "state", "step", "loss", "tokens/s", "MFU", "goodput", "restarts"]
+    rows = [head] + [_cells(job) for job in jobs]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = []
+    for i, row in enumerate(rows):
+        cells = [cell.ljust(w) if n < 3 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+        if i and jobs[i - 1].why:
+            lines += [f"    {line}" for line in jobs[i - 1].why.splitlines()[:3]]
+    return "\n".join(lines)
+
+
+def _cells(job: JobStatus) -> list[str]:
+    o = job.outcome
+    share = [f"{value:.1%}" if value is not None else "-" for value in (o.mfu, o.goodput)]
+    return [
+        job.name, job.job_id or "-", job.state,
+        f"{o.step if o.step is not None else '-'}/{job.steps or '?'}",
+        f"{o.loss:.4f}" if o.loss is not None else "-",
+        f"{o.tokens_per_s:,.0f}" if o.tokens_per_s is not None else "-",
+        *share, str(job.restarts),
+    ]  # fmt: skip

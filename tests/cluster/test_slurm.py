@@ -1,0 +1,295 @@
+"""A real Slurm disturbs a job in every way it knows; the job ends by itself with the losses of a run left alone."""
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm import Slurm, available
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "frontdoor"))
+from frontdoor import CONFIG, ROOT, torchrun  # noqa: E402
+
+from dtron.observe.metrics import read_metrics  # noqa: E402
+
+pytestmark = pytest.mark.skipif(bool(available()), reason=available())
+
+TINY = (
+    CONFIG.replace('"frontdoor_parts"', '"cluster_parts"')
+    .replace('dataset = "uneven"', 'dataset = "slow"')
+    .replace("lr = 3e-3", "lr = 1e-3\neps = 1e-4  # see tests/parity/single.py")
+    + """
+[checkpoint]
+enable = true
+interval = 20
+[comm]
+train_timeout_seconds = 20
+"""
+)
+LAYOUTS = {
+    2: ("--dp", "2", "--training.local_batch_size", "4"),
+    4: ("--dp", "2", "--tp", "2", "--training.local_batch_size", "4"),
+}
+DONE_S = 300
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests/cluster")])
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with Slurm(4) as cluster:
+        cluster.environment |= {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """Rows of the run of so many steps that is left alone, on one rank."""
+
+    @functools.cache
+    def rows(steps: int) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("alone")
+        own = "--checkpoint.no_enable", "--training.dataset_path", "0", "--training.steps", str(steps)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", PATHS)
+            run = torchrun(folder, 1, *own, config=TINY)
+        assert run.code == 0, run.everything()
+        return read_metrics(next(folder.glob("outputs/*/metrics.jsonl")))
+
+    return rows
+
+
+class Job:
+    """A tiny training on `nodes` nodes, one rank each, as a user submits it."""
+
+    def __init__(self, slurm: Slurm, folder: Path, nodes: int, *arguments: str, pause_ms: int = 20) -> None:
+        self.slurm, self.cwd, self.nodes = slurm, folder, nodes
+        (folder / "tiny.toml").write_text(TINY)
+        own = ["--nodes", str(nodes), "--ranks-per-node", "1", "--cpu", "--no-preflight", "--interface", "eth0"]
+        own += [*LAYOUTS[nodes], "--training.dataset_path", str(pause_ms)]
+        self.told = slurm.run(
+            sys.executable, ROOT / "scripts/slurm/submit.py", "tiny.toml", *own, *arguments, cwd=folder
+        )
+        (self.folder,) = folder.glob("outputs/slurm/*")
+        self.id = json.loads((self.folder / "job.json").read_text())["job_id"]
+
+    def events(self) -> list[dict[str, Any]]:
+        path = self.folder / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def said(self, event: str) -> list[str]:
+        return [row["detail"] for row in self.events() if row["event"] == event]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row of every attempt, as written."""
+        lines = [line for path in self.cwd.glob("outputs/*/metrics.jsonl") for line in path.read_text().splitlines()]
+        return [row for row in map(json.loads, lines) if "loss" in row]
+
+    def status(self) -> str:
+        return self.slurm.run(sys.executable, ROOT / "scripts/slurm/status.py", "outputs", cwd=self.cwd)
+
+    def wait_for_step(self, step: int, attempt: int = 1) -> None:
+        """Until a step is done in an attempt of the run (1 is the first that came so far)."""
+        self.wait(lambda: any(r["step"] >= step and r["attempt"] >= attempt for r in self.rows()), f"step {step}")
+
+    def wait_until_done(self) -> None:
+        self.wait((self.folder / "control" / "DONE").exists, "the run is done")
+        self.wait(lambda: self.slurm.job(self.id)["JobState"] == "COMPLETED", "the job is completed")
+
+    def wait_for_restart_of_slurm(self, restarts: int) -> None:
+        """Until Slurm has put it back into the queue so often."""
+        self.wait(lambda: int(self.slurm.job(self.id)["Restarts"]) >= restarts, f"{restarts} restarts")
+
+    def hosts(self) -> list[int]:
+        """Numbers of its nodes."""
+        names = self.slurm.run("scontrol", "show", "hostnames", self.slurm.job(self.id)["NodeList"]).split()
+        return [int(name.lstrip(self.slurm.nodes.prefix)) for name in names]
+
+    def wait(self, until: Callable[[], Any], what: str) -> None:
+        try:
+            self.slurm.wait(until, DONE_S, what)
+        except TimeoutError as error:
+            logs = [f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("logs/*"))]
+            raise AssertionError("\n".join([str(error), str(self.events()), *logs])) from None
+
+    def check(self, expected: list[dict[str, Any]]) -> None:
+        """All steps are there, with the losses and norms of the run left alone."""
+        (path,) = self.cwd.glob("outputs/*/metrics.jsonl")
+        rows = [row for row in read_metrics(path) if "loss" in row]
+        assert [row["step"] for row in rows] == list(range(1, len(expected) + 1))
+        for row, want in zip(rows, expected, strict=True):
+            for key in ("loss", "grad_norm"):
+                assert row[key] == pytest.approx(want[key], rel=1e-4), (row["step"], key)
+
+    def replayed(self) -> list[int]:
+        """Steps that each later attempt did again."""
+        rows = self.rows()
+        attempts = sorted({row["attempt"] for row in rows})
+        of = {attempt: [row["step"] for row in rows if row["attempt"] == attempt] for attempt in attempts}
+        return [max(of[a]) + 1 - min(of[b]) for a, b in zip(attempts, attempts[1:], strict=False)]
+
+
+def urgent(slurm: Slurm, folder: Path, nodes: int, seconds: int) -> str:
+    """Somebody's job that goes before others."""
+    (folder / "urgent.sh").write_text(f"#!/bin/sh\nsleep {seconds}\n")
+    own = ["--parsable", "--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "urgent.sh"]
+    return slurm.run("sbatch", *own, cwd=folder).strip()
+
+
+def test_a_preempted_job_goes_on_by_itself(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    job.wait_for_step(20)
+    urgent(slurm, tmp_path, 3, 1)
+    job.wait_until_done()
+    job.check(alone(150))
+    assert job.replayed() == [0], "it was saved when it was told to go"
+    assert [why.split(",")[0] for why in job.said("requeued")] == ["preempted"]
+    assert "done   150/150" in job.status()
+
+
+@pytest.mark.long
+def test_twice_preempted_and_a_node_lost(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    """On four nodes, dp 2 x tp 2; nobody touches the job, and it ends as if nothing had been."""
+    job = Job(slurm, tmp_path, 4, "--training.steps", "300")
+    job.wait_for_step(30)
+    urgent(slurm, tmp_path, 2, 1)
+    job.wait_for_step(60, attempt=2)
+    urgent(slurm, tmp_path, 4, 1)
+    job.wait_for_step(110, attempt=3)
+    slurm.nodes.kill(3)  # slurmd too
+    job.wait_for_restart_of_slurm(3)
+    slurm.start_node(3)
+    job.wait_until_done()
+    job.check(alone(300))
+    first, second, third = job.replayed()
+    assert (first, second) == (0, 0) and 0 < third <= 20, "a lost node costs what was not saved"
+    assert len(job.said("started")) == 4 and slurm.job(job.id)["Restarts"] == "3"
+
+
+@pytest.mark.long
+def test_it_goes_on_after_the_time_limit(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    job = Job(slurm, tmp_path, 2, "--time", "2", "--save-s", "60", "--training.steps", "500", pause_ms=50)
+    job.wait_until_done()
+    job.check(alone(500))
+    assert set(job.replayed()) == {0} and len(job.said("requeued")) >= 1
+    assert all(why.startswith("the time limit") for why in job.said("requeued"))
+
+
+@pytest.mark.long
+def test_a_run_that_does_not_save_in_time_goes_on_from_the_checkpoint_before(
+    slurm: Slurm, tmp_path: Path, alone: Any
+) -> None:
+    """A rank stands still when the time limit comes near: the batch script does not wait for it too long."""
+    limits = ["--time", "2", "--save-s", "60", "--comm.train_timeout_seconds", "600"]
+    job = Job(slurm, tmp_path, 2, *limits, "--training.steps", "300", "--checkpoint.interval", "5", pause_ms=50)
+    job.wait_for_step(10)
+    for pid in slurm.nodes.pids(2):
+        if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGSTOP)
+    job.wait_until_done()
+    job.check(alone(300))
+    assert len(job.said("late")) == 1 and not job.said("hang"), job.events()
+    assert 0 < job.replayed()[0] <= 5
+
+
+@pytest.mark.long
+def test_scancel_saves_and_the_same_submission_goes_on(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    job.wait_for_step(25)
+    slurm.run("scancel", job.id)
+    slurm.wait(lambda: slurm.job(job.id)["JobState"] == "CANCELLED", 60, "the job is gone")
+    assert (job.folder / "control/SAVED").exists(), job.events()
+    assert "cancelled" in job.status() and not job.said("requeued")
+    again = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    again.wait_until_done()
+    again.check(alone(150))
+    assert again.replayed() == [0]
+
+
+@pytest.mark.long
+def test_requeued_by_a_person(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    job.wait_for_step(25)
+    slurm.run("scontrol", "requeue", job.id)
+    job.wait_until_done()
+    job.check(alone(150))
+    assert job.replayed() == [0]
+
+
+@pytest.mark.long
+def test_stopped_by_a_person(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, 2, "--training.steps", "5000")
+    job.wait_for_step(5)
+    (job.folder / "control" / "STOP").touch()
+    job.wait(lambda: slurm.job(job.id)["JobState"] == "COMPLETED", "the job has ended")
+    assert len(job.said("started")) == 1 and "stopped" in job.status()
+
+
+@pytest.mark.long
+def test_nodes_cut_from_each_other(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    """But not from the controller, to which all looks well."""
+    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    job.wait_for_step(25)
+    one, two = job.hosts()
+    slurm.nodes.drop(one, two)
+    job.wait(lambda: job.said("requeued"), "requeued")
+    slurm.nodes.heal(one)
+    job.wait_until_done()
+    job.check(alone(150))
+    assert 0 < max(job.replayed()) <= 20
+
+
+@pytest.mark.long
+def test_a_node_cut_off_from_all(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
+    job.wait_for_step(25)
+    two = job.hosts()[1]
+    slurm.nodes.cut(two)
+    job.wait(lambda: int(slurm.job(job.id)["Restarts"]) > 0, "requeued")
+    job.wait_until_done()  # on other nodes
+    slurm.nodes.heal(two)
+    job.check(alone(150))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "state", "says", "starts"),
+    [
+        (["--training.dataset", "failing", "--training.dataset_path", "refuse 1 1"], "failed", "copy it there", 1),
+        (["--training.dataset", "failing", "--training.dataset_path", "kill 1 5"], "lost", "", 2),
+        (["--training.loss", "nan_on_rank_1"], "nonfinite", "step", 1),
+    ],
+    ids=["mistake", "crash", "nan"],
+)
+def test_what_would_fail_again_is_not_tried_for_ever(
+    slurm: Slurm, tmp_path: Path, arguments: list[str], state: str, says: str, starts: int
+) -> None:
+    job = Job(slurm, tmp_path, 2, "--retries", "1", *arguments)
+    job.wait(lambda: slurm.job(job.id)["JobState"] == "FAILED", "failed")
+    assert len(job.said("started")) == starts, job.events()
+    told = job.status()
+    assert f"  {state}  " in told and says in told, told
+
+
+@pytest.mark.long
+def test_a_job_that_waits_and_one_that_is_cancelled_before_it_begins(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, 2, "--sbatch=--begin=now+1hour")
+    assert "queued" in job.status() and "BeginTime" in job.status()
+    slurm.run("scancel", job.id)
+    assert "cancelled" in job.status()
+
+
+@pytest.mark.long
+def test_preemption_that_sends_the_signal_of_the_job(tmp_path: Path, alone: Any) -> None:
+    with Slurm(2, signals_preempted=True, prefix="u") as other:
+        other.environment |= {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        job = Job(other, tmp_path, 2, "--training.steps", "150")
+        job.wait_for_step(25)
+        urgent(other, tmp_path, 2, 1)
+        job.wait_until_done()
+    job.check(alone(150))
+    assert job.replayed() == [0] and "preempted" in job.said("stopping")[0]
