@@ -31,7 +31,7 @@ def arguments(folder: Path, attempt: int) -> list[str]:
 class LocalRunner:
     """Starts torchrun with so many ranks; what all of them print goes to log-N.txt in the point's folder."""
 
-    at_once = 1
+    at_once, goes_on = 1, False
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
@@ -46,6 +46,8 @@ class LocalRunner:
 
     def find(self, folder: Path, attempt: int, kept: dict[str, Any]) -> Job | None:
         """None: a torchrun that outlived its sweep is nobody's child. UserError while it goes on."""
+        if "job_id" in kept:
+            raise UserError(f"{folder.name} is job {kept['job_id']} of Slurm: add --slurm to this command")
         if _in_use(_log(folder, attempt)):
             raise UserError(
                 f"{folder.name} still runs, started by a sweep that was killed: wait for its end, or end it by "

@@ -150,7 +150,7 @@ def _draw_reasons(axes: "Axes", rows: Sequence[Row], most: float) -> None:
             continue
         text = row.record.state + (f": {row.record.reason}" if row.record.reason else "")
         text = text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 3] + "..."
-        color = GREY if row.record.state in ("pruned", "waiting", "running", "interrupted") else RED
+        color = GREY if row.record.state in ("pruned", "waiting", "queued", "running", "interrupted") else RED
         axes.text(0.005 * most, y, text, fontsize=7.5, va="center", color=color, style="italic", clip_on=False)
 
 

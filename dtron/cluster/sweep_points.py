@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,11 +14,10 @@ from dtron.cluster.sweep_file import DEGREES, SweepFile, assignments
 from dtron.config import Config, flatten, load
 from dtron.config.cli import SHORT_FORMS
 from dtron.config.keys import KEYS
-from dtron.config.legal import check_legal
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.parallel.compose import meta_model
-from dtron.train.setup import Setup, resolve
+from dtron.train.setup import resolve
 
 __all__ = ["Point", "check_machine", "make_points"]
 
@@ -69,14 +68,14 @@ class Point:
         return m.hf_config_path or f"{m.name} {m.flavor}"
 
 
-def make_points(file: SweepFile, elsewhere: bool) -> list[Point]:
+def make_points(file: SweepFile, device_type: Literal["cpu", "cuda"] | None = None) -> list[Point]:
     """Every point of a sweep, those that cannot work with the reason; equal ones once, the first of them.
 
-    elsewhere: the points run on other machines, so that whether there is a GPU here says nothing.
+    device_type: of the machines that run them, where those are not this one.
     """
     points: dict[str, Point] = {}
     for settings in assignments(file):
-        point = _point(file, settings, elsewhere)
+        point = _point(file, settings, device_type)
         points.setdefault(point.name, point)
     return list(points.values())
 
@@ -92,12 +91,12 @@ def check_machine(points: list[Point], ranks: int) -> None:
         )
 
 
-def _point(file: SweepFile, settings: dict[str, Any], elsewhere: bool) -> Point:
+def _point(file: SweepFile, settings: dict[str, Any], device_type: Literal["cpu", "cuda"] | None) -> Point:
     config, ranks, pruned = _configured(file, settings), file.ranks, ""
     try:
         degrees = resolve_degrees(config.parallelism, ranks)
         config = _explicit(config, degrees)
-        setup = _resolved(config, ranks, elsewhere)
+        setup = resolve(config, ranks, device_type)
     except UserError as error:
         pruned = " ".join(str(error).split())
         degrees = _asked(config)
@@ -138,21 +137,6 @@ def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
             *sections, leaf = name.split(".")
             setattr(functools.reduce(getattr, sections, config), leaf, value)
     return config
-
-
-def _resolved(config: Config, ranks: int, elsewhere: bool) -> Setup:
-    """As setup.resolve, also for machines with GPUs from one that has none."""
-    if not elsewhere or config.training.device == "cpu" or torch.cuda.is_available():
-        return resolve(config, ranks)
-    there = dataclasses.replace(config, training=dataclasses.replace(config.training, device="cuda"))
-    check_legal(there)
-    # What a CPU lacks is left out of the other checks, which do not look at it.
-    stand_in = dataclasses.replace(
-        config,
-        training=dataclasses.replace(config.training, device="cpu", enable_cpu_offload=False),
-        parallelism=dataclasses.replace(config.parallelism, enable_async_tensor_parallel=False),
-    )
-    return resolve(stand_in, ranks)
 
 
 def _name(config: Config, degrees: Degrees, ranks: int) -> str:

@@ -41,7 +41,8 @@ SHOWN = (
     "model.flavor",
 )
 DEGREE_COLUMNS = {"pp": "pp", "rep": "dp_replicate", "dp": "dp_shard", "cp": "cp", "tp": "tp"}  # short -> of Degrees
-STATES = (*ENDED, "interrupted", "running", "waiting", "pruned")
+GOING = ("interrupted", "running", "queued", "waiting")
+STATES = (*ENDED, *GOING, "pruned")
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,14 @@ def label(row: Row, rows: Sequence[Row]) -> str:
 
 def advice(rows: Sequence[Row]) -> list[str]:
     """For each model: which point to take, and which are no slower within the spread of their steps."""
+    so_far = "so far, " if any(row.record.state in GOING for row in rows) else ""
     lines = []
     for best in (row for row in rows if row.best):
         r = best.record
         speed = f"{human_count(r.tokens_per_s or 0)} tokens/s"
         mfu = "" if r.mfu is None else f" (MFU {r.mfu:.1%})"
         memory = "" if r.max_memory_bytes is None else f", {human_bytes(r.max_memory_bytes)} a rank"
-        lines.append(f"take {label(best, rows)}: {speed}{mfu}{memory}{_beside(best, rows)}")
+        lines.append(f"{so_far}take {label(best, rows)}: {speed}{mfu}{memory}{_beside(best, rows)}")
     return lines
 
 
@@ -202,8 +204,9 @@ def _beside(best: Row, rows: Sequence[Row]) -> str:
         return ""
     near = [row for row in others if _overlap(best, row)]
     if not near:
-        ahead = (best.record.tokens_per_s or 0) / (others[0].record.tokens_per_s or 1) - 1
-        return f"; {ahead:.0%} more than the next, {label(others[0], rows)}"
+        ratio = (best.record.tokens_per_s or 0) / (others[0].record.tokens_per_s or 1)
+        ahead = f"{ratio - 1:.0%} more than" if ratio < 2 else f"{ratio:.1f} times"
+        return f"; {ahead} the next, {label(others[0], rows)}"
     least = min(near, key=lambda row: row.record.max_memory_bytes or 0)
     text = f"; as fast within the spread of the steps: {len(near)} other(s), first {label(near[0], rows)}"
     if (least.record.max_memory_bytes or 0) < 0.98 * (best.record.max_memory_bytes or 0):

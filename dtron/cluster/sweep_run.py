@@ -54,9 +54,12 @@ class Job(Protocol):
 
 
 class Runner(Protocol):
-    """at_once: how many points may go on at the same time."""
+    """at_once: how many points may go on at the same time. goes_on: they do without this process, and `find` finds
+    them again; else they are stopped with it.
+    """
 
     at_once: int
+    goes_on: bool
 
     def start(self, point: Point, folder: Path, attempt: int) -> Job:
         """Start an attempt at a point in its folder, where config.toml is."""
@@ -69,7 +72,7 @@ class Runner(Protocol):
 class Record:
     """What is known of a point, kept as point.json in its folder.
 
-    state: waiting, running, interrupted, pruned or one of ENDED. step_s and rates: of the median step;
+    state: waiting, queued, running, interrupted, pruned or one of ENDED. step_s and rates: of the median step;
     step_s_p25, step_s_p75: quartiles; loss: nats a token at `step`; mfu: a share of 1; memory: the most of a rank.
     """
 
@@ -110,7 +113,7 @@ def classify(end: End, outcome: Outcome, ended_by_us: bool = False) -> tuple[str
     if ended_by_us:
         return end.state, end.why
     if outcome.state == "saved" or outcome.why.startswith("stopped by "):
-        return "interrupted", outcome.why or f"stopped as asked after step {outcome.step}"
+        return end.state or "interrupted", end.why or outcome.why or f"stopped as asked after step {outcome.step}"
     # That another rank went away is the word of one that was left: the runner may know why.
     if outcome.state in ENDED and not (outcome.state == "lost" and end.state):
         return outcome.state, outcome.why
@@ -144,7 +147,9 @@ class Sweep:
             record = self.records[point.name]
             if point.pruned:
                 self.records[point.name] = Record("pruned", point.pruned)
-            elif record.state == "running" and (job := runner.find(self._of(point), record.attempt, record.kept)):
+            elif record.state in ("queued", "running") and (
+                job := runner.find(self._of(point), record.attempt, record.kept)
+            ):
                 self._going.append(_Going(point, self._of(point), job, record))
             elif record.state not in ENDED or record.state in retry:
                 self._waiting.append(point)
@@ -155,7 +160,7 @@ class Sweep:
         return len(self._waiting) + len(self._going)
 
     def run(self) -> None:
-        """Run what is left. Interrupted (KeyboardInterrupt), it stops what goes on, notes it, and is interrupted."""
+        """Run what is left. An error, or KeyboardInterrupt, stops what goes on, unless it can go on by itself."""
         try:
             while self._waiting or self._going:
                 while self._waiting and len(self._going) < self._runner.at_once:
@@ -165,7 +170,7 @@ class Sweep:
                     self._look_after(going)
         except BaseException as error:
             why = "the sweep was interrupted" if isinstance(error, KeyboardInterrupt) else f"the sweep ended: {error}"
-            for going in list(self._going):
+            for going in [] if self._runner.goes_on else list(self._going):
                 self._stop(going, End("interrupted", why))
             raise
 
@@ -192,6 +197,7 @@ class Sweep:
         if overdue := self._overdue(going, outcome):
             return self._stop(going, overdue)
         going.record.step = outcome.step
+        going.record.state = "running" if going.job.running_s() else "queued"
         self._told(going.point, going.record)
 
     def _overdue(self, going: _Going, outcome: Outcome) -> End | None:

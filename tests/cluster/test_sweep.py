@@ -16,15 +16,19 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "frontdoor"))
 from frontdoor import CONFIG, ROOT, environment  # noqa: E402
+from slurm import Slurm  # noqa: E402
+from slurm import available as slurm_available  # noqa: E402
 
-from dtron.cluster import sweep_run  # noqa: E402
+from dtron.cluster import status, sweep_run, sweep_slurm  # noqa: E402
 from dtron.cluster.runs import Outcome  # noqa: E402
+from dtron.cluster.slurm import SlurmJob, SlurmOptions  # noqa: E402
 from dtron.cluster.sweep import main  # noqa: E402
 from dtron.cluster.sweep_file import read_sweep  # noqa: E402
 from dtron.cluster.sweep_local import LocalRunner, how_it_ended  # noqa: E402
 from dtron.cluster.sweep_points import Point, check_machine, make_points  # noqa: E402
 from dtron.cluster.sweep_results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
 from dtron.cluster.sweep_run import End, Record, Sweep, classify, read_record  # noqa: E402
+from dtron.cluster.sweep_slurm import SlurmRunner, slurm_options  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
 from dtron.train.folder import hold  # noqa: E402
 
@@ -45,7 +49,7 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def points_of(path: Path) -> list[Point]:
-    return make_points(read_sweep(path), elsewhere=False)
+    return make_points(read_sweep(path))
 
 
 # --- SWEEP.toml
@@ -119,9 +123,9 @@ def test_a_sweep_for_gpus_can_be_read_where_there_is_none(write: Any) -> None:
     text = (
         HEAD + '[fixed]\ntraining.device = "cuda"\n[axes]\ntraining.enable_cpu_offload = [true, false]\ncp = [1, 2]\n'
     )
-    here = make_points(read_sweep(write(text)), elsewhere=False)
+    here = make_points(read_sweep(write(text)))
     assert all("finds no GPU here" in p.pruned for p in here)
-    there = make_points(read_sweep(write(text)), elsewhere=True)
+    there = make_points(read_sweep(write(text)), "cuda")
     assert ["ring attention" in p.pruned for p in there] == [False, True, False, True]  # fp32 on CUDA
 
 
@@ -203,7 +207,7 @@ def test_dry_run_lists_the_points(write: Any, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_examples(path: Path) -> None:
-    points = make_points(read_sweep(path), elsewhere=True)
+    points = make_points(read_sweep(path), "cuda")
     ran = [p for p in points if not p.pruned]
     assert len(ran) >= 4
     assert len({p.global_batch for p in ran}) == len({p.same_loss for p in ran}) == 1
@@ -244,7 +248,7 @@ class FakeJob:
 class FakeRunner:
     """behaviours: by tensor-parallel degree, files and end."""
 
-    at_once = 1
+    at_once, goes_on = 1, False
 
     def __init__(self, behaviours: dict[int, tuple[dict[str, Any], End | None]]) -> None:
         self.behaviours, self.started = behaviours, list[int]()
@@ -493,6 +497,135 @@ def test_without_matplotlib_the_csv_is_made(
     assert main([str(path), "--out", str(out), "--no-picture"]) == 0
     assert "1 points: 0 pruned, 1 ended before, 0 to run" in capsys.readouterr().out
     assert (out / "results.csv").exists() and not (out / "results.svg").exists()
+
+
+# --- Slurm
+
+
+class FakeSlurm:
+    """sbatch, squeue and scancel without Slurm. words: job -> Slurm's word for its state."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.words: dict[str, str] = {}
+        self.submitted: list[tuple[list[str], SlurmOptions]] = []
+        monkeypatch.setattr(sweep_slurm, "submit", self.submit)
+        monkeypatch.setattr(sweep_slurm, "states", lambda: {job: (word, "None") for job, word in self.words.items()})
+        monkeypatch.setattr(sweep_slurm, "QUERY_S", 0.0)
+        monkeypatch.setattr(sweep_slurm, "MISSING_S", 0.0)
+        monkeypatch.setattr(sweep_slurm, "STOP_S", 1.0)
+        monkeypatch.setattr(status, "_ended", lambda job_id: ("", ""))
+
+    def submit(self, argv: list[str], options: SlurmOptions, say: Any) -> SlurmJob:
+        self.submitted.append((argv, options))
+        job = SlurmJob(Path(argv[argv.index("--job.dump_folder") + 1]) / "slurm" / "x", str(len(self.submitted)))
+        job.control.mkdir(parents=True)
+        (job.folder / "job.json").write_text(json.dumps({"job_id": job.job_id}))
+        self.words[job.job_id] = "PENDING"
+        return job
+
+    def event(self, out: Path, job_id: str, event: str, detail: str = "") -> None:
+        for path in out.glob("points/*/slurm/x/job.json"):
+            if json.loads(path.read_text())["job_id"] == job_id:
+                row = {"unix_s": time.time(), "attempt": 0, "event": event, "detail": detail}
+                with path.with_name("events.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def test_jobs_are_left_alone_and_found_again(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, out, slurm = points_of(write(TP)), tmp_path / "out", FakeSlurm(monkeypatch)
+    options = slurm_options({"partition": "low"}, nodes=2, ranks_per_node=2, limit_s=1800.0)
+    assert (options.time, options.requeue, options.preflight, options.partition) == ("0:45:00", False, False, "low")
+    seen: list[str] = []
+
+    def interrupt(point: Point, record: Record) -> None:
+        seen.append(record.state)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        slurm.words["1"] = "RUNNING"
+        slurm.event(out, "1", "started", "2 nodes")
+
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(points, out, SlurmRunner(options, at_once=2), 1800.0, told=interrupt).run()
+    assert seen == ["queued", "queued", "running", "queued"]
+    assert [options.name for _, options in slurm.submitted] == [p.name for p in points[:2]]
+    with pytest.raises(UserError, match="is job 1 of Slurm: add --slurm"):
+        Sweep(points, out, LocalRunner(4), 1800.0)
+    # Meanwhile one is done, one is preempted; the third gets to its end while the sweep looks on.
+    job = out / "points" / points[0].name / "slurm" / "x"
+    (job / "control" / "DONE").write_text(json.dumps({"step": 6, "unix_s": 1.0}))
+    slurm.words.pop("1")
+    slurm.event(out, "2", "ended", "preempted, asked at step 3")
+    slurm.words["2"] = "FAILED"
+    sweep = Sweep(
+        points,
+        out,
+        SlurmRunner(options, at_once=2),
+        1800.0,
+        told=lambda p, r: slurm.words.update({"3": "OUT_OF_MEMORY"}),
+    )
+    assert sweep.left == 3
+    sweep.run()
+    assert [sweep.records[p.name].state for p in points] == ["done", "interrupted", "oom"]
+    assert len(slurm.submitted) == 3
+
+
+def test_a_time_limit_of_slurm_is_a_timeout(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, out, slurm = points_of(write(HEAD + "[axes]\ntp = [1]\n")), tmp_path / "out", FakeSlurm(monkeypatch)
+
+    def limit(point: Point, record: Record) -> None:
+        if record.state == "queued":
+            slurm.event(out, "1", "ended", "the time limit, asked at step 3")
+            slurm.words.pop("1", None)
+
+    sweep = Sweep(points, out, SlurmRunner(slurm_options({}, 1, 4, 60.0), 1), 60.0, told=limit)
+    sweep.run()
+    record = sweep.records[points[0].name]
+    assert (record.state, record.reason) == ("timeout", "Slurm's: the time limit, asked at step 3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "2"], "--nodes has no effect without --slurm"),
+        (["--cpu"], "--cpu has no effect without --slurm"),
+        (["--partition", "x"], "--partition has no effect without --slurm"),
+        (["--slurm", "--at-once", "0"], "--at-once 0: expected 1 or more"),
+        (["--slurm", "--nodes", "3"], "cannot be spread evenly over 3 nodes"),
+        (["--slurm"], "training.device is cpu, but the jobs ask for GPUs: add --cpu"),
+    ],
+)
+def test_options_of_slurm(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    path = write(HEAD + '[axes]\ntp = [1]\n[fixed]\ntraining.device = "cpu"\n')
+    assert main([str(path), "--out", str(tmp_path / "out"), *options]) == 1
+    assert message in capsys.readouterr().err
+    nodes = write(HEAD + "nodes = 2\n[axes]\ntp = [1]\n")
+    assert main([str(nodes), "--out", str(tmp_path / "out")]) == 1
+    assert "this is one machine; set nodes = 1, or add --slurm" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(slurm_available()), reason=slurm_available())
+def test_a_real_slurm_runs_the_points(write: Any, tmp_path: Path) -> None:
+    text = 'base = "base.toml"\nranks_per_node = 1\nsteps = 30\n[axes]\ntp = [1, 2]\n[[points]]\n'
+    path = write(text + 'training.dataset = "failing"\ntraining.dataset_path = "raise 0 2"\n')
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(path), "--out", str(tmp_path / "out"), "--slurm"]
+    command += ["--nodes", "2", "--cpu", "--interface", "eth0", "--at-once", "2"]
+    with Slurm(4) as slurm:
+        env = slurm.environment | environment()
+        first = subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True)
+        slurm.wait(lambda: list(tmp_path.glob("out/points/*/slurm/*/control/HEARTBEAT")), 200, "a point runs")
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 130
+        assert slurm.run("squeue", "-h").strip(), "the jobs go on"
+        second = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=500)
+    assert second.returncode == 0, second.stdout + second.stderr
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["state"], row["attempts"]) for row in rows] == [("done", "1"), ("done", "1"), ("failed", "1")]
+    assert rows[2]["reason"] == "ArithmeticError: the disk is on fire"
+    assert "losses differ" not in second.stdout
 
 
 # --- torchrun
