@@ -11,6 +11,7 @@ iproute2. A requeued job may begin again after CRED_S seconds; Slurm's default, 
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmctldPort={port}
-SlurmdPort={slurmd_port}
+SlurmdPort=16818
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -133,8 +134,7 @@ class Slurm:
             cred_s=CRED_S,
             node_timeout_s=NODE_TIMEOUT_S,
             grace_s=self._grace_s,
-            port=16817,
-            slurmd_port=16818,
+            port=_free_port(),
             parameters="SlurmctldParameters=preempt_send_user_signal" if self._signals_preempted else "",
             nodes="\n".join(lines),
         )
@@ -199,6 +199,12 @@ class Slurm:
         log = (self.folder / "slurmctld.log").read_text(errors="replace").splitlines()[-30:]
         jobs = self.run("squeue", "-o", "%i %T %r %N", check=False)
         return "\n".join([f"nodes: {self.node_states()}", jobs, *log])
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def main() -> int:

@@ -1,0 +1,671 @@
+"""Sweeps: which points there are, which are pruned, how each ended, what goes on, and what is told of it."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "frontdoor"))
+from frontdoor import CONFIG, ROOT, environment  # noqa: E402
+from slurm import Slurm  # noqa: E402
+from slurm import available as slurm_available  # noqa: E402
+
+from dtron.cluster import status, sweep_run, sweep_slurm  # noqa: E402
+from dtron.cluster.runs import Outcome  # noqa: E402
+from dtron.cluster.slurm import SlurmJob, SlurmOptions  # noqa: E402
+from dtron.cluster.sweep import main  # noqa: E402
+from dtron.cluster.sweep_file import read_sweep  # noqa: E402
+from dtron.cluster.sweep_local import LocalRunner, how_it_ended  # noqa: E402
+from dtron.cluster.sweep_points import Point, check_machine, make_points  # noqa: E402
+from dtron.cluster.sweep_results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
+from dtron.cluster.sweep_run import End, Record, Sweep, classify, read_record  # noqa: E402
+from dtron.cluster.sweep_slurm import SlurmRunner, slurm_options  # noqa: E402
+from dtron.errors import UserError  # noqa: E402
+from dtron.train.folder import hold  # noqa: E402
+
+BASE = CONFIG.replace("local_batch_size = 8", "local_batch_size = 2")
+HEAD = 'base = "base.toml"\nranks = 4\nsteps = 6\n'
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes SWEEP.toml beside its base and gives its path."""
+    (tmp_path / "base.toml").write_text(BASE)
+
+    def write(text: str) -> Path:
+        (tmp_path / "sweep.toml").write_text(text)
+        return tmp_path / "sweep.toml"
+
+    return write
+
+
+def points_of(path: Path) -> list[Point]:
+    return make_points(read_sweep(path))
+
+
+# --- SWEEP.toml
+
+
+def test_all_layouts_within_the_limits(write: Any) -> None:
+    points = points_of(write(HEAD + 'layouts = "all"\n[limits]\ncp = 1\ndp_replicate = 1\npp = 2\n'))
+    degrees = {(p.degrees.pp, p.degrees.dp_shard, p.degrees.tp) for p in points}
+    assert degrees == {(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}
+    every = points_of(write(HEAD + 'layouts = "all"\n'))
+    assert len({p.degrees for p in every}) == 15  # 4 = 2 x 2 over five dimensions: 5 + 10
+    assert {p.degrees.world for p in every} == {4}
+
+
+def test_axes_make_a_product_and_points_are_added(write: Any) -> None:
+    path = write(
+        HEAD + "layouts = [{tp = 2}, {pp = 2, dp = 2}]\n[fixed]\ndebug.seed = 7\n[axes]\n"
+        'training.local_batch_size = [2, 4]\n"activation_checkpoint.mode" = ["none", "full"]\n'
+        "[[points]]\ndp_replicate = 4\ntraining.local_batch_size = 1\n"
+    )
+    points = points_of(path)
+    told = [(str(p.degrees), p.config.training.local_batch_size, p.recompute) for p in points]
+    assert told[:4] == [("dp_shard 2 x tp 2", local, mode) for local in (2, 4) for mode in ("none", "full")]
+    assert told[4:8] == [("pp 2 x dp_shard 2", local, mode) for local in (2, 4) for mode in ("none", "full")]
+    assert told[8:] == [("dp_replicate 4", 1, "selective 2")]
+    assert {p.config.debug.seed for p in points} == {7}
+
+
+def test_a_point_measures_steps_and_nothing_else(write: Any) -> None:
+    (tmp := write(HEAD + "[axes]\ntp = [1]\n")).with_name("base.toml").write_text(
+        BASE.replace("[validation]", "[checkpoint]\nenable = true\n[validation]\nenable = true")
+    )
+    c = points_of(tmp)[0].config
+    assert (c.training.steps, c.metrics.log_freq) == (6, 1)
+    assert not (c.checkpoint.enable or c.validation.enable or c.metrics.enable_tensorboard)
+    assert c.lr_scheduler.total_steps == 20  # the base's own: the learning rates of the real run's beginning
+    asked = points_of(write(HEAD + "[fixed]\ncheckpoint.enable = true\n[axes]\ntp = [1]\n"))[0].config
+    assert asked.checkpoint.enable
+
+
+def test_models_are_an_axis(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text('base = "base.toml"\n[model]\nn_layers = 2\n')
+    points = points_of(write('ranks = 1\n[axes]\nbase = ["base.toml", "other.toml"]\n'))
+    assert [p.config.model.n_layers for p in points] == [4, 2]
+    assert points[0].parameters is not None and points[1].parameters is not None
+    assert points[0].parameters > points[1].parameters and points[0].same_loss != points[1].same_loss
+
+
+def test_points_are_known_by_their_resolved_settings(write: Any) -> None:
+    one = points_of(write(HEAD + "[axes]\ntp = [2]\n"))[0]
+    # In another order, in full where the other left it out, with other points before it: the same point.
+    path = write(HEAD + "layouts = [{dp = 4}, {tp = 2, dp = 2}]\n[fixed]\ntraining.local_batch_size = 2\n")
+    assert points_of(path)[1].name == one.name
+    assert points_of(write(HEAD + "[fixed]\ndebug.seed = 1\n[axes]\ntp = [2]\n"))[0].name != one.name
+    assert points_of(write(HEAD.replace("6", "7") + "[axes]\ntp = [2]\n"))[0].name != one.name
+    assert points_of(write(HEAD.replace("ranks = 4", "ranks = 8") + "[axes]\ntp = [2]\n"))[0].name != one.name
+    twice = points_of(write(HEAD + "[axes]\ntp = [2]\n[[points]]\ntp = 2\ndp = 2\n"))
+    assert [p.name for p in twice] == [one.name]
+
+
+def test_what_cannot_work_is_pruned_with_the_reason(write: Any) -> None:
+    path = write(HEAD + "[fixed]\ntraining.local_batch_size = 2\n[axes]\ntp = [1, 3, 4]\npp = [1, 4]\n")
+    reasons = {(p.settings["parallelism.tensor_parallel_degree"], p.degrees.pp): p.pruned for p in points_of(path)}
+    assert reasons[1, 1] == ""
+    assert "does not divide the world size 4" in reasons[3, 1]
+    assert "does not divide model.n_kv_heads 2" in reasons[4, 1]
+    assert "needs at least 4 microbatches" in reasons[1, 4]
+
+
+def test_a_sweep_for_gpus_can_be_read_where_there_is_none(write: Any) -> None:
+    text = (
+        HEAD + '[fixed]\ntraining.device = "cuda"\n[axes]\ntraining.enable_cpu_offload = [true, false]\ncp = [1, 2]\n'
+    )
+    here = make_points(read_sweep(write(text)))
+    assert all("finds no GPU here" in p.pruned for p in here)
+    there = make_points(read_sweep(write(text)), "cuda")
+    assert ["ring attention" in p.pruned for p in there] == [False, True, False, True]  # fp32 on CUDA
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD + "", "names no points"),
+        ("ranks = 4\n[axes]\ntp = [1]\n", "no base"),
+        ('base = "gone.toml"\nranks = 4\n[axes]\ntp = [1]\n', "there is no file"),
+        ('base = "base.toml"\n[axes]\ntp = [1]\n', "either as ranks = N or as ranks_per_node = N"),
+        ('base = "base.toml"\nranks = 0\n[axes]\ntp = [1]\n', "ranks = 0: expected an integer of at least 1"),
+        ('base = "base.toml"\nranks = 3\nnodes = 2\n[axes]\ntp = [1]\n', "cannot be spread evenly over 2 nodes"),
+        (HEAD + "stepz = 3\n[axes]\ntp = [1]\n", 'unknown key "stepz"; did you mean "steps"?'),
+        (HEAD + "tp = 2\n", 'the key "tp" stands by itself; put it under [fixed]'),
+        (HEAD + "[axes]\ntraining.seqlen = [1]\n", 'unknown key "training.seqlen"; did you mean "training.seq_len"?'),
+        (HEAD + "[axes]\ntp = []\n", "the axis parallelism.tensor_parallel_degree has no values"),
+        (HEAD + "[axes]\ntp = 2\n", "expected a list of values, such as [2]"),
+        (HEAD + '[axes]\ntp = [1, "two"]\n', 'tensor_parallel_degree = "two" (a string): expected an integer'),
+        (HEAD + "[axes]\nquantize.linear.float8.emulate = [true]\n", "float8 is not built yet"),
+        (HEAD + "[fixed]\ntp = 2\n[axes]\nparallelism.tensor_parallel_degree = [1]\n", "both as fixed and as an axis"),
+        (HEAD + "[axes]\ntp = [1]\nparallelism.tensor_parallel_degree = [1]\n", "twice, once in its short form"),
+        (HEAD + "[fixed]\ntp = 2\n[[points]]\ntp = 1\n", "both as fixed and in [[points]]"),
+        (HEAD + "[axes]\ntraining.steps = [1]\n", "the sweep's own: write steps = N at the top"),
+        (HEAD + 'layouts = "some"\n', 'expected "all", or a list'),
+        (HEAD + 'layouts = "all"\n[limits]\ndp = 1\ntp = 1\npp = 1\ncp = 1\ndp_replicate = 1\n', "raise a limit"),
+        (HEAD + 'layouts = "all"\n[limits]\nep = 1\n', 'unknown key "ep"'),
+        (HEAD + "[limits]\ntp = 1\n[axes]\ntp = [1]\n", "[limits] has no effect"),
+        (HEAD + 'layouts = "all"\n[axes]\ntp = [1]\n', "beside layouts, which set every degree"),
+        (HEAD + "[axes]\ntp = [3, 5]\n", "none of its points can work with 4 ranks"),
+        (HEAD + "[axes\n", "not valid TOML"),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_runs(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    assert main([str(write(text)), "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ") and captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_ranks_than_gpus(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = points_of(write(HEAD + "[axes]\ntp = [1]\n"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_machine(points, 4)  # device = "cpu"
+    points[0].config.training.device = "auto"
+    with pytest.raises(UserError, match="4 ranks, each with a GPU of its own, and this machine has 2"):
+        check_machine(points, 4)
+
+
+def test_other_refusals(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = str(write(HEAD + "[axes]\ntp = [1]\n")), tmp_path / "out"
+    assert main([path, "--out", str(out), "--retry", "oom,odd"]) == 1
+    assert "'odd' is no end of a point" in capsys.readouterr().err
+    assert main([str(tmp_path / "gone.toml"), "--out", str(out)]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([path, "--out", str(tmp_path / "file")]) == 1
+    assert "name another folder by --out" in capsys.readouterr().err
+    holder = "import sys; from pathlib import Path; from dtron.train.folder import hold; out = Path(sys.argv[1])\n"
+    holder += "out.mkdir(); kept = hold(out); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        assert main([path, "--out", str(out)]) == 1
+        assert other.stdin is not None
+        other.stdin.close()
+    assert "another sweep is going on in" in capsys.readouterr().err
+    hold(out).close()
+
+
+def test_dry_run_lists_the_points(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write(HEAD + "[axes]\ntp = [1, 2, 3]\n")), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "3 points, 1 of them pruned; nothing was run" in told and "does not divide the world size" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_examples(path: Path) -> None:
+    points = make_points(read_sweep(path), "cuda")
+    ran = [p for p in points if not p.pruned]
+    assert len(ran) >= 4
+    assert len({p.global_batch for p in ran}) == len({p.same_loss for p in ran}) == 1
+    assert f"scripts/sweep.py configs/sweeps/{path.name}" in path.read_text()
+
+
+# --- how points run and end
+
+
+class FakeJob:
+    """What a point does: (the control files it writes, how its runner says it ended; None: it goes on)."""
+
+    def __init__(self, folder: Path, attempt: int, files: dict[str, Any], end: End | None) -> None:
+        self.control, self.kept = folder / f"control-{attempt}", {"number": attempt}
+        self.control.mkdir()
+        self._end, self.stopped, self.seconds = end, False, 1.0
+        run = folder / f"run-{attempt}"
+        run.mkdir()
+        beat = {"phase": "training", "step": 3, "within_s": 60.0, "run_folder": str(run), "unix_s": time.time()}
+        for name, row in files.items():
+            if name == "metrics":
+                (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in row))
+            else:
+                (self.control / name).write_text(json.dumps(beat | row))
+
+    def running_s(self) -> float:
+        return self.seconds
+
+    def poll(self) -> End | None:
+        if self._end and self._end.state == "ctrl-c":
+            raise KeyboardInterrupt
+        return self._end
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class FakeRunner:
+    """behaviours: by tensor-parallel degree, files and end."""
+
+    at_once, goes_on = 1, False
+
+    def __init__(self, behaviours: dict[int, tuple[dict[str, Any], End | None]]) -> None:
+        self.behaviours, self.started = behaviours, list[int]()
+        self.jobs: list[FakeJob] = []
+        self.found: FakeJob | None = None
+
+    def start(self, point: Point, folder: Path, attempt: int) -> FakeJob:
+        assert (folder / "config.toml").exists()
+        self.started.append(point.degrees.tp)
+        self.jobs.append(FakeJob(folder, attempt, *self.behaviours[point.degrees.tp]))
+        return self.jobs[-1]
+
+    def find(self, folder: Path, attempt: int, kept: dict[str, Any]) -> FakeJob | None:
+        return self.found
+
+
+def steps(tokens_per_s: float, loss: float = 3.0) -> list[dict[str, Any]]:
+    """Six steps, the first of them the warm-up."""
+    rows = [{"tokens_per_s": 1.0, "step_s": 900.0}]
+    rows += [{"tokens_per_s": tokens_per_s * f, "step_s": 256 / tokens_per_s / f} for f in (1.01, 0.99, 1.0, 1.0, 1.0)]
+    memory = {"attempt": 1, "loss": loss, "max_memory_bytes": 2**30}
+    return [{"step": i, **memory, **row} for i, row in enumerate(rows, 1)]
+
+
+DONE: tuple[dict[str, Any], End | None] = ({"HEARTBEAT": {}, "DONE": {}, "metrics": steps(100.0)}, End())
+OOM: tuple[dict[str, Any], End | None] = (
+    {"HEARTBEAT": {}, "FAILED": {"kind": "oom", "message": "out\nof memory"}},
+    End(),
+)
+TP = HEAD + "[axes]\ntp = [1, 2, 4]\n[fixed]\nmodel.n_kv_heads = 4\n"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_run, "POLL_S", 0.0)
+
+
+def test_points_run_once_and_failed_ones_when_asked(write: Any, tmp_path: Path) -> None:
+    points, out = points_of(write(TP)), tmp_path / "out"
+    first = FakeRunner({1: DONE, 2: OOM, 4: ({}, End("", "no word"))})
+    sweep = Sweep(points, out, first, limit_s=60)
+    assert sweep.left == 3
+    sweep.run()
+    assert [sweep.records[p.name].state for p in points] == ["done", "oom", "failed"]
+    assert [sweep.records[p.name].reason for p in points] == ["", "out of memory", "no word"]
+    record = read_record(out / "points" / points[0].name)
+    assert (record.tokens_per_s, record.step_s, record.loss, record.max_memory_bytes) == (100.0, 2.56, 3.0, 2**30)
+    assert record.step_s_p25 == pytest.approx(2.56) and record.step_s_p75 == pytest.approx(2.56)
+    again = FakeRunner({})
+    Sweep(points, out, again, limit_s=60).run()
+    assert again.started == []
+    retried = FakeRunner({2: DONE, 4: DONE})
+    sweep = Sweep(points, out, retried, limit_s=60, retry=("oom",))
+    sweep.run()
+    assert retried.started == [2]
+    record = sweep.records[points[1].name]
+    assert (record.state, record.reason, record.attempt) == ("done", "", 2)
+
+
+def test_interrupted_and_killed_points_run_again(write: Any, tmp_path: Path) -> None:
+    points, out = points_of(write(TP)), tmp_path / "out"
+    runner = FakeRunner({1: DONE, 2: ({"HEARTBEAT": {}}, End("ctrl-c"))})
+    sweep = Sweep(points, out, runner, limit_s=60)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run()
+    assert runner.jobs[1].stopped
+    assert [sweep.records[p.name].state for p in points] == ["done", "interrupted", "waiting"]
+    killed = Record("running", attempt=4)  # its sweep was killed before it could note anything
+    (out / "points" / points[2].name).mkdir()
+    killed.write(out / "points" / points[2].name)
+    rest = FakeRunner({2: DONE, 4: DONE})
+    sweep = Sweep(points, out, rest, limit_s=60)
+    sweep.run()
+    assert rest.started == [2, 4]
+    assert [sweep.records[p.name].attempt for p in points] == [1, 2, 5]
+
+
+def test_a_job_that_outlived_its_sweep_is_followed(write: Any, tmp_path: Path) -> None:
+    points, out = points_of(write(HEAD + "[axes]\ntp = [1]\n")), tmp_path / "out"
+    folder = out / "points" / points[0].name
+    folder.mkdir(parents=True)
+    Record("running", attempt=1).write(folder)
+    runner = FakeRunner({})
+    runner.found = FakeJob(folder, 1, *DONE)
+    sweep = Sweep(points, out, runner, limit_s=60)
+    sweep.run()
+    assert runner.started == [] and sweep.records[points[0].name].state == "done"
+
+
+def test_a_changed_list_keeps_what_is_measured(write: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    Sweep(points_of(write(TP)), out, FakeRunner({1: DONE, 2: DONE, 4: DONE}), limit_s=60).run()
+    points = points_of(write(TP.replace("[1, 2, 4]", "[4, 2]") + "[[points]]\ndp_replicate = 2\n"))
+    runner = FakeRunner({1: DONE})
+    Sweep(points, out, runner, limit_s=60).run()
+    assert runner.started == [1]
+    assert len(list((out / "points").iterdir())) == 4  # the point that is no longer listed keeps its folder
+
+
+def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
+    points = points_of(write(TP))
+    late = {"HEARTBEAT": {"unix_s": time.time() - 500, "within_s": 60.0}}
+    failed = {"kind": "mistake", "message": "stopped by a signal after step 3, and nothing was saved"}
+    runner = FakeRunner(
+        {1: ({"HEARTBEAT": {}}, None), 2: (late, None), 4: ({"HEARTBEAT": {}, "FAILED": failed}, End())}
+    )
+    start, jobs = runner.start, runner.jobs
+
+    def slow_start(point: Point, folder: Path, attempt: int) -> FakeJob:
+        job = start(point, folder, attempt)
+        job.seconds = 61.0 if point.degrees.tp == 1 else 1.0
+        return job
+
+    runner.start = slow_start  # type: ignore[method-assign]
+    sweep = Sweep(points, tmp_path / "out", runner, limit_s=60)
+    sweep.run()
+    records = [sweep.records[p.name] for p in points]
+    assert [record.state for record in records] == ["timeout", "hang", "interrupted"]
+    assert records[0].reason == "not at its end after limit_s = 60 s: training, step 3 of 6"
+    assert re.match(r"no sign of life for 50\d s: training, step 3 of 6", records[1].reason)
+    assert [job.stopped for job in jobs] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome", "ours", "state"),
+    [
+        (End("timeout", "late"), Outcome("done"), True, "done"),  # it was, just before it was ended
+        (End("timeout", "late"), Outcome("failed", "stopped by a signal"), True, "timeout"),
+        (End("oom", "killed"), Outcome("lost", "Connection closed"), False, "oom"),
+        (End("lost", "killed"), Outcome("running"), False, "lost"),
+        (End("", "x"), Outcome("lost", "Connection closed"), False, "lost"),
+        (End("lost", "killed"), Outcome("nonfinite", "NaN"), False, "nonfinite"),
+        (End(), Outcome("hang", "no rank"), False, "hang"),
+        (End("", "x"), Outcome("none"), False, "failed"),
+        (End(), Outcome("saved", step=3), False, "interrupted"),
+    ],
+)
+def test_classes(end: End, outcome: Outcome, ours: bool, state: str) -> None:
+    assert classify(end, outcome, ours)[0] == state
+
+
+def test_what_torchrun_tells() -> None:
+    killed = "  exitcode  : -9 (pid: 7)\n  traceback : Signal 9 (SIGKILL) received by PID 7\n"
+    assert how_it_ended(1, killed, oom_kills=True).state == "oom"
+    assert how_it_ended(1, killed, oom_kills=False).state == "lost"
+    assert how_it_ended(1, "x\nModuleNotFoundError: No module named 'y'\nRoot Cause\n", True) == End(
+        "", "ModuleNotFoundError: No module named 'y'"
+    )
+    assert how_it_ended(3, "", False).why == "torchrun ended with 3, without a word"
+
+
+# --- results
+
+
+def measured(write: Any, text: str, records: list[Record]) -> Any:
+    points = points_of(write(text))
+    return make_rows(points, {p.name: record for p, record in zip(points, records, strict=True)})
+
+
+def done(tokens_per_s: float, loss: float = 3.0, spread: float = 0.01, gib: int = 2) -> Record:
+    step_s = 256 / tokens_per_s
+    low, high = step_s * (1 - spread), step_s * (1 + spread)
+    return Record("done", "", 1, 0.0, 9.0, 6, loss, tokens_per_s, None, step_s, low, high, gib * 2**30)
+
+
+def test_the_best_is_on_top_and_named(write: Any, tmp_path: Path) -> None:
+    rows = measured(write, TP, [done(100.0), done(150.0), Record("oom", "out of memory")])
+    assert [row.point.degrees.tp for row in rows] == [2, 1, 4] and [row.best for row in rows] == [True, False, False]
+    assert advice(rows) == ["take dp_shard 2 x tp 2: 150 tokens/s, 2.00 GiB a rank; 50% more than the next, dp_shard 4"]
+    table = as_table(rows).splitlines()
+    assert table[1].split()[:3] == ["*", "2", "2"] and table[3].endswith("oom: out of memory")
+    write_csv(tmp_path / "r.csv", rows)
+    with (tmp_path / "r.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["tokens_per_s"] for line in lines] == ["150.0", "100.0", ""]
+    assert [line["tokens_per_s_per_gpu"] for line in lines] == ["37.5", "25.0", ""]
+    assert (lines[0]["tp"], lines[0]["dp_shard"], lines[0]["max_memory_gib"], lines[0]["best"]) == (
+        "2",
+        "2",
+        "2.0",
+        "True",
+    )
+    assert (lines[0]["global_batch_sequences"], lines[0]["local_batch_sequences"]) == ("8", "2")
+    assert (lines[2]["state"], lines[2]["reason"]) == ("oom", "out of memory")
+
+
+def test_a_lead_within_the_spread_is_none(write: Any) -> None:
+    rows = measured(write, TP, [done(100.0), done(101.0, spread=0.03, gib=3), done(60.0)])
+    (line,) = advice(rows)
+    assert "as fast within the spread of the steps: 1 other(s), first dp_shard 4" in line
+    assert line.endswith("with the least memory dp_shard 4, 2.00 GiB")
+
+
+def test_losses_that_should_agree_and_do_not(write: Any) -> None:
+    rows = measured(write, TP, [done(100.0, 3.0), done(150.0, 3.001), done(60.0, 3.0001)])
+    assert not rows[0].best and rows[1].best  # the fastest is not to be taken
+    (note,) = loss_notes(rows)
+    assert note.startswith("losses differ: dp_shard 2 x tp 2 ends at 3.00100 and the 2 other(s)")
+    assert "3.0010!" in as_table(rows)
+    seeds = measured(write, HEAD + "[axes]\ndebug.seed = [1, 2]\n", [done(100.0, 3.0), done(150.0, 4.0)])
+    assert loss_notes(seeds) == []  # these do not promise the same
+
+
+def test_each_model_has_a_best(write: Any) -> None:
+    text = HEAD + "[axes]\nmodel.n_layers = [2, 4]\ntp = [1, 2]\n"
+    rows = measured(write, text, [done(100.0), done(90.0), done(50.0), done(60.0)])
+    assert [(row.point.config.model.n_layers, row.best) for row in rows] == [
+        (2, True),
+        (2, False),
+        (4, True),
+        (4, False),
+    ]
+    assert [line.split(":")[0] for line in advice(rows)] == [
+        "take dp_shard 4, n_layers 2",
+        "take dp_shard 2 x tp 2, n_layers 4",
+    ]
+
+
+def test_picture_shows_every_point(write: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from dtron.cluster.sweep_picture import draw
+
+    records = [done(100.0), done(150.0, 3.1), Record("pruned", "tensor_parallel_degree 4 does not divide it")]
+    draw(measured(write, TP, records), "the title", "6 steps", [tmp_path / "p.svg", tmp_path / "p.png"])
+    text = " ".join(re.findall(r"<!-- (.*?) -->", (tmp_path / "p.svg").read_text()))
+    for word in (
+        "the title",
+        "6 steps",
+        "best",
+        "pruned: tensor_parallel_degree 4",
+        "memory of a rank",
+        "loss differs",
+    ):
+        assert word in text, word
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_the_csv_is_made(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = write(HEAD + "[axes]\ntp = [1]\n"), tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(path), "--out", str(out)]) == 1
+    assert "--no-picture for the table and the CSV alone" in capsys.readouterr().err and not out.exists()
+    Sweep(points_of(path), out, FakeRunner({1: DONE}), limit_s=60).run()
+    assert main([str(path), "--out", str(out), "--no-picture"]) == 0
+    assert "1 points: 0 pruned, 1 ended before, 0 to run" in capsys.readouterr().out
+    assert (out / "results.csv").exists() and not (out / "results.svg").exists()
+
+
+# --- Slurm
+
+
+class FakeSlurm:
+    """sbatch, squeue and scancel without Slurm. words: job -> Slurm's word for its state."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.words: dict[str, str] = {}
+        self.submitted: list[tuple[list[str], SlurmOptions]] = []
+        monkeypatch.setattr(sweep_slurm, "submit", self.submit)
+        monkeypatch.setattr(sweep_slurm, "states", lambda: {job: (word, "None") for job, word in self.words.items()})
+        monkeypatch.setattr(sweep_slurm, "QUERY_S", 0.0)
+        monkeypatch.setattr(sweep_slurm, "MISSING_S", 0.0)
+        monkeypatch.setattr(sweep_slurm, "STOP_S", 1.0)
+        monkeypatch.setattr(status, "_ended", lambda job_id: ("", ""))
+
+    def submit(self, argv: list[str], options: SlurmOptions, say: Any) -> SlurmJob:
+        self.submitted.append((argv, options))
+        job = SlurmJob(Path(argv[argv.index("--job.dump_folder") + 1]) / "slurm" / "x", str(len(self.submitted)))
+        job.control.mkdir(parents=True)
+        (job.folder / "job.json").write_text(json.dumps({"job_id": job.job_id}))
+        self.words[job.job_id] = "PENDING"
+        return job
+
+    def event(self, out: Path, job_id: str, event: str, detail: str = "") -> None:
+        for path in out.glob("points/*/slurm/x/job.json"):
+            if json.loads(path.read_text())["job_id"] == job_id:
+                row = {"unix_s": time.time(), "attempt": 0, "event": event, "detail": detail}
+                with path.with_name("events.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def test_jobs_are_left_alone_and_found_again(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, out, slurm = points_of(write(TP)), tmp_path / "out", FakeSlurm(monkeypatch)
+    options = slurm_options({"partition": "low"}, nodes=2, ranks_per_node=2, limit_s=1800.0)
+    assert (options.time, options.requeue, options.preflight, options.partition) == ("0:45:00", False, False, "low")
+    seen: list[str] = []
+
+    def interrupt(point: Point, record: Record) -> None:
+        seen.append(record.state)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        slurm.words["1"] = "RUNNING"
+        slurm.event(out, "1", "started", "2 nodes")
+
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(points, out, SlurmRunner(options, at_once=2), 1800.0, told=interrupt).run()
+    assert seen == ["queued", "queued", "running", "queued"]
+    assert [options.name for _, options in slurm.submitted] == [p.name for p in points[:2]]
+    with pytest.raises(UserError, match="is job 1 of Slurm: add --slurm"):
+        Sweep(points, out, LocalRunner(4), 1800.0)
+    # Meanwhile one is done, one is preempted; the third gets to its end while the sweep looks on.
+    job = out / "points" / points[0].name / "slurm" / "x"
+    (job / "control" / "DONE").write_text(json.dumps({"step": 6, "unix_s": 1.0}))
+    slurm.words.pop("1")
+    slurm.event(out, "2", "ended", "preempted, asked at step 3")
+    slurm.words["2"] = "FAILED"
+    sweep = Sweep(
+        points,
+        out,
+        SlurmRunner(options, at_once=2),
+        1800.0,
+        told=lambda p, r: slurm.words.update({"3": "OUT_OF_MEMORY"}),
+    )
+    assert sweep.left == 3
+    sweep.run()
+    assert [sweep.records[p.name].state for p in points] == ["done", "interrupted", "oom"]
+    assert len(slurm.submitted) == 3
+
+
+def test_a_time_limit_of_slurm_is_a_timeout(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, out, slurm = points_of(write(HEAD + "[axes]\ntp = [1]\n")), tmp_path / "out", FakeSlurm(monkeypatch)
+
+    def limit(point: Point, record: Record) -> None:
+        if record.state == "queued":
+            slurm.event(out, "1", "ended", "the time limit, asked at step 3")
+            slurm.words.pop("1", None)
+
+    sweep = Sweep(points, out, SlurmRunner(slurm_options({}, 1, 4, 60.0), 1), 60.0, told=limit)
+    sweep.run()
+    record = sweep.records[points[0].name]
+    assert (record.state, record.reason) == ("timeout", "Slurm's: the time limit, asked at step 3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "2"], "--nodes has no effect without --slurm"),
+        (["--cpu"], "--cpu has no effect without --slurm"),
+        (["--partition", "x"], "--partition has no effect without --slurm"),
+        (["--slurm", "--at-once", "0"], "--at-once 0: expected 1 or more"),
+        (["--slurm", "--nodes", "3"], "cannot be spread evenly over 3 nodes"),
+        (["--slurm"], "training.device is cpu, but the jobs ask for GPUs: add --cpu"),
+    ],
+)
+def test_options_of_slurm(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    path = write(HEAD + '[axes]\ntp = [1]\n[fixed]\ntraining.device = "cpu"\n')
+    assert main([str(path), "--out", str(tmp_path / "out"), *options]) == 1
+    assert message in capsys.readouterr().err
+    nodes = write(HEAD + "nodes = 2\n[axes]\ntp = [1]\n")
+    assert main([str(nodes), "--out", str(tmp_path / "out")]) == 1
+    assert "this is one machine; set nodes = 1, or add --slurm" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(slurm_available()), reason=slurm_available())
+def test_a_real_slurm_runs_the_points(write: Any, tmp_path: Path) -> None:
+    text = 'base = "base.toml"\nranks_per_node = 1\nsteps = 30\n[axes]\ntp = [1, 2]\n[[points]]\n'
+    path = write(text + 'training.dataset = "failing"\ntraining.dataset_path = "raise 0 2"\n')
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(path), "--out", str(tmp_path / "out"), "--slurm"]
+    command += ["--nodes", "2", "--cpu", "--interface", "eth0", "--at-once", "2"]
+    with Slurm(4) as slurm:
+        env = slurm.environment | environment()
+        first = subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True)
+        slurm.wait(lambda: list(tmp_path.glob("out/points/*/slurm/*/control/HEARTBEAT")), 200, "a point runs")
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 130
+        assert slurm.run("squeue", "-h").strip(), "the jobs go on"
+        second = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=500)
+    assert second.returncode == 0, second.stdout + second.stderr
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["state"], row["attempts"]) for row in rows] == [("done", "1"), ("done", "1"), ("failed", "1")]
+    assert rows[2]["reason"] == "ArithmeticError: the disk is on fire"
+    assert "losses differ" not in second.stdout
+
+
+# --- torchrun
+
+
+def test_a_point_that_still_runs_is_not_run_beside_itself(tmp_path: Path) -> None:
+    (tmp_path / "log-1.txt").touch()
+    script = (
+        "import sys, fcntl; f = open(sys.argv[1]); fcntl.flock(f, 2); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "log-1.txt")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="still runs, started by a sweep that was killed"):
+            LocalRunner(1).find(tmp_path, 1, {})
+        assert other.stdin is not None
+        other.stdin.close()
+    assert LocalRunner(1).find(tmp_path, 1, {}) is None
+
+
+def test_a_real_sweep_interrupted_and_resumed(write: Any, tmp_path: Path) -> None:
+    text = 'base = "base.toml"\nranks = 1\nsteps = 30\n[[points]]\ntp = 1\n[[points]]\ntp = 2\n[[points]]\n'
+    text += 'training.dataset = "failing"\ntraining.dataset_path = "raise 0 2"\n'
+    path = write(text)
+    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(path), "--out", str(tmp_path / "out")]
+    log = (tmp_path / "log").open("w+")
+    first = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    beat = tmp_path / "out"
+    while not list(beat.glob("points/*/control-1/HEARTBEAT")) and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(90) == 130, (tmp_path / "log").read_text()
+    second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=200)
+    assert second.returncode == 0, second.stdout + second.stderr
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = {row["state"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["done", "failed", "pruned"]
+    assert rows["done"]["attempts"] == "2" and rows["done"]["last_step"] == "30"
+    assert float(rows["done"]["tokens_per_s"]) > 0 and float(rows["done"]["loss_nats_per_token"]) > 0
+    assert rows["failed"]["reason"] == "ArithmeticError: the disk is on fire"
+    assert "does not divide the world size 1" in rows["pruned"]["reason"]
+    assert "take one rank, dataset uneven, dataset_path none: " in second.stdout
+    assert os.path.exists(tmp_path / "out" / "results.png")
