@@ -5,7 +5,7 @@
 
 Two partitions over the same nodes: `low`, whose jobs are requeued when `high` wants them, and `high`. Processes, users
 and files are this machine's. Needs root and the Debian packages slurmctld, slurmd, slurm-client, munge, iptables and
-iproute2. A requeued job may begin again after CRED_S seconds; Slurm's default, 120, is a matter of patience.
+iproute2.
 """
 
 import os
@@ -26,7 +26,6 @@ from nodes import Nodes  # noqa: E402
 
 __all__ = ["Slurm", "available"]
 
-CRED_S = 5
 NODE_TIMEOUT_S = 20  # of silence, until a node counts as lost
 UP_S = 60
 CONF = """
@@ -53,6 +52,7 @@ SlurmdTimeout={node_timeout_s}
 InactiveLimit=0
 MinJobAge=600
 KillWait=15
+MessageTimeout=60
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 {parameters}
@@ -83,14 +83,19 @@ def available() -> str:
 class Slurm:
     """A context manager. `nodes`: its hosts, to cut and to kill. `environment`: in which Slurm's commands reach it.
 
+    requeue_s: seconds after which a requeued job may begin again. Slurm's default is 120, a matter of patience and of
+    safety: within a minute it may tell a node that was lost, and is back, to end the attempt that was lost, which ends
+    the one that runs.
     grace_s: seconds that a preempted job is given. signals_preempted: send it the signal of --signal then, as clusters
     do that set preempt_send_user_signal; else SIGTERM.
     """
 
-    def __init__(self, count: int, *, grace_s: int = 60, signals_preempted: bool = False, prefix: str = "s") -> None:
+    def __init__(
+        self, count: int, *, requeue_s: int = 5, grace_s: int = 60, signals_preempted: bool = False, prefix: str = "s"
+    ) -> None:
         self.nodes = Nodes(count, prefix)
         self.folder = Path(tempfile.mkdtemp(prefix="dtron-slurm-"))
-        self._grace_s, self._signals_preempted = grace_s, signals_preempted
+        self._requeue_s, self._grace_s, self._signals_preempted = requeue_s, grace_s, signals_preempted
         self._daemons: dict[str, subprocess.Popen[Any]] = {}
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -131,7 +136,7 @@ class Slurm:
             controller_name=os.uname().nodename,
             controller=self.nodes.controller,
             folder=self.folder,
-            cred_s=CRED_S,
+            cred_s=self._requeue_s,
             node_timeout_s=NODE_TIMEOUT_S,
             grace_s=self._grace_s,
             port=_free_port(),
