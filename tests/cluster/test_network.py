@@ -327,9 +327,8 @@ def test_two_nodes_that_cannot_reach_each_other(job_of: Callable[..., Job]) -> N
     assert job.ends(within_s=60) == [1] * 4, str(job)
     logs = "".join(map(job.log, job.torchruns))
     assert len(re.findall("error: the run hangs after step", logs)) == 1
-    assert re.search("others have finished what ranks? [123, -]+ still wait in: look at the network of these", logs), (
-        logs
-    )
+    told = "others have finished what ranks? [123, -]+ still wait in: look at the network of these"
+    assert re.search(told, logs), logs
 
 
 # --- nodes
