@@ -122,13 +122,13 @@ def kind_of(error: BaseException) -> str:
     lost: another rank or machine went away.
     """
     text = str(error)
-    if isinstance(error, UserError):
-        return "mistake"
+    if told := getattr(error, "kind", ""):
+        return told
     if isinstance(error, FloatingPointError):
         return "nonfinite"
     if isinstance(error, OutOfMemoryError | MemoryError) or re.search(r"out of memory|can't allocate memory", text):
         return "oom"
-    if type(error).__name__ == "HangError" or re.search(r"[Tt]imed out|[Tt]imeout", text):
+    if re.search(r"[Tt]imed out|[Tt]imeout", text):
         return "hang"
     if re.search(r"Connection (closed|reset)|recvValue failed|Broken pipe|remote process exited", text):
         return "lost"

@@ -9,11 +9,15 @@ it are silent. Both reach torchrun's summary as the root cause.
 
 import json
 import os
+import queue
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -36,8 +40,22 @@ if TYPE_CHECKING:
 __all__ = ["FIRST_FAILURE", "KILLED_WAIT_S", "World", "main", "tell_torchrun"]
 
 SILENT_WAIT_S = 15.0  # longer than torchrun needs to stop the others after the first rank has exited
+STORE_WAIT_S = 5.0  # for an answer of the rendezvous store
 KILLED_WAIT_S = 2.0  # longer than torchrun needs to notice a rank that was killed
+ATTEMPT = "dtron_attempt"  # the key of the store that holds the name of the newest attempt
 FIRST_FAILURE = "first_failure"  # the key of the store that holds who failed first
+
+
+class AbsentRanksError(UserError):
+    """Some ranks did not come to the start. No mistake in the input: another machine may be down."""
+
+    kind = "lost"
+
+
+class LostContactError(RuntimeError):
+    """A rank failed because others had gone, and nobody stopped it."""
+
+    kind = "lost"
 
 
 @dataclass(frozen=True)
@@ -112,9 +130,39 @@ def _join(rank: int, config: Config, control: Control) -> World:
     timeout = timedelta(seconds=config.comm.init_timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    # A run restarted by torchrun finds the old attempt's keys in the agent's store.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return World(rank, local_rank, size, dist.PrefixStore(f"dtron/{attempt}", store), control=control)
+    together = _meet(rank, size, store, config.comm.init_timeout_seconds)
+    return World(rank, local_rank, size, together, control=control)
+
+
+def _meet(rank: int, size: int, store: dist.Store, longest_s: float) -> dist.Store:
+    """Wait until all ranks of this attempt are there; the part of the store that is theirs alone.
+
+    The agent's store holds what earlier attempts left. torchrun's count of restarts does not tell attempts apart: each
+    machine counts its own, and one that starts again only because another did counts nothing. So rank 0 makes up a
+    name. A rank that finds the name of an earlier attempt comes too late for it, or waits in vain: rank 0 is no longer
+    there to begin. Either way it waits for the next name.
+    """
+    name, came, last = "", 0, time.monotonic() + longest_s
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set(ATTEMPT, name)
+    while time.monotonic() < last:
+        if rank == 0:
+            came = store.add(f"{name}/{size}/came", 0)
+            if came == size - 1:
+                store.set(f"{name}/{size}/begin", "")
+                return dist.PrefixStore(f"dtron/{name}", store)
+        elif store.check([ATTEMPT]) and (newest := store.get(ATTEMPT).decode()) != name:
+            name = newest
+            came = store.add(f"{name}/{size}/came", 1)
+        elif name and came < size and store.check([f"{name}/{size}/begin"]):
+            return dist.PrefixStore(f"dtron/{name}", store)
+        time.sleep(max(0.02, size / 10_000))  # the one store stands 10,000 requests a second
+    missing = f"{size - 1 - came} of {size} ranks have" if rank == 0 else "rank 0 has"
+    raise AbsentRanksError(
+        f"{missing} not come within comm.init_timeout_seconds = {longest_s:g}; look at what the other machines "
+        "printed, start the same command on all of them, and raise the limit if some are slow to start"
+    )
 
 
 def _compare_configs(world: World, config: Config) -> None:
@@ -180,7 +228,7 @@ def _exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
 def _exit_with_message(rank: int, world: World | None, control: Control, error: UserError) -> NoReturn:
     """Rank 0 speaks. Another rank speaks only if rank 0 is still there after the wait: the mistake was its own."""
     StopRequest().disarm()  # torchrun is to stop the waiting at once
-    _is_first_to_fail(rank, world)  # ranks that lose contact with this one are to be silent
+    _first_to_fail(rank, world)  # ranks that lose contact with this one are to be silent
     where = ""
     if rank != 0:
         time.sleep(SILENT_WAIT_S)
@@ -202,27 +250,45 @@ def _exit_with_traceback(rank: int, world: World | None, control: Control, error
     """
     told_to_stop = world is not None and world.stop.asked
     StopRequest().disarm()
-    if _is_first_to_fail(rank, world):
+    first = _first_to_fail(rank, world)
+    if first == f"rank {rank}":
+        control.failed(error)
         # A rank that was killed could not say that it was first. torchrun stops this one before it takes the blame.
         time.sleep(0.0 if told_to_stop else KILLED_WAIT_S)
         print(traceback.format_exc(), file=sys.stderr)
         print(f"error on rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        control.failed(error)
         tell_torchrun(error)
-        os._exit(1)
-    time.sleep(0.0 if told_to_stop else SILENT_WAIT_S)
+    elif not told_to_stop:
+        time.sleep(SILENT_WAIT_S)
+        # The torchrun of this machine has not stopped it, so the cause is not on this machine, or is its network.
+        where = f"{first} ended first and says why" if first else "nor can the rendezvous store be reached"
+        lost = LostContactError(f"rank {rank} lost contact with the others, {where}: {type(error).__name__}: {error}")
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        control.failed(lost)
+        tell_torchrun(lost)
     os._exit(1)
 
 
-def _is_first_to_fail(rank: int, world: World | None) -> bool:
-    """Ask the store, which remembers the first rank that did. False if it is gone, and with it rank 0 or torchrun."""
+def _first_to_fail(rank: int, world: World | None) -> str:
+    """The first rank that failed, as the store remembers; this one, if it remembers none. Empty if it is out of reach:
+
+    gone, with rank 0 or torchrun, or cut off, and then a request waits for minutes.
+    """
+    mine, answers = f"rank {rank}", queue.SimpleQueue[str]()
     if world is None:
-        return True
-    mine = f"rank {rank}"
+        return mine
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # torch's own errors of a lost store derive from it
+            answers.put(world.store.compare_set(FIRST_FAILURE, "", mine).decode())
+            return
+        answers.put("")
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        return world.store.compare_set(FIRST_FAILURE, "", mine).decode() == mine
-    except RuntimeError:  # torch's own errors of a lost store derive from it
-        return False
+        return answers.get(timeout=STORE_WAIT_S)
+    except queue.Empty:
+        return ""
 
 
 def _rank_0_is_there() -> bool:

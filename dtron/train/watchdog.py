@@ -44,6 +44,8 @@ ASKED, OVER, WRITTEN, LEFT = "hang", "hang_over", "hang_written", "hang_left"
 class HangError(RuntimeError):
     """A rank waited for others as long as the configuration lets it."""
 
+    kind = "hang"
+
 
 @dataclass(frozen=True)
 class Wait:
@@ -133,12 +135,27 @@ def _waiting(answered: dict[int, State], world: int, explain: bool) -> list[str]
     lines = [f"{named(ranks)} {'waits' if len(ranks) == 1 else 'wait'} in {place}" for place, ranks in by_size[:NAMED]]
     if len(places) > NAMED:
         lines.append(f"and in {len(places) - NAMED} more")
-    if explain and len(places) > 1:
+    if explain and (behind := _left_behind(answered)):
+        lines.append(f"others have finished what {named(behind)} still wait in: look at the network of these")
+    elif explain and len(places) > 1:
         lines.append("every rank waits, in different collectives: they have gone different ways")
         lines += [f"main thread of rank {ranks[0]}:\n{answered[ranks[0]].stack.rstrip()}" for _, ranks in by_size[:2]]
     elif explain:
         lines.append("every rank waits in the same collective: look at the network between them")
     return lines
+
+
+def _left_behind(answered: dict[int, State]) -> list[int]:
+    """The ranks that wait in a collective which other ranks of its group have finished: they wait in a later one.
+
+    A rank that took another way through the code is not ahead: it waits in another collective of the same number.
+    """
+    newest: dict[tuple[str, tuple[int, ...]], int] = {}
+    waits = {rank: state.wait for rank, state in answered.items() if state.wait is not None and state.wait.ranks}
+    for wait in waits.values():
+        group = wait.group, tuple(wait.ranks)
+        newest[group] = max(newest.get(group, 0), wait.number)
+    return [rank for rank, wait in waits.items() if wait.number < newest[wait.group, tuple(wait.ranks)]]
 
 
 # --- one rank

@@ -9,6 +9,7 @@ import torch
 from dtron.errors import UserError
 from dtron.train import control
 from dtron.train.control import Control, kind_of
+from dtron.train.launch import AbsentRanksError, LostContactError
 from dtron.train.watchdog import HangError
 
 
@@ -89,6 +90,8 @@ def test_a_folder_that_cannot_be_written_is_told_and_no_more(tmp_path: Path, cap
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "oom"),
         (HangError("the run hangs"), "hang"),
+        (LostContactError("rank 3 lost contact: Timed out"), "lost"),
+        (AbsentRanksError("3 of 4 ranks have not come"), "lost"),
         (RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv"), "hang"),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:1"), "lost"),
         (ValueError("anything"), "error"),

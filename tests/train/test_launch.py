@@ -4,9 +4,11 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from dtron.config import Config, load
 from dtron.errors import UserError
@@ -76,3 +78,78 @@ def test_rank_0_ends_after_the_others_know(monkeypatch: pytest.MonkeyPatch) -> N
     launch._wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
     assert 0.2 <= time.monotonic() - began < 10
     launch._wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
+
+
+# --- attempts that share one store, as those of a torchrun do
+
+
+def meet(store: dist.Store, size: int, late: int, longest_s: float = 20) -> list[str]:
+    """One attempt, of which rank `late` comes half a second after the others: the name each rank comes away with."""
+    names = ["none"] * size
+
+    def rank(me: int) -> None:
+        time.sleep(0.5 if me == late else 0.0)
+        try:
+            mine = launch._meet(me, size, store, longest_s)
+        except UserError as error:
+            names[me] = str(error)
+            return
+        names[me] = mine.compare_set("name", "", f"chosen by {me}").decode()
+
+    run_all([lambda me=me: rank(me) for me in range(size)])
+    return names
+
+
+def test_attempts_share_nothing_of_the_store() -> None:
+    """Whoever comes first, and however many have come before."""
+    store, seen = dist.HashStore(), set()
+    for size, late in ((2, 0), (2, 1), (2, 0), (3, 2), (1, 1), (3, 0), (2, 0)):
+        names = meet(store, size, late)
+        assert len(set(names)) == 1 and names[0].startswith("chosen by"), names
+        attempt = store.get(launch.ATTEMPT)
+        assert attempt not in seen
+        seen.add(attempt)
+
+
+def test_an_attempt_that_did_not_begin_is_not_joined() -> None:
+    """Its rank 0 has ended, after it had come."""
+    store = dist.HashStore()
+    with pytest.raises(UserError, match=r"^2 of 3 ranks have not come within comm.init_timeout_seconds = 0.2; look"):
+        launch._meet(0, 3, store, 0.2)
+    with pytest.raises(UserError, match="^rank 0 has not come within comm.init_timeout_seconds = 0.2; look"):
+        launch._meet(2, 3, store, 0.2)
+    assert len(set(meet(store, 3, late=0))) == 1
+
+
+# --- ranks that fail because others did
+
+
+class Silent(dist.HashStore):  # type: ignore[misc]
+    """A store behind a network that is down."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        time.sleep(1000)
+        return b""
+
+
+def lose_contact(store: str, said: Path) -> None:
+    launch.SILENT_WAIT_S, launch.STORE_WAIT_S = 0.3, 0.2
+    world = World(1, 1, 2, {"silent": Silent, "there": dist.HashStore}[store]())
+    if store == "there":
+        world.store.set(launch.FIRST_FAILURE, "rank 0")
+    with said.open("w") as launch.sys.stderr:
+        launch._exit_with_traceback(1, world, RuntimeError("timed out waiting"))
+
+
+@pytest.mark.parametrize(
+    ("store", "where"),
+    [("silent", "nor can the rendezvous store be reached"), ("there", "rank 0 ended first and says why")],
+)
+def test_a_rank_that_nobody_stops_says_that_it_lost_contact(store: str, where: str, tmp_path: Path) -> None:
+    """The torchrun of the machine where the first rank failed does not stop it, nor one that cannot be reached."""
+    process = mp.get_context("fork").Process(target=lose_contact, args=(store, tmp_path / "said"), daemon=True)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1
+    want = f"error: rank 1 lost contact with the others, {where}: RuntimeError: timed out waiting\n"
+    assert (tmp_path / "said").read_text() == want

@@ -1,5 +1,6 @@
 """Who waits for whom, told from made-up answers of ranks; and what a rank waits in. Real hangs: tests/frontdoor."""
 
+import dataclasses
 import os
 import pickle
 import sys
@@ -80,6 +81,14 @@ def test_ranks_that_went_different_ways() -> None:
 def test_one_collective_that_does_not_end() -> None:
     text = report({rank: state(REDUCE) for rank in range(4)}, 0, 96.5, LIMIT)
     assert text.endswith("every rank waits in the same collective: look at the network between them")
+
+
+def test_ranks_that_cannot_end_what_others_have_ended() -> None:
+    """As when the link between two of them is down: those whose part of it is done go on to the next."""
+    later = dataclasses.replace(REDUCE, number=58)
+    text = report({0: state(later), 1: state(REDUCE), 2: state(REDUCE), 3: state(later)}, 0, 96.5, LIMIT)
+    assert text.endswith("others have finished what ranks 1-2 still wait in: look at the network of these")
+    assert "different" not in text and "File" not in text
 
 
 def test_a_report_stays_short() -> None:
