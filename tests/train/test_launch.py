@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from dtron.config import Config, load
 from dtron.errors import UserError
 from dtron.train import launch
+from dtron.train.control import Control
 from dtron.train.launch import World
 
 
@@ -138,7 +139,7 @@ def lose_contact(store: str, said: Path) -> None:
     if store == "there":
         world.store.set(launch.FIRST_FAILURE, "rank 0")
     with said.open("w") as launch.sys.stderr:
-        launch._exit_with_traceback(1, world, RuntimeError("timed out waiting"))
+        launch._exit_with_traceback(1, world, Control(), RuntimeError("timed out waiting"))
 
 
 @pytest.mark.parametrize(
