@@ -100,7 +100,7 @@ def _point(file: SweepFile, settings: dict[str, Any], device_type: Literal["cpu"
     except UserError as error:
         pruned = " ".join(str(error).split())
         degrees = _asked(config)
-    name, batch = _name(config, degrees, ranks), config.training.global_batch_size
+    name, batch = _name(config, degrees), config.training.global_batch_size
     if pruned:
         return Point(name, config, settings, degrees, batch, pruned=pruned)
     same = {key: value for key, value in flatten(config).items() if not key.startswith(SAME_LOSS)}
@@ -139,13 +139,13 @@ def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
     return config
 
 
-def _name(config: Config, degrees: Degrees, ranks: int) -> str:
+def _name(config: Config, degrees: Degrees) -> str:
     """What a person looks for first, and a hash of every setting that is not the default."""
     ac, layout = config.activation_checkpoint, str(degrees).replace(" x ", "-").replace("_", "").replace(" ", "")
     recompute = f"selective{ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     readable = f"{config.model.flavor}-{layout}-local{config.training.local_batch_size}-{recompute}"
     settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
-    return f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', readable)}-{_digest([ranks, _changed(settings)])}"
+    return f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', readable)}-{_digest(_changed(settings))}"
 
 
 def _changed(settings: dict[str, Any]) -> dict[str, Any]:

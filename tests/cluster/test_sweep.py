@@ -656,7 +656,7 @@ def test_a_real_sweep_interrupted_and_resumed(write: Any, tmp_path: Path) -> Non
     beat = tmp_path / "out"
     while not list(beat.glob("points/*/control-1/HEARTBEAT")) and first.poll() is None:
         time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)  # unlike SIGINT it is heard in the background too
     assert first.wait(90) == 130, (tmp_path / "log").read_text()
     second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=200)
     assert second.returncode == 0, second.stdout + second.stderr
