@@ -28,7 +28,7 @@ from dtron.observe.profiler import check_profiling
 from dtron.parallel.compose import meta_model, stage_plan
 from dtron.parallel.pipeline import SCHEDULES, StagePlan, schedule_stages
 
-__all__ = ["Setup", "check_batch", "describe", "resolve", "stages_of"]
+__all__ = ["Setup", "check_batch", "choose_device_type", "describe", "resolve", "stages_of"]
 
 NAMED = ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")  # keys that say which data
 
@@ -51,7 +51,7 @@ class Setup:
 def resolve(config: Config, world: int) -> Setup:
     """Check a configuration for `world` ranks. UserError with the first thing that cannot work."""
     registry.import_custom(config.job.custom_import)
-    device_type = _device_type(config)
+    device_type = choose_device_type(config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
     config = _resolve_initial(config)
     if config.validation.only:
@@ -158,7 +158,8 @@ def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:
     return global_batch
 
 
-def _device_type(config: Config) -> Literal["cpu", "cuda"]:
+def choose_device_type(config: Config) -> Literal["cpu", "cuda"]:
+    """Of `training.device`, auto resolved. UserError if it is a GPU that is not there."""
     asked = config.training.device
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError(

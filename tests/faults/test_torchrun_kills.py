@@ -172,7 +172,7 @@ def fail(told_to_stop: bool) -> None:
     world.stop.arm()
     if told_to_stop:
         os.kill(os.getpid(), signal.SIGTERM)
-    launch._exit_with_traceback(1, world, RuntimeError("connection closed by peer"))
+    launch.exit_with_traceback(1, world, RuntimeError("connection closed by peer"))
 
 
 @pytest.mark.parametrize("told_to_stop", [True, False])

@@ -21,7 +21,7 @@ def compare(configs: list[Config]) -> list[str]:
 
     def rank(me: int) -> None:
         try:
-            launch._compare_configs(World(me, me, len(configs), store), configs[me])
+            launch.compare_configs(World(me, me, len(configs), store), configs[me])
             told[me] = ""
         except UserError as error:
             told[me] = str(error)
@@ -67,12 +67,12 @@ def test_rank_0_ends_after_the_others_know(monkeypatch: pytest.MonkeyPatch) -> N
     other = threading.Thread(target=slow_rank, daemon=True)
     other.start()
     with pytest.raises(UserError, match="different"):
-        launch._compare_configs(world, load(["--tp", "2"]))
+        launch.compare_configs(world, load(["--tp", "2"]))
     assert 0.4 <= time.monotonic() - began < 10
     other.join()
 
     monkeypatch.setattr(launch, "SILENT_WAIT_S", 0.2)
     began = time.monotonic()
-    launch._wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
+    launch.wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
     assert 0.2 <= time.monotonic() - began < 10
-    launch._wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
+    launch.wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
