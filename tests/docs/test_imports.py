@@ -15,7 +15,7 @@ FLOORS = [
     {"data", "checkpoint", "observe"},
     {"registry"},
     {"train"},
-    {"hf"},
+    {"hf", "cluster"},
     {"__main__"},
 ]
 ANYWHERE = {"dtron", "compat", "errors"}  # may be imported from anywhere, and import nothing of dtron but each other
