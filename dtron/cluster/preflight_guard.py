@@ -7,6 +7,7 @@ either says so by itself, a little later.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from dtron import compat
-from dtron.cluster.preflight_facts import hosts_text, whose
+from dtron.cluster.preflight_facts import whose
 from dtron.train.launch import FIRST_FAILURE, World, tell_torchrun
 
 __all__ = ["Guard", "Place", "StandsStillError", "stands_still"]
@@ -25,6 +26,7 @@ POLL_S = 0.2
 ANSWER_S = 2.0  # for an answer: a poll, and what a busy machine needs
 ALONE_S = 6.0  # after the limit, when whoever asks the others must have ended this rank
 CODE = 2
+NAMED = 4  # groups, in a message
 
 # Keys of the store. "preflight/at/3" is the answer of rank 3; "preflight/met/2": ranks that have ended stage 2.
 ASKED, OVER, AT, MET = "preflight/asked", "preflight/over", "preflight/at", "preflight/met"
@@ -56,19 +58,16 @@ def stands_still(cause: str, places: dict[int, Place | None], hosts: list[str]) 
             together.setdefault((place.what, tuple(place.ranks)), []).append(rank)
     if silent:
         lines.append(
-            f"{whose(silent, hosts)} did not answer: stopped, gone, or cut off from the rendezvous store of rank 0"
+            f"{whose(silent, hosts)} did not answer: not started, stopped, gone, or cut off from rank 0's machine"
         )
     lines += [f"{whose(ranks, hosts)}: still at {what}" for what, ranks in alone.items()]
-    for (what, group), inside in [*together.items()][:4]:
-        missing = sorted(set(group) - set(inside))
-        lines.append(
-            f"{what} of {whose(list(group), hosts)} does not end"
-            + (f": {whose(missing, hosts)} is not in it" if missing and len(missing) < len(group) else "")
-        )
-    if len(together) > 4:
-        lines.append(f"and {len(together) - 4} more groups")
-    if together and not silent and not alone and len(together) == 1:
-        lines.append(f"look at the network between {hosts_text(next(iter(together.values())), hosts) or 'these ranks'}")
+    for (what, group), inside in [*together.items()][:NAMED]:
+        where = "" if len(inside) == len(group) else f" on {whose(inside, hosts)}"
+        lines.append(f"{what} of {whose(list(group), hosts)} does not end{where}")
+    if len(together) > NAMED:
+        lines.append(f"and of {len(together) - NAMED} more groups")
+    if together and not silent and not alone:
+        lines.append("look at the network between their machines")
     if len(lines) == 1:
         lines.append("every rank waits for the others: look at the network between them and the rendezvous store")
     return "\n".join(lines)
@@ -144,7 +143,7 @@ class Guard:
         place = self._place
         if not (place.ranks or place.waits) or self._world.size == 1:
             raise error
-        reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).partition("\n")[0][:150] or type(error).__name__
         try:
             self._fire(f"{self._stage}: contact was lost ({reason})", self._world.store)
         finally:
@@ -187,11 +186,8 @@ class Guard:
         store.set(ASKED, mine)
         text = stands_still(cause, self._collect(store), self.hosts)
         print(f"error: {text}", file=sys.stderr, flush=True)
-        try:
-            raise StandsStillError(text)  # torchrun's summary shows what is being handled
-        except StandsStillError as error:
-            tell_torchrun(error.with_traceback(None))
-        store.set(OVER, "")
+        _tell_torchrun(text)
+        store.set(OVER, text)
         time.sleep(2 * POLL_S)  # without torchrun the store may live in this process
         os._exit(CODE)
 
@@ -213,6 +209,15 @@ class Guard:
             end = time.monotonic() + ANSWER_S + ALONE_S
             while not self._store.check([OVER]) and time.monotonic() < end:
                 time.sleep(POLL_S / 2)
+            if self._store.check([OVER]):
+                _tell_torchrun(self._store.get(OVER).decode())  # every machine has a summary of its own
         finally:  # also if the store is gone with the rank that asked
             time.sleep(1.0)  # torchrun blames the rank that ends first
             os._exit(CODE)
+
+
+def _tell_torchrun(text: str) -> None:
+    try:
+        raise StandsStillError(text)  # the summary shows what is being handled
+    except StandsStillError as error:
+        tell_torchrun(error.with_traceback(None))

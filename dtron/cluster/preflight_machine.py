@@ -29,7 +29,7 @@ def offset(sent: float, received: float, answered: float, back: float) -> tuple[
 
 
 def ask_clock(rank: int) -> dict[str, float]:
-    """How far the clock of `rank`, which is in `answer_clock`, is ahead of this one: skew_s, uncertainty_s."""
+    """clock_skew_s, how far the clock of `rank`, which is in `answer_clock`, is ahead of ours; clock_uncertainty_s."""
     trips, theirs = [], torch.zeros(2, dtype=torch.int64)
     for _ in range(ROUND_TRIPS):
         sent = time.time_ns()
@@ -40,7 +40,7 @@ def ask_clock(rank: int) -> dict[str, float]:
         received, answered = (int(ns) - sent for ns in theirs)
         trips.append(offset(0, received, answered, back - sent))
     skew, uncertainty = min(trips, key=lambda trip: trip[1])
-    return {"skew_s": skew / 1e9, "uncertainty_s": uncertainty / 1e9}
+    return {"clock_skew_s": skew / 1e9, "clock_uncertainty_s": uncertainty / 1e9}
 
 
 def answer_clock(rank: int, clock: Callable[[], int] = time.time_ns) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from dtron import compat
 from dtron.cluster.preflight_guard import Guard
 from dtron.mesh import Mesh
 
@@ -171,7 +172,7 @@ class Meter:
                 return size, lambda: dist.all_reduce(whole, group=group)
             part = torch.zeros(-(-size // (4 * n)), device=self._device)
             whole = torch.zeros(n * part.numel(), device=self._device)
-            return whole.nbytes, lambda: dist.all_gather_into_tensor(whole, part, group=group)
+            return whole.nbytes, lambda: compat.all_gather_single(whole, part, group=group)
 
         return self._sizes(f"{op} in {' = '.join(dimension.names)}", dimension.ranks, prepare)
 

@@ -12,8 +12,8 @@ from dtron.observe.device import peak_flops_per_s
 __all__ = ["SCHEMA", "assemble_dimensions", "assemble_ranks", "reference", "table", "warnings_of"]
 
 SCHEMA = 1  # of the JSON; a reader refuses another
-# A rate under this share of the reference is slow. Of CPUs rates a CPU second are compared: four equal ranks on two cores
-# differed by up to 5.5 times in the wall clock's, and by 12% in those.
+# A rate under this share of the reference is slow. Of CPUs the rates a CPU second are compared: of four equal ranks on
+# two cores the lowest had 0.18 to 0.87 of the reference by the wall clock, and 0.89 or more of it a CPU second.
 SLOW_RATE = {"cuda": 0.8, "cpu": 0.7}
 SLOW_LINK = {"cuda": 0.7, "cpu": 0.4}
 SLOW_DISK = 0.5
@@ -36,7 +36,9 @@ def assemble_ranks(measured: list[dict[str, Any]], facts: list[dict[str, Any]], 
         peak = peak_flops_per_s(fact["device"]) if dtype == "bfloat16" else None
         share = None if peak is None else each["matmul_flops_per_s"] / peak
         who = {"rank": rank, "host": fact["host"], "device": fact["device"], "threads": fact["threads"]}
-        found.append(who | {"matmul_dtype": dtype, "matmul_share_of_peak": share} | each)
+        cores = each["matmul_flops_per_s"] / each["matmul_flops_per_cpu_s"] / fact["threads"]
+        shares = {"matmul_share_of_peak": share, "cpu_share": cores if fact["device"] == "cpu" else None}
+        found.append(who | {"matmul_dtype": dtype} | shares | each)
     return found
 
 
@@ -101,9 +103,9 @@ def warnings_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """kind, ranks, hosts and text of everything that is not as it should be, but does not keep ranks from training."""
     kind, hosts = figures["device_type"], [rank["host"] for rank in figures["ranks"]]
     found = []
-    per = "_per_cpu_s" if kind == "cpu" else "_per_s"
-    found += _slow_ranks(figures, "matmul", f"matmul_flops{per}", SLOW_RATE[kind], _flops)
-    found += _slow_ranks(figures, "memory", f"memory_bytes{per}", SLOW_RATE[kind], _rate)
+    per, unit = ("per_cpu_s", " a CPU second") if kind == "cpu" else ("per_s", "")
+    found += _slow_ranks(figures, "matmul", f"matmul_flops_{per}", SLOW_RATE[kind], lambda rate: _flops(rate) + unit)
+    found += _slow_ranks(figures, "memory", f"memory_bytes_{per}", SLOW_RATE[kind], lambda rate: _rate(rate) + unit)
     if kind == "cuda":
         found += _slow_ranks(figures, "free memory", "memory_free_bytes", FREE_MEMORY, human_bytes)
     done: set[int] = set()
@@ -222,8 +224,10 @@ def table(figures: dict[str, Any]) -> str:
         _rank_row(f"matmul {ranks[0]['matmul_dtype']}", ranks, "matmul_flops_per_s", hosts, _flops),
         _rank_row("memory copy", ranks, "memory_bytes_per_s", hosts, _rate),
     ]
-    if shares := [rank["matmul_share_of_peak"] for rank in ranks if rank["matmul_share_of_peak"] is not None]:
-        lines.append(f"{'share of peak':<14}{statistics.median(shares):>16.1%}{min(shares):>16.1%}")
+    if figures["device_type"] == "cpu":
+        lines.append(_rank_row("share of cores", ranks, "cpu_share", hosts, "{:.0%}".format))
+    elif ranks[0]["matmul_share_of_peak"] is not None:
+        lines.append(_rank_row("share of peak", ranks, "matmul_share_of_peak", hosts, "{:.1%}".format))
     if figures["dimensions"]:
         lines += [
             "",

@@ -32,6 +32,7 @@ from dtron.train.launch import (
     exit_with_traceback,
     join,
     start_process_group,
+    tell_torchrun,
     wait_until_all_know,
 )
 from dtron.train.setup import choose_device_type, resolve
@@ -79,16 +80,18 @@ def main(given: argparse.Namespace) -> NoReturn:
     world: World | None = None
     guard: Guard | None = None
     try:
+        if rank == 0:
+            _begin(Path(given.out))
         config, plan = _plan(given)
         world = _join(rank, config)
         guard = Guard(world, given.timeout)
         with guard.stage("the start", max(START_S, given.timeout)):
             guard.start()
-            if rank == 0:
-                _begin(Path(given.out))
+            guard.waits()
             compare_configs(world, config)
         crew = meet(world, guard, facts(plan.device))
         with guard.stage("making the process groups"):
+            guard.at("making the process groups", range(world.size))
             start_process_group(world, config, plan.device.type)
             mesh = Mesh(plan.degrees, plan.device.type)
         figures = measure(plan, guard, Meter(plan.device, guard), mesh, crew)
@@ -276,6 +279,8 @@ def _conclude(
     if told["error"]:
         wait_until_all_know(world)
         raise UserError(told["error"])
+    if told["exit_code"] and world.rank == 0:
+        tell_torchrun(UserError(f"--strict, and {len(figures['warnings'])} warnings: see {given.out}"))  # type: ignore
     return told["exit_code"]
 
 
