@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtron.cluster import preflight
 from dtron.data.corpus import StdlibSource
 from dtron.data.prepare import SHARD_TOKENS, choose_encoder, prepare
 from dtron.data.shards import TokenStore, open_store
@@ -27,8 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     _add_prepare(commands.add_parser("prepare", help="tokenize a source into a folder of shards, or show one"))
     _add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into a checkpoint, or back"))
     sample.add_arguments(commands.add_parser("sample", help="let a model continue text"))
-    parser.set_defaults(after_interrupt="")
-    arguments = parser.parse_args(argv)
+    ranks = "check and measure the machines that a run is to start on"
+    preflight.add_arguments(commands.add_parser("preflight", help=ranks, allow_abbrev=False))
+    parser.set_defaults(after_interrupt="", takes_keys=False)
+    arguments, others = parser.parse_known_args(argv)
+    arguments.keys = others
+    if others and not arguments.takes_keys:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         arguments.run(arguments)
     except UserError as error:

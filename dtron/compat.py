@@ -33,6 +33,7 @@ __all__ = [
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
     "all_gather",
+    "all_gather_single",
     "another_connection",
     "checkpoint_wrapper",  # 2.11, 2.13; waits for a public module wrapper in torch.utils.checkpoint
     "clean_name",
@@ -142,6 +143,11 @@ _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all
 def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
     """Every rank's tensor joined along `dim` in the order of the ranks; gradients are summed and scattered back."""
     return _gather(tensor, dim, mesh)
+
+
+# --- an all-gather without one, under its public name of 2.13; the other is that of 2.11 and 2.12, deprecated since.
+
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 # --- pipelining, 2.13; waits for public custom schedules and a public evaluation of every schedule.

@@ -37,7 +37,20 @@ if TYPE_CHECKING:
     from dtron.train.evaluate import Evaluation
     from dtron.train.trainer import Trainer
 
-__all__ = ["FIRST_FAILURE", "KILLED_WAIT_S", "World", "main", "tell_torchrun"]
+__all__ = [
+    "FIRST_FAILURE",
+    "KILLED_WAIT_S",
+    "World",
+    "compare_configs",
+    "exit_when_interrupted",
+    "exit_with_message",
+    "exit_with_traceback",
+    "join",
+    "main",
+    "start_process_group",
+    "tell_torchrun",
+    "wait_until_all_know",
+]
 
 SILENT_WAIT_S = 15.0  # longer than torchrun needs to stop the others after the first rank has exited
 STORE_WAIT_S = 5.0  # for an answer of the rendezvous store
@@ -84,17 +97,17 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
     that training.loss names.
     """
     rank = int(os.environ.get("RANK", 0))
-    signal.signal(signal.SIGINT, _exit_when_interrupted)
+    signal.signal(signal.SIGINT, exit_when_interrupted)
     world: World | None = None
     control = Control(rank)
     try:
         config = load(sys.argv[1:] if argv is None else argv)
         control = Control(rank, config.job.control_folder)
         setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
-        world = _join(rank, setup.config, control)
-        _compare_configs(world, config)
+        world = join(rank, setup.config, control)
+        compare_configs(world, config)
         _announce(world, setup.config)
-        _start_process_group(world, setup)
+        start_process_group(world, setup.config, setup.device_type)
         _what_runs(setup, trainer)(setup, world).run()
         dist.destroy_process_group()
         # Threads of the groups may still be ending; a process that tears down around them can abort after all is done.
@@ -105,9 +118,9 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
         if rank == 0:
             print(help_text)
     except UserError as error:
-        _exit_with_message(rank, world, control, error)
+        exit_with_message(rank, world, error, control)
     except BaseException as error:
-        _exit_with_traceback(rank, world, control, error)
+        exit_with_traceback(rank, world, error, control)
 
 
 def _what_runs(setup: Setup, trainer: "type[Trainer] | None") -> "type[Trainer | Evaluation]":
@@ -117,9 +130,9 @@ def _what_runs(setup: Setup, trainer: "type[Trainer] | None") -> "type[Trainer |
     return Evaluation if setup.config.validation.only else trainer or Trainer
 
 
-def _join(rank: int, config: Config, control: Control) -> World:
+def join(rank: int, config: Config, control: Control | None = None) -> World:
     """Reach the rendezvous store. Without torchrun the run is one process of its own."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, control = int(os.environ.get("LOCAL_RANK", 0)), control or Control()
     if "MASTER_ADDR" not in os.environ:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
@@ -165,7 +178,7 @@ def _meet(rank: int, size: int, store: dist.Store, longest_s: float) -> dist.Sto
     )
 
 
-def _compare_configs(world: World, config: Config) -> None:
+def compare_configs(world: World, config: Config) -> None:
     """UserError on every rank if one has another configuration; ranks that disagree would hang or corrupt."""
     mine = {key: repr(value) for key, value in flatten(config).items()}
     if world.rank == 0:
@@ -178,11 +191,11 @@ def _compare_configs(world: World, config: Config) -> None:
     if world.store.add("compared", 1) == world.size:
         world.store.compare_set("verdict", "", "equal")
     if (verdict := world.store.get("verdict").decode()) != "equal":
-        _wait_until_all_know(world)
+        wait_until_all_know(world)
         raise UserError(f"the ranks have different configurations: {verdict}; start all with one file and command line")
 
 
-def _wait_until_all_know(world: World) -> None:
+def wait_until_all_know(world: World) -> None:
     """Without torchrun the store lives in rank 0, which must not end before the others have read the verdict."""
     known, end = world.store.add("known", 1), time.monotonic() + SILENT_WAIT_S
     while world.rank == 0 and known < world.size and time.monotonic() < end:
@@ -198,9 +211,9 @@ def _announce(world: World, config: Config) -> None:
         world.say(line)
 
 
-def _start_process_group(world: World, setup: Setup) -> None:
-    c = setup.config
-    if setup.device_type == "cuda":
+def start_process_group(world: World, c: Config, device_type: str) -> None:
+    """Make the group of all ranks, whose waits end after comm.init_timeout_seconds. UserError if a GPU is missing."""
+    if device_type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {world.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
@@ -211,21 +224,21 @@ def _start_process_group(world: World, setup: Setup) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     # CPU offload reduces gradients and norms on the CPU, so a CUDA run has a gloo side too.
-    backend = "cpu:gloo,cuda:nccl" if setup.device_type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     timeout = timedelta(seconds=c.comm.init_timeout_seconds)
     if world.size > 1:
         compat.start_flight_recorder(c.comm.trace_buf_size)
     dist.init_process_group(backend, store=world.store, rank=world.rank, world_size=world.size, timeout=timeout)
 
 
-def _exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
+def exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
     """Ctrl-C, passed on by torchrun. Not a KeyboardInterrupt, which would come up in the middle of any other error."""
     if os.environ.get("RANK", "0") == "0":
         print("interrupted", file=sys.stderr, flush=True)
     os._exit(128 + signum)
 
 
-def _exit_with_message(rank: int, world: World | None, control: Control, error: UserError) -> NoReturn:
+def exit_with_message(rank: int, world: World | None, error: UserError, control: Control | None = None) -> NoReturn:
     """Rank 0 speaks. Another rank speaks only if rank 0 is still there after the wait: the mistake was its own."""
     StopRequest().disarm()  # torchrun is to stop the waiting at once
     _first_to_fail(rank, world)  # ranks that lose contact with this one are to be silent
@@ -236,13 +249,16 @@ def _exit_with_message(rank: int, world: World | None, control: Control, error: 
             os._exit(2)
         where = f" on rank {rank}"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
-    control.failed(error)
+    if control:
+        control.failed(error)
     error.__cause__, error.__suppress_context__ = None, True  # the summary, too, has the message only
     tell_torchrun(error.with_traceback(None))
     os._exit(2)
 
 
-def _exit_with_traceback(rank: int, world: World | None, control: Control, error: BaseException) -> NoReturn:
+def exit_with_traceback(
+    rank: int, world: World | None, error: BaseException, control: Control | None = None
+) -> NoReturn:
     """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped.
 
     One that was told to stop before it failed waits for nothing: it will not be told again, and ranks that wait for it
@@ -252,7 +268,8 @@ def _exit_with_traceback(rank: int, world: World | None, control: Control, error
     StopRequest().disarm()
     first = _first_to_fail(rank, world)
     if first == f"rank {rank}":
-        control.failed(error)
+        if control:
+            control.failed(error)
         # A rank that was killed could not say that it was first. torchrun stops this one before it takes the blame.
         time.sleep(0.0 if told_to_stop else KILLED_WAIT_S)
         print(traceback.format_exc(), file=sys.stderr)
@@ -264,7 +281,8 @@ def _exit_with_traceback(rank: int, world: World | None, control: Control, error
         where = f"{first} ended first and says why" if first else "nor can the rendezvous store be reached"
         lost = LostContactError(f"rank {rank} lost contact with the others, {where}: {type(error).__name__}: {error}")
         print(f"error: {lost}", file=sys.stderr, flush=True)
-        control.failed(lost)
+        if control:
+            control.failed(lost)
         tell_torchrun(lost)
     os._exit(1)
 

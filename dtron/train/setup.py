@@ -28,7 +28,7 @@ from dtron.observe.profiler import check_profiling
 from dtron.parallel.compose import meta_model, stage_plan
 from dtron.parallel.pipeline import SCHEDULES, StagePlan, schedule_stages
 
-__all__ = ["Setup", "check_batch", "describe", "resolve", "stages_of"]
+__all__ = ["Setup", "check_batch", "choose_device_type", "describe", "resolve", "stages_of"]
 
 NAMED = ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")  # keys that say which data
 
@@ -54,7 +54,7 @@ def resolve(config: Config, world: int, device_type: Literal["cpu", "cuda"] | No
     device_type: of the machine that will run it, where that is not this one.
     """
     registry.import_custom(config.job.custom_import)
-    device_type = device_type or _device_type(config)
+    device_type = device_type or choose_device_type(config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, device=device_type))
     config = _resolve_initial(config)
     if config.validation.only:
@@ -161,7 +161,8 @@ def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:
     return global_batch
 
 
-def _device_type(config: Config) -> Literal["cpu", "cuda"]:
+def choose_device_type(config: Config) -> Literal["cpu", "cuda"]:
+    """Of `training.device`, auto resolved. UserError if it is a GPU that is not there."""
     asked = config.training.device
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError(

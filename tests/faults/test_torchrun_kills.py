@@ -24,7 +24,6 @@ from dtron.checkpoint.files import find_damage, read_manifest, steps_in  # noqa:
 from dtron.checkpoint.place import Place  # noqa: E402
 from dtron.observe.metrics import read_metrics  # noqa: E402
 from dtron.train import launch  # noqa: E402
-from dtron.train.control import Control
 from dtron.train.launch import World  # noqa: E402
 
 BACK_S = 30  # from a kill to the next finished step
@@ -173,7 +172,7 @@ def fail(told_to_stop: bool) -> None:
     world.stop.arm()
     if told_to_stop:
         os.kill(os.getpid(), signal.SIGTERM)
-    launch._exit_with_traceback(1, world, Control(), RuntimeError("connection closed by peer"))
+    launch.exit_with_traceback(1, world, RuntimeError("connection closed by peer"))
 
 
 @pytest.mark.parametrize("told_to_stop", [True, False])

@@ -13,7 +13,6 @@ import torch.multiprocessing as mp
 from dtron.config import Config, load
 from dtron.errors import UserError
 from dtron.train import launch
-from dtron.train.control import Control
 from dtron.train.launch import World
 
 
@@ -24,7 +23,7 @@ def compare(configs: list[Config]) -> list[str]:
 
     def rank(me: int) -> None:
         try:
-            launch._compare_configs(World(me, me, len(configs), store), configs[me])
+            launch.compare_configs(World(me, me, len(configs), store), configs[me])
             told[me] = ""
         except UserError as error:
             told[me] = str(error)
@@ -70,15 +69,15 @@ def test_rank_0_ends_after_the_others_know(monkeypatch: pytest.MonkeyPatch) -> N
     other = threading.Thread(target=slow_rank, daemon=True)
     other.start()
     with pytest.raises(UserError, match="different"):
-        launch._compare_configs(world, load(["--tp", "2"]))
+        launch.compare_configs(world, load(["--tp", "2"]))
     assert 0.4 <= time.monotonic() - began < 10
     other.join()
 
     monkeypatch.setattr(launch, "SILENT_WAIT_S", 0.2)
     began = time.monotonic()
-    launch._wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
+    launch.wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
     assert 0.2 <= time.monotonic() - began < 10
-    launch._wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
+    launch.wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
 
 
 # --- attempts that share one store, as those of a torchrun do
@@ -139,7 +138,7 @@ def lose_contact(store: str, said: Path) -> None:
     if store == "there":
         world.store.set(launch.FIRST_FAILURE, "rank 0")
     with said.open("w") as launch.sys.stderr:
-        launch._exit_with_traceback(1, world, Control(), RuntimeError("timed out waiting"))
+        launch.exit_with_traceback(1, world, RuntimeError("timed out waiting"))
 
 
 @pytest.mark.parametrize(
