@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dtron.train.evaluate import Evaluation
     from dtron.train.trainer import Trainer
 
-__all__ = ["FIRST_FAILURE", "KILLED_WAIT_S", "World", "main", "tell_torchrun"]
+__all__ = ["FIRST_FAILURE", "KILLED_WAIT_S", "SILENT_WAIT_S", "LostContactError", "World", "main", "tell_torchrun"]
 
 SILENT_WAIT_S = 15.0  # longer than torchrun needs to stop the others after the first rank has exited
 STORE_WAIT_S = 5.0  # for an answer of the rendezvous store
