@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FIRST_FAILURE",
     "KILLED_WAIT_S",
+    "SILENT_WAIT_S",
+    "LostContactError",
     "World",
     "compare_configs",
     "exit_when_interrupted",

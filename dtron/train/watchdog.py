@@ -5,6 +5,9 @@ there it waits if its main thread stands still, uses no processor time, and hold
 that computes, however long, never waits; so what keeps the others waiting is a rank that waits for nobody, or that
 does not answer at all.
 
+Where ranks may wait longer than the limits, for a slow disk, a rank that gives no sign of life ends the wait: each
+looks at the next one's.
+
 The first rank to reach the limit asks all others through the rendezvous store where they are, and prints one report,
 before torch's own timeout of the collective would end the run with less to say. Then all ranks end with 1.
 """
@@ -25,11 +28,19 @@ import torch.distributed as dist
 
 from dtron import compat
 from dtron.config.sections import Comm
-from dtron.train.launch import FIRST_FAILURE, KILLED_WAIT_S, World, tell_torchrun
+from dtron.train.launch import (
+    FIRST_FAILURE,
+    KILLED_WAIT_S,
+    SILENT_WAIT_S,
+    LostContactError,
+    World,
+    tell_torchrun,
+)
 
 __all__ = ["HangError", "State", "Wait", "Watchdog", "report"]
 
 POLL_S = 0.5
+ALIVE_S = 1.0  # between a rank's signs of life
 ANSWER_S = 1.5  # beside a poll: to look at a full recorder on a busy machine
 DUMP_S = 5.0  # longest wait for the files of all ranks, after the report
 STILL_S = 0.2  # a thread that has not moved for so long, where others have stood for the whole limit, stands
@@ -37,8 +48,8 @@ MOVED_CPU_S = 1e-3  # processor time that shows, in POLL_S, that a thread did so
 FRAMES = 8  # innermost ones, shown of a rank that is the cause
 NAMED = 4  # ranks, or collectives, that a report describes one by one
 
-# Keys of the store; "hang/3" is the answer of rank 3. The last two count ranks.
-ASKED, OVER, WRITTEN, LEFT = "hang", "hang_over", "hang_written", "hang_left"
+# Keys of the store; "hang/3" is the answer of rank 3, "alive/3" its last sign of life. WRITTEN and LEFT count ranks.
+ASKED, OVER, WRITTEN, LEFT, ALIVE = "hang", "hang_over", "hang_written", "hang_left", "alive"
 
 
 class HangError(RuntimeError):
@@ -177,6 +188,8 @@ class Watchdog:
         }
         self._limit = "comm.init_timeout_seconds"
         self._poll_s = max(POLL_S, self._size / 10_000)  # the one store stands 10,000 requests a second
+        self._alive_s = max(ALIVE_S, self._size / 1_000)
+        self._next_sign = (b"", time.monotonic())  # the last sign of life of the next rank, and when it was new
         self._stopped = threading.Event()
         self._thread = threading.get_ident()
         self._clock = time.pthread_getcpuclockid(self._thread)
@@ -199,12 +212,21 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             self._poll()
-        except RuntimeError:  # the store is gone, and with it rank 0 or torchrun: the run ends without us
+        except dist.DistError as error:  # the store is gone, and with it rank 0 or torchrun: the run ends without us
+            if self._stopped.wait(SILENT_WAIT_S):
+                return
+            # It does not: this machine has been cut off, perhaps in a wait for a disk, which may take long.
+            lost = LostContactError(f"rank {self._rank} cannot reach the rendezvous store: {error}")
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+            tell_torchrun(lost)
+            os._exit(1)
+        except RuntimeError:
             return
 
     def _poll(self) -> None:
         """Look at the recorder only when the main thread has stood for a while: a look costs up to 0.5 s."""
         place, cpu_s, since, look_at = (0, 0), 0.0, time.monotonic(), 0.0
+        sign_at = 0.0
         rest_until = 0.0  # a hundred times as long as the last look took, so that looks cost 1 % of a core at most
         while not self._stopped.wait(self._poll_s):
             if self._store.check([ASKED]):
@@ -212,6 +234,9 @@ class Watchdog:
             if self._stop.asked and self._store.check([FIRST_FAILURE]):
                 os._exit(1)  # it was torchrun's, because another rank has failed: there is nothing more to save
             (now_at, now_cpu_s), now = self._whereabouts(), time.monotonic()
+            if now >= sign_at:
+                self._store.set(f"{ALIVE}/{self._rank}", str(now))
+                sign_at = now + self._alive_s
             moved = now_at != place or (not self._sees_all and now_cpu_s - cpu_s > MOVED_CPU_S)
             place, cpu_s = now_at, now_cpu_s
             if not moved and now < look_at:
@@ -231,10 +256,20 @@ class Watchdog:
         if wait is None:
             return float("inf")
         began, longest_s = wait
-        if (due := began + fire_after(longest_s)) > now:
+        limit_s = self._limits[self._limit]
+        gone = longest_s > limit_s and self._next_is_gone(now, fire_after(limit_s))
+        if (due := began + fire_after(longest_s)) > now and not gone:
             return due
         self._fire(now - began)
         return float("inf")  # another rank was first: it asks, or ends the run for a cause of its own
+
+    def _next_is_gone(self, now: float, longest_s: float) -> bool:
+        """Whether the next rank has given no sign of life for so long, while this one looked."""
+        key = f"{ALIVE}/{(self._rank + 1) % self._size}"
+        sign = self._store.get(key) if self._store.check([key]) else b""
+        if sign != self._next_sign[0]:
+            self._next_sign = sign, now
+        return sign != b"" and now - self._next_sign[1] > longest_s
 
     def _whereabouts(self) -> tuple[tuple[int, int], float]:
         """Where the main thread is, equal as long as it stands, and the processor seconds it has used."""

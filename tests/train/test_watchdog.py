@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,73 @@ def test_who_is_watched(
     dog._size = size
     dog.start()
     assert len(started) == threads
+
+
+def test_a_long_wait_ends_when_the_next_rank_gives_no_sign_of_life(
+    dog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a group whose timeout is longer than the limit, as for a slow disk: hours, if it lives."""
+    fired: list[float] = []
+    monkeypatch.setattr(dog, "_fire", fired.append)
+    dog.first_step_done()
+    recorder(monkeypatch, entry(time.time_ns(), False, timeout_ms=24 * 3600 * 1000))
+    now = time.monotonic()
+    for later in range(0, 100, 4):
+        dog._look(now, now + later)
+    assert fired == [], "one that has not begun to give signs"
+    for later in range(100, 200, 4):
+        dog._store.set("alive/1", str(later))
+        dog._look(now, now + later)
+    assert fired == [], "one that lives"
+    dog._look(now, now + 196 + 5)
+    assert fired == []
+    dog._look(now, now + 196 + 6)
+    assert fired == [pytest.approx(202, abs=2)]
+    recorder(monkeypatch, entry(time.time_ns() + 300 * 10**9, False))
+    dog._look(now, now + 301)
+    assert len(fired) == 1, "a wait in another group has the limit alone"
+
+
+def test_a_rank_gives_signs_of_life(dog: Watchdog) -> None:
+    signs: list[str] = []
+
+    class Noting:
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+        def set(self, key: str, sign: str) -> None:
+            assert key == "alive/0"
+            signs.append(sign)
+
+    dog._store = Noting()
+    dog._alive_s, dog._poll_s = 0.3, 0.02
+    threading.Timer(1.0, dog.stop).start()
+    dog._poll()
+    assert 3 <= len(set(signs)) == len(signs) <= 5, "not as often as it polls"
+
+
+class Lost(dist.HashStore):  # type: ignore[misc]
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("Failed to recv")
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_rank_that_lost_the_store_ends(
+    tmp_path: Path, stops: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """If nobody stops it, and the run does not end by itself."""
+    exits(monkeypatch)
+    monkeypatch.setattr(watchdog, "SILENT_WAIT_S", 0.5)
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    dog = Watchdog(World(1, 1, 2, Lost()), Comm(), tmp_path, lambda: 3, sees_all=False)
+    if stops:
+        threading.Timer(0.2, dog.stop).start()
+        dog._watch()
+    else:
+        with pytest.raises(Ended):
+            dog._watch()
+    said = capsys.readouterr().err
+    assert said == ("" if stops else "error: rank 1 cannot reach the rendezvous store: Failed to recv\n")
 
 
 # --- keys
