@@ -15,7 +15,7 @@ SCHEMA = 1  # of the JSON; a reader refuses another
 # A rate under this share of the reference is slow. Of CPUs the rates a CPU second are compared: of four equal ranks on
 # two cores the lowest had 0.18 to 0.87 of the reference by the wall clock, and 0.89 or more of it a CPU second.
 SLOW_RATE = {"cuda": 0.8, "cpu": 0.7}
-SLOW_LINK = {"cuda": 0.7, "cpu": 0.4}
+SLOW_LINK = {"cuda": 0.7, "cpu": 0.25}  # of groups of such ranks the slower had down to 0.44 of the other
 SLOW_DISK = 0.5
 FREE_MEMORY = 0.9  # of a GPU, against the others': another process holds some
 SKEW_S = 1.0  # clocks further apart than this, beyond the uncertainty

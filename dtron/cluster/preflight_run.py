@@ -26,6 +26,7 @@ from dtron.mesh import Degrees, Mesh, resolve_degrees
 from dtron.train.folder import saves
 from dtron.train.launch import (
     World,
+    check_gpu,
     compare_configs,
     exit_when_interrupted,
     exit_with_message,
@@ -125,6 +126,8 @@ def _plan(given: argparse.Namespace) -> tuple[Config, Plan]:
     limit = int(max(START_S, given.timeout)) + 60
     config = replace(config, comm=replace(config.comm, init_timeout_seconds=limit, trace_buf_size=0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device_type == "cuda":
+        check_gpu(local_rank)
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     folder = Path(given.disk or config.job.dump_folder)
     c = config.checkpoint

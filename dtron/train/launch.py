@@ -43,6 +43,7 @@ __all__ = [
     "SILENT_WAIT_S",
     "LostContactError",
     "World",
+    "check_gpu",
     "compare_configs",
     "exit_when_interrupted",
     "exit_with_message",
@@ -213,14 +214,19 @@ def _announce(world: World, config: Config) -> None:
         world.say(line)
 
 
+def check_gpu(local_rank: int) -> None:
+    """UserError if there are more ranks on this machine than GPUs."""
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "lower --nproc_per_node, or set training.device cpu"
+        )
+
+
 def start_process_group(world: World, c: Config, device_type: str) -> None:
     """Make the group of all ranks, whose waits end after comm.init_timeout_seconds. UserError if a GPU is missing."""
     if device_type == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {world.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                "lower --nproc_per_node, or set training.device cpu"
-            )
+        check_gpu(world.local_rank)
         torch.cuda.set_device(world.local_rank)
     if c.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
