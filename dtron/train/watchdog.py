@@ -218,6 +218,7 @@ class Watchdog:
             # It does not: this machine has been cut off, perhaps in a wait for a disk, which may take long.
             lost = LostContactError(f"rank {self._rank} cannot reach the rendezvous store: {error}")
             print(f"error: {lost}", file=sys.stderr, flush=True)
+            self._control.failed(lost)
             tell_torchrun(lost)
             os._exit(1)
         except RuntimeError:
