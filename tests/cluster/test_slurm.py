@@ -71,10 +71,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 class Job:
     """A tiny training on `nodes` nodes, one rank each, as a user submits it."""
 
-    def __init__(self, slurm: Slurm, folder: Path, nodes: int, *arguments: str, pause_ms: int = 20) -> None:
+    def __init__(
+        self, slurm: Slurm, folder: Path, nodes: int, *arguments: str, pause_ms: int = 20, preflight: bool = False
+    ) -> None:
         self.slurm, self.cwd, self.nodes = slurm, folder, nodes
         (folder / "tiny.toml").write_text(TINY)
-        own = ["--nodes", str(nodes), "--ranks-per-node", "1", "--cpu", "--no-preflight", "--interface", "eth0"]
+        own = ["--nodes", str(nodes), "--ranks-per-node", "1", "--cpu", "--interface", "eth0"]
+        own += [] if preflight else ["--no-preflight"]
         own += [*LAYOUTS[nodes], "--training.dataset_path", str(pause_ms)]
         told = slurm.run(sys.executable, ROOT / "scripts/slurm/submit.py", "tiny.toml", *own, *arguments, cwd=folder)
         self.id, where = told.splitlines()[-2].removeprefix("job ").split(" in ")
@@ -193,6 +196,34 @@ def twice_preempted_and_a_node_lost(slurm: Slurm, tmp_path: Path) -> Job:
     slurm.start_node(3)
     job.wait_until_done()
     return job
+
+
+@pytest.mark.long
+def test_the_nodes_are_checked_first(slurm: Slurm, tmp_path: Path) -> None:
+    """In folders whose names have spaces."""
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    job = Job(slurm, folder, 2, preflight=True)
+    job.wait_until_done()
+    figures = json.loads((job.folder / "logs/0-preflight.json").read_text())
+    names = [slurm.nodes.name(i) for i in job.hosts()]
+    assert figures["exit_code"] == 0 and all(name in json.dumps(figures) for name in names)
+    assert "dp_shard" in (job.folder / f"logs/0-preflight-{names[0]}.log").read_text()
+
+
+@pytest.mark.long
+def test_the_templates_by_hand(slurm: Slurm, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.replace("local_batch_size = 8", "local_batch_size = 4"))
+    own = {"CONFIG": "tiny.toml", "PYTHON": sys.executable, "RANKS_PER_NODE": "1", "CODE": str(ROOT), "PREFLIGHT": "0"}
+    exported = "--export=ALL," + ",".join(f"{name}={value}" for name, value in own.items())
+    templates = [ROOT / "scripts/slurm" / name for name in ("train.sbatch", "preflight.sbatch")]
+    ids = [slurm.run("sbatch", "--parsable", "--nodes=2", exported, path, cwd=tmp_path).strip() for path in templates]
+    for job_id in ids:
+        slurm.wait(lambda job_id=job_id: slurm.job(job_id)["JobState"] in ("COMPLETED", "FAILED"), DONE_S, "it ends")
+        log = "".join(path.read_text() for path in tmp_path.glob(f"*-{job_id}.log"))
+        assert slurm.job(job_id)["JobState"] == "COMPLETED", log
+    assert (tmp_path / f"outputs/slurm/dtron-{ids[0]}/control/DONE").exists()
+    assert (tmp_path / f"preflight-{ids[1]}.json").exists()
 
 
 @pytest.mark.long
