@@ -146,13 +146,25 @@ def _join(rank: int, config: Config) -> World:
 
 
 def _begin(out: Path) -> None:
-    """Take away the file of an earlier preflight, so that none is there if this one does not come to an end."""
+    """Take away the file of an earlier preflight, so that none is there if this one does not come to an end.
+
+    UserError if the file is anything else.
+    """
     try:
+        if out.exists() and not _is_ours(out):
+            raise UserError(f"--out {out} is there, and is not the file of a preflight: name another, or move it away")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("w").close()
         out.unlink()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}; name another file") from None
+
+
+def _is_ours(out: Path) -> bool:
+    try:
+        return json.loads(out.read_text())["schema"] == SCHEMA
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def meet(world: World, guard: Guard, mine: dict[str, Any]) -> Crew:

@@ -24,7 +24,7 @@ from dtron.cluster import preflight_machine, preflight_measure, preflight_report
 from dtron.cluster.preflight_facts import EQUAL, code_hash, compare, facts, machines
 from dtron.cluster.preflight_guard import Guard, Place, stands_still
 from dtron.cluster.preflight_measure import Meter, Spent, Timer, bus_factor, dimensions, link_rounds
-from dtron.cluster.preflight_report import SLOW_LINK, assemble_dimensions, reference, table, warnings_of
+from dtron.cluster.preflight_report import SCHEMA, SLOW_LINK, assemble_dimensions, reference, table, warnings_of
 from dtron.cluster.preflight_run import Crew, Plan, measure, meet
 from dtron.config import load
 from dtron.errors import UserError
@@ -338,8 +338,15 @@ def test_warnings_count_with_strict(alone: Any, monkeypatch: Any, strict: list[s
     assert "warning: matmul: rank 0 (n1) sleeps\n" in out
 
 
+def test_a_file_that_is_no_preflights_is_left_alone(alone: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine\n")
+    code, _, err, _ = alone("--out", "mine.txt")
+    assert code == 2 and "mine.txt is there, and is not the file of a preflight" in err
+    assert (tmp_path / "mine.txt").read_text() == "mine\n"
+
+
 def test_what_makes_training_impossible(alone: Any, tmp_path: Path) -> None:
-    (tmp_path / "preflight.json").write_text("{}")
+    (tmp_path / "preflight.json").write_text(json.dumps({"schema": SCHEMA}))
     code, out, err, figures = alone("--tp", "2")
     assert (code, out) == (2, "") and err.startswith("error: ") and "start a multiple of 2 ranks" in err
     assert figures == {}, "nothing of an earlier one is left to be taken for this one's"
