@@ -657,8 +657,8 @@ def test_a_real_sweep_interrupted_and_resumed(write: Any, tmp_path: Path) -> Non
     while not list(beat.glob("points/*/control-1/HEARTBEAT")) and first.poll() is None:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)  # unlike SIGINT it is heard in the background too
-    assert first.wait(90) == 130, (tmp_path / "log").read_text()
-    second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=200)
+    assert first.wait(200) == 130, (tmp_path / "log").read_text()
+    second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=400)
     assert second.returncode == 0, second.stdout + second.stderr
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = {row["state"]: row for row in csv.DictReader(file)}
