@@ -5,6 +5,7 @@ outputs/slurm/NAME-DATE/   job.sbatch, config.toml (resolved), code/, git.json, 
                            control/: dtron/train/control.py; logs/: one a node and attempt; events.jsonl
 """
 
+import argparse
 import json
 import re
 import shlex
@@ -12,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from dtron.cluster.record import checkout, record_code
 from dtron.cluster.secrets import find_secret
@@ -22,7 +24,7 @@ from dtron.errors import UserError
 from dtron.train.folder import saves
 from dtron.train.setup import resolve
 
-__all__ = ["FOLDER", "SlurmJob", "SlurmOptions", "prepare", "render", "states", "submit", "time_limit_s"]
+__all__ = ["FOLDER", "SlurmJob", "SlurmOptions", "add_options", "prepare", "render", "states", "submit", "time_limit_s"]
 
 FOLDER = "slurm"  # in job.dump_folder
 TEMPLATE = Path("scripts/slurm/train.sbatch")  # in the checkout
@@ -71,6 +73,38 @@ class SlurmJob:
     def control(self) -> Path:
         """Where the run says how it goes."""
         return self.folder / "control"
+
+
+OPTIONS = {  # of the command line, with what they are
+    "nodes": "number of nodes",
+    "ranks_per_node": "ranks, and GPUs, of a node",
+    "name": "of the job, and of its folder",
+    "time": "time limit; the job goes on after it by requeueing itself",
+    "partition": "partition",
+    "account": "account",
+    "qos": "quality of service",
+    "save_s": "seconds before the end at which the run is told to save",
+    "retries": "failures in a row from one checkpoint after which it gives up",
+    "python": "on the nodes",
+    "modules": "for module load",
+    "prolog": "file that the batch script sources first",
+    "container": "command that runs another in a container: 'apptainer exec --nv image.sif'",
+    "srun_args": "options for every srun: '--container-image=image.sqsh'",
+    "interface": "network interface of NCCL and gloo",
+}
+
+
+def add_options(
+    parser: argparse.ArgumentParser, names: Sequence[str] = tuple(OPTIONS), *, defaults: bool = True
+) -> None:
+    """Options for fields of SlurmOptions; without defaults one that is not given is None."""
+    for option in fields(SlurmOptions):
+        if option.name in names:
+            default: Any = option.default if defaults else None
+            text = OPTIONS[option.name] + (f" (default: {default})" if default else "")
+            kind = type(option.default)
+            flag = f"--{option.name.replace('_', '-')}"
+            parser.add_argument(flag, type=kind, default=default, metavar="X", help=text)
 
 
 def submit(argv: list[str], options: SlurmOptions, say: Callable[[str], None]) -> SlurmJob:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TextIO
 
+from dtron.cluster.slurm import add_options
 from dtron.cluster.sweep_file import SweepFile, read_sweep
 from dtron.cluster.sweep_local import LocalRunner
 from dtron.cluster.sweep_picture import check_matplotlib, draw
@@ -71,8 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--at-once", type=int, metavar="N", help=f"jobs in the queue at the same time (default: {AT_ONCE})")
     add("--cpu", dest="gpus", action="store_const", const=False, help="ask for no GPUs")
     add("--sbatch", action="append", metavar="OPTION", help="one more of sbatch's, as --sbatch=--mem=0")
-    for name in OF_SUBMIT:
-        add(f"--{name.replace('_', '-')}", metavar="X")
+    add_options(slurm, OF_SUBMIT, defaults=False)
     return parser
 
 

@@ -7,32 +7,14 @@ Keys of the configuration may be overridden, as on train.py's command line.
 
 import argparse
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dtron.cluster.slurm import SlurmOptions, prepare, render, submit  # noqa: E402
+from dtron.cluster.slurm import SlurmOptions, add_options, prepare, render, submit  # noqa: E402
 from dtron.config import HelpRequested  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
-
-HELP = {
-    "nodes": "number of nodes",
-    "ranks_per_node": "ranks, and GPUs, of a node",
-    "name": "of the job, and of its folder",
-    "time": "time limit; the job goes on after it by requeueing itself",
-    "partition": "partition",
-    "account": "account",
-    "qos": "quality of service",
-    "save_s": "seconds before the end at which the run is told to save",
-    "retries": "failures in a row from one checkpoint after which it gives up",
-    "python": "on the nodes",
-    "modules": "for module load",
-    "prolog": "file that the batch script sources first",
-    "container": "command that runs another in a container: 'apptainer exec --nv image.sif'",
-    "srun_args": "options for every srun: '--container-image=image.sqsh'",
-    "interface": "network interface of NCCL and gloo",
-}
 
 
 def main() -> int:
@@ -41,12 +23,7 @@ def main() -> int:
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="TOML file of the run")
-    for option in fields(SlurmOptions):
-        if option.name in HELP:
-            assert option.default is not MISSING
-            text = f"{HELP[option.name]} (default: {option.default})" if option.default else HELP[option.name]
-            kind = type(option.default)
-            add(f"--{option.name.replace('_', '-')}", type=kind, default=option.default, metavar="X", help=text)
+    add_options(parser)
     add("--cpu", dest="gpus", action="store_false", help="ask for no GPUs: the ranks compute on CPUs")
     add("--no-requeue", dest="requeue", action="store_false", help="end where the job would requeue itself")
     add("--no-preflight", dest="preflight", action="store_false", help="do not check the nodes first")

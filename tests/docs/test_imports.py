@@ -19,7 +19,7 @@ FLOORS = [
     {"__main__"},
 ]
 ANYWHERE = {"dtron", "compat", "errors"}  # may be imported from anywhere, and import nothing of dtron but each other
-LAZY = {"transformers", "datasets", "tokenizers", "tensorboard", "torchdata"}
+LAZY = {"transformers", "datasets", "tokenizers", "tensorboard", "torchdata", "matplotlib"}
 
 
 def room(module: str) -> str:
