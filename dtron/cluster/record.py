@@ -38,7 +38,8 @@ def checkout() -> Path:
 def record_code(job: Path, root: Path, say: Callable[[str], None]) -> Path:
     """Copy the code in `root` to JOB/code, and note its commit and diff; returns the copy.
 
-    UserError, before anything is written, if a file of it holds a secret. Without git, the dtron package is copied.
+    UserError, before anything is written, if a file of it holds a secret. Without git, train.py and the package are
+    copied.
     """
     names = _files(root)
     kept = []
@@ -76,7 +77,8 @@ def record_code(job: Path, root: Path, say: Callable[[str], None]) -> Path:
 def _files(root: Path) -> list[str]:
     tracked = _git(root, "ls-files", "-z").split("\0")
     if not any(tracked):
-        return [str(path.relative_to(root)) for path in sorted((root / "dtron").rglob("*.py"))]
+        found = [root / "train.py", *sorted((root / "dtron").rglob("*.py"))]
+        return [str(path.relative_to(root)) for path in found if path.exists()]
     new = _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
     there = [name for name in tracked if name and (root / name).exists()]
     return there + [name for name in new if Path(name).suffix in UNTRACKED]

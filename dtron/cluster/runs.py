@@ -13,7 +13,8 @@ __all__ = ["Outcome", "read_outcome", "read_row"]
 @dataclass(frozen=True)
 class Outcome:
     """state: done, saved (stopped as asked), running (or ended without a word), nonfinite, oom, hang, lost, failed;
-    none where the run has written nothing. why: the message of a failure; run_folder: None where it had not come to it.
+    none where the run has written nothing. why: the message of a failure; run_folder: None where it had not come to it;
+    phase, beat_unix_s: of its last heartbeat.
 
     Of the last logged step: `step`, `loss` (nats a token), `mfu` and `goodput` (shares of 1), `max_memory_bytes` of a
     rank; of the median step `tokens_per_s` and `step_s`. Each None where not known.
@@ -22,6 +23,7 @@ class Outcome:
     state: str = "none"
     why: str = ""
     phase: str = ""
+    beat_unix_s: float = 0.0
     run_folder: Path | None = None
     step: int | None = None
     loss: float | None = None
@@ -47,6 +49,7 @@ def read_outcome(control_folder: Path) -> Outcome:
     beat = read_row(control_folder / "HEARTBEAT") or {}
     run_folder = Path(beat["run_folder"]) if "run_folder" in beat else None
     seen: dict[str, Any] = {"run_folder": run_folder, "phase": beat.get("phase", ""), "step": beat.get("step")}
+    seen["beat_unix_s"] = beat.get("unix_s", 0.0)
     if run_folder is not None:
         seen |= _measured(run_folder)
     if not ended:

@@ -21,12 +21,15 @@ _TEXTS: dict[str, re.Pattern[str]] = {
     "a private key": re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)"),
     "a URL with a password": re.compile(r"[a-z][a-z0-9+.-]*://[^\s/:@'\"]*:(?!\*+@)([^\s/@'\"]{3,})@"),
     "a URL with a token": re.compile(r"https?://([^\s/:@'\"]{16,})@"),
+    "a variable with a secret": re.compile(
+        r"\b[A-Z][A-Z0-9_]*(?:_KEY|TOKEN|SECRET|_PASS|PASSWORD|PASSWD)=[\"']?([^\s\"'$*]{8,})"
+    ),
     "a key or password": re.compile(
         r"(?i)\b[A-Z0-9_]*(?:api_?key|secret|passw(?:or)?d|access_?key|auth_?token|access_?token)[\"']?\s*[=:]\s*"
         r"[\"']?([A-Za-z0-9/+_.-]*\d[A-Za-z0-9/+_.-]{11,})"
     ),
 }
-_NAMES = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE)
+_NAMES = re.compile(r"TOKEN|SECRET|PASSW|_PASS$|KEY$|CREDENTIAL|PRIVATE", re.IGNORECASE)
 _SHORTEST = 8  # of a variable's value: a shorter one would be found by chance
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -95,9 +96,9 @@ OPTIONS = {  # of the command line, with what they are
 
 
 def add_options(
-    parser: argparse.ArgumentParser, names: Sequence[str] = tuple(OPTIONS), *, defaults: bool = True
+    parser: "argparse._ActionsContainer", names: Sequence[str] = tuple(OPTIONS), *, defaults: bool = True
 ) -> None:
-    """Options for fields of SlurmOptions; without defaults one that is not given is None."""
+    """Options for fields of SlurmOptions, to a parser or a group; without defaults one that is not given is None."""
     for option in fields(SlurmOptions):
         if option.name in names:
             default: Any = option.default if defaults else None
@@ -115,6 +116,18 @@ def submit(argv: list[str], options: SlurmOptions, say: Callable[[str], None]) -
     """
     config, folder = prepare(argv, options)
     folder = _make(folder)
+    try:
+        job = _submit(folder, config, options, say)
+    except BaseException:
+        shutil.rmtree(folder)  # there is no job
+        raise
+    about = {"job_id": job.job_id, "unix_s": time.time(), "command": argv, "cwd": str(Path.cwd())}
+    about |= {"nodes": options.nodes, "ranks_per_node": options.ranks_per_node, "steps": config.training.steps}
+    (folder / "job.json").write_text(json.dumps(about, indent=1) + "\n")
+    return job
+
+
+def _submit(folder: Path, config: Config, options: SlurmOptions, say: Callable[[str], None]) -> SlurmJob:
     record_code(folder, checkout(), say)
     (folder / "config.toml").write_text(to_toml(config))
     script = folder / "job.sbatch"
@@ -125,19 +138,17 @@ def submit(argv: list[str], options: SlurmOptions, say: Callable[[str], None]) -
     except FileNotFoundError:
         raise UserError("there is no sbatch here; submit from a machine that has Slurm's commands") from None
     if done.returncode:
-        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
-    job = SlurmJob(folder, done.stdout.strip().split(";")[0])  # a cluster's name may follow
-    about = {"job_id": job.job_id, "unix_s": time.time(), "command": argv, "cwd": str(Path.cwd())}
-    about |= {"nodes": options.nodes, "ranks_per_node": options.ranks_per_node, "steps": config.training.steps}
-    (folder / "job.json").write_text(json.dumps(about, indent=1) + "\n")
-    return job
+        raise UserError(f"sbatch refuses the job: {done.stderr.strip()}")
+    return SlurmJob(folder, done.stdout.strip().split(";")[0])  # a cluster's name may follow
 
 
 def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
     """The checked configuration of a job, and the folder it is to have. UserError for what cannot work."""
-    for name in ("nodes", "ranks_per_node", "save_s"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more")
+    for name, least in (("nodes", 1), ("ranks_per_node", 1), ("save_s", 1), ("retries", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more")
+    if options.prolog and not Path(options.prolog).is_file():
+        raise UserError(f"--prolog: there is no file {options.prolog}")
     if time_limit_s(options.time) < options.save_s + LEAST_S:
         raise UserError(
             f"--time {options.time} leaves less than {LEAST_S} s before the {options.save_s} s in which the run is to "
@@ -146,6 +157,13 @@ def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
     if not re.fullmatch(r"[\w.+-]+", options.name):
         raise UserError(f"--name {options.name!r}; expected letters, digits and . _ + -, as it names a folder too")
     config = load(argv)
+    if config.job.control_folder is not None:
+        raise UserError("job.control_folder is the job's own, in its folder: take it out of the configuration")
+    if what := find_secret(to_toml(config)):
+        raise UserError(
+            f"the configuration holds {what} of it, resolved; it is written beside the logs, so put it into a "
+            "variable of the environment, which the job is given too"
+        )
     setup = resolve(config, options.nodes * options.ranks_per_node, "cuda" if options.gpus else "cpu")
     device = config.training.device
     if device != "auto" and device != setup.device_type:
@@ -158,6 +176,8 @@ def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
             "false), or give --no-requeue"
         )
     dump = Path(config.job.dump_folder).absolute()
+    if "%" in str(dump):
+        raise UserError(f"job.dump_folder {dump} has a %, which Slurm takes for its own in the names of logs")
     return config, dump / FOLDER / f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -195,9 +215,10 @@ def render(folder: Path, options: SlurmOptions) -> str:
     ]
     at = max(i for i, line in enumerate(kept) if line.startswith("#SBATCH")) + 1
     script = "\n".join([*kept[:at], *more, *kept[at:]]) + "\n"
-    values = {
+    prolog = Path(options.prolog).absolute() if options.prolog else ""
+    values: dict[str, Any] = {
         "CONFIG": folder / "config.toml", "JOB": folder, "CODE": folder / "code", "PYTHON": options.python,
-        "RANKS_PER_NODE": options.ranks_per_node, "MODULES": options.modules, "PROLOG": options.prolog,
+        "RANKS_PER_NODE": options.ranks_per_node, "MODULES": options.modules, "PROLOG": prolog,
         "CONTAINER": options.container, "SRUN_ARGS": options.srun_args, "INTERFACE": options.interface,
         "PREFLIGHT": int(options.preflight), "REQUEUE": int(options.requeue), "RETRIES": options.retries,
         "SAVE_S": options.save_s,

@@ -20,6 +20,13 @@ GONE = {  # Slurm's word for a job that has ended -> ours
     "NODE_FAIL": "lost",
     "DEADLINE": "timeout",
 }
+NEVER = (
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "AssocMaxNodePerJobLimit",
+    "QOSMaxNodePerUserLimit",
+    "BadConstraints",
+)
 TELLING = ("oom", "hang", "nonfinite", "lost", "failed")  # outcomes that say why a job ended
 
 
@@ -60,12 +67,14 @@ def job_status(folder: Path, queue: dict[str, tuple[str, str]]) -> JobStatus:
 
 
 def _state(slurm: str, reason: str, events: list[dict[str, Any]], outcome: Outcome) -> tuple[str, str]:
-    last = events[-1] if events else {"event": "", "detail": ""}
+    last: dict[str, Any] = events[-1] if events else {"event": "", "detail": "", "unix_s": 0.0}
     what, detail = last["event"], last["detail"]
     if outcome.state == "done":
         return "done", ""
     if slurm in ("PENDING", "REQUEUED", "CONFIGURING"):
         queued = f"waits: {reason}" if reason and reason != "None" else "waits"
+        if reason in NEVER:
+            queued += ", and for ever: the cluster has no such nodes or limits; scancel it and ask for others"
         if not events:
             return "queued", queued
         before = detail if what == "requeued" else _unsaid(reason)
@@ -73,7 +82,10 @@ def _state(slurm: str, reason: str, events: list[dict[str, Any]], outcome: Outco
     if slurm in ("RUNNING", "COMPLETING", "SUSPENDED"):
         if what == "stopping":
             return "stopping", detail
-        return "running", outcome.phase or "starting"
+        is_new = what == "started" and last["unix_s"] > outcome.beat_unix_s  # the heartbeat is of the attempt before
+        return "running", "starting" if is_new else outcome.phase or "starting"
+    if slurm in GONE and outcome.state == "saved":
+        return GONE[slurm], f"saved at step {outcome.step}; the same submission goes on"
     if slurm in GONE:
         return GONE[slurm], outcome.why or detail
     if what == "stopped":

@@ -1,6 +1,6 @@
 """How a run and whatever looks after it (a batch script, a sweep, a person) talk: small files in one folder.
 
-    STOP        made by anybody: save after this step and end
+    STOP        made by anybody, also in the run folder: save after this step and end
     HEARTBEAT   where the run is, the step it began at, and within how many seconds this file will change again
     SAVED       stopped as it was asked to, and all of it is saved
     DONE        training.steps is reached, or the evaluation told
@@ -36,6 +36,7 @@ class Control:
     def __init__(self, rank: int | None = None, folder: str | None = None) -> None:
         self._rank = rank
         self._folder = Path(folder) if folder else None
+        self._stops: list[Path] = []
         self._beat: dict[str, Any] = {}
         self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
         self._stop = False
@@ -45,6 +46,7 @@ class Control:
         if self._rank is None:
             return
         self._folder = self._folder or run_folder
+        self._stops = [folder / "STOP" for folder in {self._folder, run_folder}]
         self._beat = {"run_folder": str(run_folder.absolute()), "checkpoints": checkpoints}
         if self._rank == 0:
             self._make()
@@ -65,13 +67,14 @@ class Control:
         now = time.monotonic()
         if self._rank == 0 and self._folder and not self._stop and now - self._looked_s >= EVERY_S:
             self._looked_s = now
-            self._stop = (self._folder / "STOP").exists()
+            self._stop = any(stop.exists() for stop in self._stops)
         return self._stop
 
     def saved(self, step: int, checkpoint: str, by: str) -> None:
         """The run has stopped as it was asked to; by: what asked."""
         self._write("SAVED", {"step": step, "checkpoint": checkpoint, "by": by})
-        self._remove("STOP")
+        for stop in self._stops:
+            _forgiving(lambda path: path.unlink(missing_ok=True), stop)
 
     def done(self, step: int) -> None:
         """There is nothing left to do."""

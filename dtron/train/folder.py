@@ -28,6 +28,13 @@ __all__ = [
     "write_config",
 ]
 
+
+class InUseError(UserError):
+    """Another run is in the folder; that passes."""
+
+    kind = "busy"
+
+
 LOCK = "run.lock"
 DRAFT = "config.partial"  # becomes an attempt's config.toml when it is whole
 # Beginnings of the keys that `run_identity` is made of, and of the folder of the checkpoints.
@@ -211,7 +218,7 @@ def hold(folder: Path) -> TextIO:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
-        raise UserError(
+        raise InUseError(
             f"{folder} is in use by {owner}: the same run is going on there; wait for it, stop it, or set another "
             "job.dump_folder"
         ) from None

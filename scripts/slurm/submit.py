@@ -6,6 +6,7 @@ Keys of the configuration may be overridden, as on train.py's command line.
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -44,7 +45,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"job {job.job_id} in {job.folder}")
-    print(f"its state: python {Path(__file__).with_name('status.py')} {job.folder.parents[1]}")
+    print(f"its state: python {Path(__file__).with_name('status.py')} {shlex.quote(str(job.folder.parents[1]))}")
     return 0
 
 

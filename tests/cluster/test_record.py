@@ -82,8 +82,9 @@ def test_without_git_the_package_is_copied(tmp_path: Path) -> None:
     (tmp_path / "site/dtron/sub").mkdir(parents=True)
     (tmp_path / "site/dtron/sub/a.py").write_text("")
     (tmp_path / "site/other.py").write_text("")
+    (tmp_path / "site/train.py").write_text("")
     code = record_code(tmp_path / "job", tmp_path / "site", print)
-    assert [str(p.relative_to(code)) for p in code.rglob("*.py")] == ["dtron/sub/a.py"]
+    assert {str(p.relative_to(code)) for p in code.rglob("*.py")} == {"dtron/sub/a.py", "train.py"}
     assert not (tmp_path / "job/git.json").exists()
 
 

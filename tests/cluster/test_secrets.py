@@ -26,6 +26,7 @@ def test_others() -> None:
     assert mask("https://0123456789abcdef0123" + "@github.com/x.git", {}) == "https://***@github.com/x.git"
     assert mask("WANDB_API_KEY=" + "0123456789abcdef0123", {}) == "WANDB_API_KEY=***"
     assert find_secret("s3://user:***@bucket/x", {}) == "", "what is hidden already"
+    assert mask("env MY_KEY=" + "abcd1234567890 X=1", {}) == "env MY_KEY=*** X=1"
     assert "private key" in find_secret("-----BEGIN RSA " + "PRIVATE KEY-----", {})
 
 

@@ -283,6 +283,29 @@ def test_stopped_by_a_person(slurm: Slurm, tmp_path: Path) -> None:
     (job.folder / "control" / "STOP").touch()
     job.wait(lambda: slurm.job(job.id)["JobState"] == "COMPLETED", "the job has ended")
     assert len(job.said("started")) == 1 and "stopped" in job.status()
+    waiting = Job(slurm, tmp_path, 2, "--sbatch=--begin=now+10")
+    (waiting.folder / "control").mkdir()
+    (waiting.folder / "control" / "STOP").touch()
+    waiting.wait(lambda: waiting.said("stopped"), "stopped when its turn comes")
+    assert not waiting.said("started")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--modules", "nothing/1"], "module load nothing/1 failed"),
+        (["--python", "/no/python"], "/no/python with dtron does not run"),
+        (["--prolog", "prolog.sh"], "PROLOG"),
+    ],
+)
+def test_an_environment_that_is_not_there_ends_the_job(
+    slurm: Slurm, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    (tmp_path / "prolog.sh").write_text('echo "$THIS_IS_NOT_SET"\nfalse\n')
+    job = Job(slurm, tmp_path, 2, *arguments)
+    job.wait(lambda: slurm.job(job.id)["JobState"] == "FAILED", "failed")
+    assert says in job.said("failed")[0] and "  failed  " in job.status()
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from dtron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = str(ROOT / "configs/debug.toml")
+SECRET = "hf_" + "abcdefGHIJKL0123456789xyz"
 SBATCH = '#!/bin/sh\n[ -n "$REFUSE" ] && { echo "$REFUSE" >&2; exit 1; }\ncp "$2" submitted; echo "77;cluster"\n'
 
 
@@ -134,6 +135,12 @@ def test_a_submitted_job_has_all_that_it_runs(tmp_path: Path, submit: Any) -> No
         ([DEBUG, "--checkpoint.enable", "--nodes", "0"], "--nodes is 0"),
         ([DEBUG, "--checkpoint.enable", "--name", "../x"], "--name"),
         ([DEBUG, "--checkpoint.enable", "--training.device", "cpu"], "training.device is cpu"),
+        ([DEBUG, "--checkpoint.enable", "--prolog", "nowhere.sh"], "there is no file nowhere.sh"),
+        ([DEBUG, "--checkpoint.enable", "--retries", "-1"], "--retries is -1"),
+        ([DEBUG, "--checkpoint.enable", "--job.control_folder", "x"], "job.control_folder is the job's own"),
+        ([DEBUG, "--checkpoint.enable", "--job.dump_folder", "a%j"], "has a %"),
+        ([DEBUG, "--checkpoint.enable", "--job.description", SECRET], "holds a Hugging Face token"),
+        ([DEBUG, "--checkpoint.enable", "--container", "env MY_KEY=" + "abcd1234567890"], "a variable with a secret"),
     ],
 )
 def test_what_cannot_work_is_refused_before_slurm_is_asked(
@@ -141,12 +148,13 @@ def test_what_cannot_work_is_refused_before_slurm_is_asked(
 ) -> None:
     done = submit("--nodes", "2", *arguments)
     assert done.code == 1 and says in done.err, done.err
-    assert done.err.count("\n") == 1 and not (tmp_path / "outputs").exists()
+    assert done.err.count("\n") == 1 and SECRET not in done.err and not [*tmp_path.glob("outputs/slurm/*")]
 
 
 def test_what_sbatch_refuses_is_told(tmp_path: Path, submit: Any) -> None:
     done = submit(DEBUG, "--nodes", "2", "--checkpoint.enable", REFUSE="invalid partition specified: x")
     assert done.code == 1 and "invalid partition specified: x" in done.err and "Traceback" not in done.err
+    assert not [*tmp_path.glob("outputs/slurm/*")], "there is no job"
 
 
 def test_without_slurm(tmp_path: Path, submit: Any) -> None:
@@ -208,6 +216,21 @@ OOM = {"kind": "oom", "message": "CUDA out of memory", "unix_s": 2.0}
         (("FAILED", "None"), [("failed", "oom")], {"FAILED": OOM}, "oom", "CUDA out of memory"),
         (("TIMEOUT", "None"), [("started", "")], {"HEARTBEAT": BEAT}, "timeout", ""),
         (("CANCELLED", "None"), [], {}, "cancelled", ""),
+        (
+            ("CANCELLED", "None"),
+            [("taken", "by Slurm")],
+            {"SAVED": {"step": 9, "unix_s": 3.0}},
+            "cancelled",
+            "at step 9",
+        ),
+        (("PENDING", "PartitionNodeLimit"), [], {}, "queued", "for ever"),
+        (
+            ("RUNNING", "None"),
+            [("requeued", "x"), ("started", "")],
+            {"HEARTBEAT": BEAT | {"unix_s": 0.5}},
+            "running",
+            "starting",
+        ),
         (("OUT_OF_MEMORY", "None"), [("started", "")], {}, "oom", ""),
         (("PREEMPTED", "None"), [("started", "")], {}, "preempted", ""),
         (None, [("failed", "hang, failure 4 from step 20")], {}, "hang", "failure 4"),

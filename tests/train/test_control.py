@@ -9,6 +9,7 @@ import torch
 from dtron.errors import UserError
 from dtron.train import control
 from dtron.train.control import Control, kind_of
+from dtron.train.folder import InUseError
 from dtron.train.launch import AbsentRanksError, LostContactError
 from dtron.train.watchdog import HangError
 
@@ -46,6 +47,16 @@ def test_stop_is_seen_and_goes_when_the_run_has_saved(
     assert begun.stop_wanted()
     begun.saved(12, "somewhere/step-12", "a signal")
     assert read(tmp_path, "SAVED")["checkpoint"] == "somewhere/step-12" and not (tmp_path / "STOP").exists()
+
+
+def test_a_stop_in_the_run_folder_counts_too(tmp_path: Path) -> None:
+    """Where somebody who does not know of the control folder makes it."""
+    followed = Control(0, str(tmp_path / "control"))
+    followed.begin(tmp_path, "")
+    (tmp_path / "STOP").touch()
+    assert followed.stop_wanted()
+    followed.saved(1, "step-1", "the file STOP")
+    assert not (tmp_path / "STOP").exists()
 
 
 def test_a_new_attempt_forgets_what_the_last_one_left_but_not_a_stop(tmp_path: Path) -> None:
@@ -91,6 +102,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_no_more(tmp_path: Path, cap
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), "oom"),
         (HangError("the run hangs"), "hang"),
         (LostContactError("rank 3 lost contact: Timed out"), "lost"),
+        (InUseError("outputs/x is in use"), "busy"),
         (AbsentRanksError("3 of 4 ranks have not come"), "lost"),
         (RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv"), "hang"),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:1"), "lost"),
