@@ -321,7 +321,7 @@ def alone(tmp_path: Path) -> Callable[..., tuple[int, str, str, dict[str, Any]]]
 
 
 def test_one_rank(alone: Any, tmp_path: Path) -> None:
-    (tmp_path / "preflight.json").write_text("an earlier one")
+    (tmp_path / "preflight.json").write_text(json.dumps({"schema": SCHEMA}))
     code, out, err, figures = alone()
     assert (code, err) == (0, "")
     assert out.startswith("preflight of one rank: 1 x cpu on 1 machine, torch ")
