@@ -22,11 +22,22 @@ from ranks import Ranks
 
 torch.set_num_threads(1)
 
+POOL = pytest.StashKey[Ranks]()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_ranks_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A file's ranks end with it: gloo's threads, of which every world leaves some, poll and slow down what follows."""
+    yield
+    pool = request.config.stash.get(POOL, None)
+    if pool is not None and pool.worlds:
+        pool.close()
+
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """gloo ranks: ranks.run(world, function, *arguments) gives the list of the ranks' results."""
-    pool = Ranks()
+    pool = request.config.stash[POOL] = Ranks()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # forked ranks keep the filter: torch warns of its own internals
         logging.getLogger("torch").setLevel(logging.ERROR)

@@ -81,7 +81,8 @@ class Ranks:
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
         self._stores = tempfile.TemporaryDirectory()  # a file for each world, through which its ranks meet
-        self._worlds = 0
+        self.worlds = 0  # that these workers have been in
+        self._stores_used = 0
         self._shared: tuple[int, Any] = (0, None)
 
     def run(self, world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, share: Any = None) -> list[Any]:
@@ -94,8 +95,9 @@ class Ranks:
         if self._shared != (world, share):
             if self._shared[0]:
                 self._send(self._shared[0], _nothing, "", False, (), timeout)
-            self._worlds += 1
-            store = os.path.join(self._stores.name, str(self._worlds))
+            self.worlds += 1
+            self._stores_used += 1
+            store = os.path.join(self._stores.name, str(self._stores_used))
         self._shared = (world, share) if keep else (0, None)
         return self._send(world, fn, store, keep, args, timeout)
 
@@ -142,4 +144,4 @@ class Ranks:
         for process, _ in self._workers:
             process.join()
         self._workers.clear()
-        self._shared = 0, None
+        self.worlds, self._shared = 0, (0, None)

@@ -183,9 +183,10 @@ STATIC = commands("Without a rendezvous")
 WITH_OWN_STORE = f"{ELASTIC.partition(' ')[0]} {SAME}"
 LONG = 300  # steps
 
-# --- in every `make test`
+# --- the shortest
 
 
+@pytest.mark.long
 def test_a_short_cut_and_a_killed_rank(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
     """A link that is down for less than the timeouts costs nothing; a rank that dies comes back.
 

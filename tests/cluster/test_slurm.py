@@ -148,14 +148,14 @@ def urgent(slurm: Slurm, folder: Path, nodes: int, seconds: int) -> str:
 
 def test_a_preempted_job_goes_on_by_itself(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     slurm.environment["HF_TOKEN"] = secret = "a-token-that-" + "nobody-is-to-see"  # in two parts: not in this file
-    job = Job(slurm, tmp_path, 2, "--training.steps", "150")
-    job.wait_for_step(20)
+    job = Job(slurm, tmp_path, 2, "--training.steps", "80")
+    job.wait_for_step(10)
     urgent(slurm, tmp_path, 3, 1)
     job.wait_until_done()
-    job.check(alone(150))
+    job.check(alone(80))
     assert job.replayed() == [0], "it was saved when it was told to go"
     assert [why.split(",")[0] for why in job.said("requeued")] == ["preempted"]
-    assert "done   150/150" in job.status()
+    assert "done   80/80" in job.status()
     check_records(job, secret)
 
 
@@ -295,7 +295,7 @@ def test_stopped_by_a_person(slurm: Slurm, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["--modules", "nothing/1"], "module load nothing/1 failed"),
-        (["--python", "/no/python"], "/no/python with dtron does not run"),
+        (["--python", "/no/python", "--retries", "0"], "/no/python with dtron does not run"),
         (["--prolog", "prolog.sh"], "PROLOG"),
     ],
 )
