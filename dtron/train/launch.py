@@ -285,6 +285,8 @@ def exit_with_traceback(
         tell_torchrun(error)
     elif not told_to_stop:
         time.sleep(SILENT_WAIT_S)
+        if first and world is not None and int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) == world.size:
+            os._exit(1)  # on the one machine there is, the first has the word
         # The torchrun of this machine has not stopped it, so the cause is not on this machine, or is its network.
         where = f"{first} ended first and says why" if first else "nor can the rendezvous store be reached"
         lost = LostContactError(f"rank {rank} lost contact with the others, {where}: {type(error).__name__}: {error}")

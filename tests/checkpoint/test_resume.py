@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint.training import checkpoint_of, train
@@ -65,13 +66,22 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return path
 
 
+DEAR = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "GPipe")
+
+
 def check_same(got: Curve, whole: Curve) -> None:
     wanted = whole[BEFORE:]
     assert got[:EXACT] == [pytest.approx(pair, rel=1e-5) for pair in wanted[:EXACT]]
     assert got == [pytest.approx(pair, rel=1e-4) for pair in wanted]
 
 
-@pytest.mark.parametrize(("model", "target"), TRIED)
+def some_long(pairs: list[tuple[str, str]]) -> list[Any]:
+    """The dearest, which others stand for, are long tests."""
+    dear = {("small", "4d"), ("small", "hsdp"), *(("small", f"pp2 {name}") for name in DEAR)}
+    return [pytest.param(*pair, marks=[pytest.mark.long] if pair in dear else []) for pair in pairs]
+
+
+@pytest.mark.parametrize(("model", "target"), some_long(TRIED))
 def test_any_layout_goes_on(
     ranks: Ranks, saved: Callable[[str], str], expected: Callable[[str, int], Curve], model: str, target: str
 ) -> None:
@@ -82,7 +92,7 @@ def test_any_layout_goes_on(
     check_same(got, expected(model, last))
 
 
-@pytest.mark.parametrize(("model", "source"), [(model, name) for model, name in TRIED if name != "4d"])
+@pytest.mark.parametrize(("model", "source"), some_long([pair for pair in TRIED if pair[1] != "4d"]))
 def test_any_layout_saves(
     ranks: Ranks, tmp_path: Path, expected: Callable[[str, int], Curve], model: str, source: str
 ) -> None:

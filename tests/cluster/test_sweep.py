@@ -646,6 +646,7 @@ def test_a_point_that_still_runs_is_not_run_beside_itself(tmp_path: Path) -> Non
     assert LocalRunner(1).find(tmp_path, 1, {}) is None
 
 
+@pytest.mark.long
 def test_a_real_sweep_interrupted_and_resumed(write: Any, tmp_path: Path) -> None:
     text = 'base = "base.toml"\nranks = 1\nsteps = 30\n[[points]]\ntp = 1\n[[points]]\ntp = 2\n[[points]]\n'
     text += 'training.dataset = "failing"\ntraining.dataset_path = "raise 0 2"\n'

@@ -76,7 +76,11 @@ REFUSED = {
     "schedule": (2, f"{PP} 1F2B", ["'1F2B'", "did you mean '1F1B'", "GPipe"]),
     "schedule like no other": (2, f"{PP} x", ["'x' is unknown; known: GPipe"]),
     "dataset": (1, "--training.dataset stdlb", ["training.dataset", "did you mean 'stdlib'"]),
-    "validation dataset": (1, "--validation.enable --validation.dataset c4", ["validation.dataset", "known: stdlib"]),
+    "validation dataset": (
+        1,
+        "--validation.enable --validation.dataset c4",
+        ["validation.dataset", "known: ", "stdlib"],
+    ),
     "optimizer": (1, "--optimizer.name AdmW", ["optimizer.name", "did you mean 'AdamW'"]),
     "loss": (1, "--training.loss mse", ["training.loss", "known: cross_entropy"]),
     "converter": (1, "--model.converters float8", ["model.converters", "'float8'", "known: none"]),

@@ -173,9 +173,9 @@ RECOMPUTE = [
     for name, degrees in (("fsdp2", FSDP2), ("tp2", TP2), ("pp2", PP2), ("cp2", CP2))
 ] + [
     Case("one recompute op", ONE, OP),
-    Case("pp2 recompute full ZBVZeroBubble", PP2, {**FULL, **schedule("ZBVZeroBubble")}),
+    Case("pp2 recompute full ZBVZeroBubble", PP2, {**FULL, **schedule("ZBVZeroBubble")}, long=True),
     Case("pp2 recompute every second DualPipeV", PP2, {**SECOND, **schedule("DualPipeV")}),
-    Case("pp2 recompute op Interleaved1F1B", PP2, {**OP, **schedule("Interleaved1F1B")}),
+    Case("pp2 recompute op Interleaved1F1B", PP2, {**OP, **schedule("Interleaved1F1B")}, long=True),
     Case("pp2 tp2 recompute op Interleaved1F1B", PP2_TP2, {**OP, **schedule("Interleaved1F1B")}, long=True),
 ]
 
@@ -188,7 +188,7 @@ COMPILE = [
     Case("cp2 compiled alltoall", CP2, {**compiled(), **ALLTOALL}),
     Case("pp2 compiled", PP2, compiled()),
     Case("pp2 tp2 compiled tied", PP2_TP2, compiled(), "tied", long=True),
-    Case("pp2 compiled Interleaved1F1B", PP2, {**compiled(), **schedule("Interleaved1F1B")}),
+    Case("pp2 compiled Interleaved1F1B", PP2, {**compiled(), **schedule("Interleaved1F1B")}, long=True),
     Case("tp2 compiled model only", TP2, compiled("aot_eager", "model"), long=True),
     Case("tp2 compiled loss only", TP2, compiled("aot_eager", "loss")),
     Case("fsdp2 compiled full", FSDP2, {**compiled(), **FULL}, long=True),

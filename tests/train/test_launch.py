@@ -145,8 +145,11 @@ def lose_contact(store: str, said: Path) -> None:
     ("store", "where"),
     [("silent", "nor can the rendezvous store be reached"), ("there", "rank 0 ended first and says why")],
 )
-def test_a_rank_that_nobody_stops_says_that_it_lost_contact(store: str, where: str, tmp_path: Path) -> None:
+def test_a_rank_that_nobody_stops_says_that_it_lost_contact(
+    store: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The torchrun of the machine where the first rank failed does not stop it, nor one that cannot be reached."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     process = mp.get_context("fork").Process(target=lose_contact, args=(store, tmp_path / "said"), daemon=True)
     process.start()
     process.join(20)
