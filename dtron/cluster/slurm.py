@@ -118,8 +118,8 @@ def submit(argv: list[str], options: SlurmOptions, say: Callable[[str], None]) -
     folder = _make(folder)
     try:
         job = _submit(folder, config, options, say)
-    except BaseException:
-        shutil.rmtree(folder)  # there is no job
+    except UserError:
+        shutil.rmtree(folder)  # there is no job; after an interrupt there may be one
         raise
     about = {"job_id": job.job_id, "unix_s": time.time(), "command": argv, "cwd": str(Path.cwd())}
     about |= {"nodes": options.nodes, "ranks_per_node": options.ranks_per_node, "steps": config.training.steps}

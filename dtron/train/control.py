@@ -24,7 +24,7 @@ from dtron.errors import UserError
 __all__ = ["Control", "kind_of"]
 
 EVERY_S = 1.0  # between two looks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
-LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, validation, writing out
+LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, loading, compiling, validation, writing out
 
 
 class Control:

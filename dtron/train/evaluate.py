@@ -18,6 +18,7 @@ from dtron.observe.console import format_evaluation, human_seconds
 from dtron.parallel.compose import parallelize
 from dtron.train.assets import check_vocabulary
 from dtron.train.begin import load_weights
+from dtron.train.control import LONG_S
 from dtron.train.data import open_held_out
 from dtron.train.forward import mean_loss
 from dtron.train.launch import World
@@ -54,6 +55,7 @@ class Evaluation:
         self.device = setup.device(world.local_rank)
         assert c.checkpoint.initial_load_path is not None
         self.checkpoint = Place.at(c.checkpoint.initial_load_path)
+        world.control.alive("evaluating", LONG_S)
         from_rank_0(lambda: check_source(self.checkpoint))
         world.say(describe(setup, self.device))
         self.mesh = Mesh(setup.degrees, setup.device_type)

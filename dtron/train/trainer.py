@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import hashlib
+import time
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from dtron.train.watchdog import Watchdog
 __all__ = ["Trainer"]
 
 MARGIN_S = 60.0  # beside a timeout of [comm], for the watchdog to say what it was
+SLOWER = 10  # times the slowest step so far: a step may take longer than ranks may wait for each other
 EXPORT_TIMEOUT_S = 24 * 3600  # ranks wait for those with more files to write
 
 
@@ -50,7 +52,7 @@ class Trainer:
         self.begun = begin(setup, world)
         self.run_folder, self.progress = self.begun.run_folder, self.begun.progress
         comm, alive = setup.config.comm, world.control.alive
-        alive("starting", comm.init_timeout_seconds + MARGIN_S, self.progress.step)
+        alive("starting", LONG_S, self.progress.step)
         sees_all = setup.device_type == "cuda"
         self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=sees_all)
         self.watchdog.start()
@@ -69,7 +71,7 @@ class Trainer:
         # Since the last logged step: [loss, tokens] of each source of a mixture; of documents [tokens, their squares].
         self.by_source = torch.zeros(2, len(self.data.sources), dtype=torch.float64, device=self.device)
         self.by_document = torch.zeros(2, dtype=torch.float64)
-        alive("loading", comm.init_timeout_seconds + MARGIN_S, self.progress.step)
+        alive("loading", LONG_S, self.progress.step)
         if not self.begun.resume_from:
             check_vocabulary(self.config, self.data.first)
         load_begun(self.begun, setup, self.model, self.optimizers, world)
@@ -110,14 +112,17 @@ class Trainer:
         self.report.started()
         clock = StepClock()
         with profiler(c.profiling, self.run_folder, self.world.rank, steps_done=self.progress.step) as trace:
-            limit_s = c.comm.init_timeout_seconds + MARGIN_S
+            beat_s, slowest_s = LONG_S, 0.0  # the first step compiles
             for step in range(first, steps + 1):
-                self.world.control.alive("training", limit_s, step - 1)
+                self.world.control.alive("training", beat_s, step - 1)
+                began_s = time.monotonic()
                 saving = self.saver is not None and self.saver.busy
                 stats, share = self.train_step(clock)
                 self.guard.watch(step, stats, share)
                 clock.end_step(saving)
                 trace.step()
+                slowest_s = max(slowest_s, time.monotonic() - began_s)
+                beat_s = max(c.comm.train_timeout_seconds + MARGIN_S, SLOWER * slowest_s)
                 if step % c.training.gc_freq == 0:
                     gc.collect(1)
                 if step in (first, steps) or step % c.metrics.log_freq == 0:
@@ -125,7 +130,6 @@ class Trainer:
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
                     self.watchdog.first_step_done()
-                    limit_s = c.comm.train_timeout_seconds + MARGIN_S
                 if self.guard.stop_asked and step < steps:
                     break  # the time that is given to save is short: no validation
                 if self.data.held_out and (step == steps or step % c.validation.freq == 0):

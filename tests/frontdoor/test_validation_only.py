@@ -1,5 +1,6 @@
 """train.py --validation.only as its user sees it: the training's loss again, on another layout, and nothing written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_a_checkpoint_is_evaluated_on_another_layout(tmp_path: Path) -> None:
     before = files(outputs)
 
     only = ("--validation.only", "--checkpoint.initial_load_path", str(checkpoint), "--job.dump_folder", str(outputs))
+    only += ("--job.control_folder", str(tmp_path / "control"))
     run = torchrun(tmp_path / "evaluated", 2, *only, "--tp", "2", "--training.dataset", "none_such")
     assert run.code == 0 and run.err == ["", ""] and run.out[1] == "", run.everything()
     assert run.out[0].count("nats a token") == 1
@@ -29,3 +31,5 @@ def test_a_checkpoint_is_evaluated_on_another_layout(tmp_path: Path) -> None:
     assert float(line.split()[1]) == pytest.approx(trained, rel=1e-5)
     assert files(outputs) == before
     assert {path.name for path in run.folder.iterdir()} == {"x.toml", "agent", "logs"}
+    assert {path.name for path in (tmp_path / "control").iterdir()} == {"HEARTBEAT", "DONE"}
+    assert json.loads((tmp_path / "control/HEARTBEAT").read_text())["within_s"] >= 3600, "it may take long"

@@ -1,16 +1,23 @@
 """The files by which a run is followed and stopped."""
 
+import dataclasses
+import itertools
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
+from tinyrun import quiet_world, tiny_setup
 
 from dtron.errors import UserError
-from dtron.train import control
+from dtron.train import control, trainer
 from dtron.train.control import Control, kind_of
 from dtron.train.folder import InUseError
 from dtron.train.launch import AbsentRanksError, LostContactError
+from dtron.train.trainer import Trainer
 from dtron.train.watchdog import HangError
 
 
@@ -91,6 +98,36 @@ def test_a_folder_that_cannot_be_written_is_told_and_no_more(tmp_path: Path, cap
     broken.begin(tmp_path, "")
     broken.alive("training", 1.0)
     assert "the run goes on" in capsys.readouterr().out
+
+
+def promises(folder: str) -> list[tuple[float, float]]:
+    """The job of one rank: when each step of a training with slow steps began, and what was promised then."""
+    told: list[tuple[float, float]] = []
+
+    class Slow(Trainer):
+        def next_batch(self) -> Any:
+            time.sleep(0.3)
+            return super().next_batch()
+
+    class Noting(Control):
+        def alive(self, phase: str, within_s: float, step: int = 0) -> None:
+            if phase == "training":
+                told.append((time.monotonic(), within_s))
+
+    trainer.MARGIN_S = 0.0  # in this forked rank
+    world, _ = quiet_world()
+    limits = "--comm.train_timeout_seconds 1 --comm.init_timeout_seconds 60"
+    setup = tiny_setup(f"--training.steps 4 {limits} --job.dump_folder {folder}")
+    Slow(setup, dataclasses.replace(world, control=Noting(0))).run()
+    return told
+
+
+def test_steps_that_take_longer_than_ranks_may_wait_are_no_hang(ranks: Ranks, tmp_path: Path) -> None:
+    (told,) = ranks.run(1, promises, str(tmp_path))
+    assert len(told) == 4 and told[0][1] >= 3600, "the first step compiles"
+    for (began, within_s), (next_began, _) in itertools.pairwise(told):
+        assert within_s > 5 * (next_began - began)
+    assert max(within_s for _, within_s in told[1:]) < 600, "but it is noticed in the end"
 
 
 @pytest.mark.parametrize(
