@@ -41,13 +41,17 @@ class Control:
         self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
         self._stop = False
 
-    def begin(self, run_folder: Path, checkpoints: str) -> None:
-        """A run begins in `run_folder`: from here on there is a folder, and what the attempt before left is gone."""
+    def begin(self, run_folder: Path | None, checkpoints: str = "") -> None:
+        """A run begins: from here on there is a folder, and what the attempt before left is gone.
+
+        run_folder: None for what has none, an evaluation; nothing is done then if no folder is given either.
+        """
         if self._rank is None:
             return
         self._folder = self._folder or run_folder
-        self._stops = [folder / "STOP" for folder in {self._folder, run_folder}]
-        self._beat = {"run_folder": str(run_folder.absolute()), "checkpoints": checkpoints}
+        if run_folder and self._folder:
+            self._stops = [folder / "STOP" for folder in {self._folder, run_folder}]
+            self._beat = {"run_folder": str(run_folder.absolute()), "checkpoints": checkpoints}
         if self._rank == 0:
             self._make()
             for name in ("SAVED", "DONE", "FAILED"):

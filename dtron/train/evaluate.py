@@ -55,6 +55,7 @@ class Evaluation:
         self.device = setup.device(world.local_rank)
         assert c.checkpoint.initial_load_path is not None
         self.checkpoint = Place.at(c.checkpoint.initial_load_path)
+        world.control.begin(None)
         world.control.alive("evaluating", LONG_S)
         from_rank_0(lambda: check_source(self.checkpoint))
         world.say(describe(setup, self.device))

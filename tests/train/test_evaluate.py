@@ -25,7 +25,7 @@ from dtron.train.setup import resolve
 from dtron.train.trainer import Trainer
 
 MODEL = (
-    "--model.n_layers 4 --model.n_heads 4 --training.mixed_precision_param float32 --validation.dataset uneven "
+    "--model.n_layers 4 --model.n_heads 4 --training.mixed_precision_param float32 --validation.dataset uneven_rows "
     "--validation.local_batch_size 4"
 )
 # Of a training, and without meaning for an evaluation: each would end a run that looks at it.
@@ -98,7 +98,7 @@ def not_a_number(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def register_parts() -> None:
-    registry.register("dataset", "uneven", uneven)
+    registry.register("dataset", "uneven_rows", uneven)
     registry.register("dataset", "unlabelled", unlabelled)
     registry.register("loss", "without_graph", without_graph)
     registry.register("loss", "not_a_number", not_a_number)
@@ -107,7 +107,7 @@ def register_parts() -> None:
 def trained(folder: str, arguments: str) -> tuple[str, float]:
     """Train three steps: the checkpoint, and the loss of the last validation as metrics.jsonl has it."""
     register_parts()
-    usual = "--training.dataset uneven --validation.enable --optimizer.lr 0.01 --lr_scheduler.warmup_steps 0"
+    usual = "--training.dataset uneven_rows --validation.enable --optimizer.lr 0.01 --lr_scheduler.warmup_steps 0"
     trainer, _ = train_tiny(folder, 3, f"{MODEL} {usual} {arguments}")
     dist.barrier()
     losses = [row["validation_loss"] for row in read_metrics(trainer.run_folder / "metrics.jsonl") if row["step"] == 3]
@@ -182,7 +182,7 @@ def test_what_is_told(ranks: Ranks, causal: tuple[str, float]) -> None:
     told = dict(line.split(maxsplit=1) for line in said[-1].replace("evaluated on", "evaluated_on").splitlines())
     assert told == {
         "checkpoint": checkpoint,
-        "evaluated_on": "uneven",
+        "evaluated_on": "uneven_rows",
         "loss": f"{loss:.6f} nats a token",
         "perplexity": f"{math.exp(loss):.6g}",
         "tokens": str(sum(labels)),
@@ -262,7 +262,7 @@ def test_accepted_though_no_training_would_be(world: int, arguments: str) -> Non
         ("--model.vocab_size 97", "does not fit this model: .* is .* there and .* in this model"),
         ("--validation.dataset_path unlike", "rank 1 has other tokens of dataset unlike than rank 0"),
         ("--validation.dataset unlabelled", "validation.dataset unlabelled has no label to predict"),
-        ("--training.loss not_a_number", "the loss of .*/step-3 on uneven is nan: its weights are not finite, or what"),
+        ("--training.loss not_a_number", "the loss of .*/step-3 on uneven_rows is nan: its weights are not finite, or what"),
     ],
 )
 def test_found_later(ranks: Ranks, causal: tuple[str, float], arguments: str, message: str) -> None:
