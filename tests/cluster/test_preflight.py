@@ -20,12 +20,15 @@ import torch.multiprocessing as mp
 from ranks import Ranks
 
 from dtron.__main__ import main
-from dtron.cluster import preflight_machine, preflight_measure, preflight_report, preflight_run
-from dtron.cluster.preflight_facts import EQUAL, code_hash, compare, facts, machines
-from dtron.cluster.preflight_guard import Guard, Place, stands_still
-from dtron.cluster.preflight_measure import Meter, Spent, Timer, bus_factor, dimensions, link_rounds
-from dtron.cluster.preflight_report import SCHEMA, SLOW_LINK, assemble_dimensions, reference, table, warnings_of
-from dtron.cluster.preflight_run import Crew, Plan, measure, meet
+from dtron.cluster.preflight import machine as preflight_machine
+from dtron.cluster.preflight import measure as preflight_measure
+from dtron.cluster.preflight import report as preflight_report
+from dtron.cluster.preflight import stages as preflight_stages
+from dtron.cluster.preflight.facts import EQUAL, code_hash, compare, facts, machines
+from dtron.cluster.preflight.guard import Guard, Place, stands_still
+from dtron.cluster.preflight.measure import Meter, Spent, Timer, bus_factor, dimensions, link_rounds
+from dtron.cluster.preflight.report import SCHEMA, SLOW_LINK, assemble_dimensions, reference, table, warnings_of
+from dtron.cluster.preflight.stages import Crew, Plan, measure, meet
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
@@ -218,7 +221,7 @@ def measuring(folder: Path, slow_rank: int, degrees: Degrees, hosts: list[str]) 
     crew = Crew(world.rank, hosts, [0, 0, 1, 1], every if world.rank == 0 else [])
     guard, plan = Guard(world, 30), Plan(load(["--tp", "1"]), degrees, CPU, folder / "outputs")
     meter = (Slow if world.rank == slow_rank else Meter)(CPU, guard)
-    with quick(), mock.patch.object(preflight_run, "DISK_S", 0.02):
+    with quick(), mock.patch.object(preflight_stages, "DISK_S", 0.02):
         return measure(plan, guard, meter, Mesh(degrees, "cpu"), crew)
 
 
@@ -307,7 +310,7 @@ def alone(tmp_path: Path) -> Callable[..., tuple[int, str, str, dict[str, Any]]]
             said_to(tmp_path / "err")
             os.dup2(os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
             sys.stdout = os.fdopen(1, "w")
-            with quick(), mock.patch.object(preflight_run, "DISK_S", 0.02):
+            with quick(), mock.patch.object(preflight_stages, "DISK_S", 0.02):
                 main(["preflight", *arguments])
 
         process = mp.get_context("fork").Process(target=child)
@@ -335,7 +338,7 @@ def test_one_rank(alone: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("strict", "expected"), [([], 0), (["--strict"], 3)])
 def test_warnings_count_with_strict(alone: Any, monkeypatch: Any, strict: list[str], expected: int) -> None:
     made_up = {"kind": "matmul", "ranks": [0], "hosts": ["n1"], "text": "matmul: rank 0 (n1) sleeps"}
-    monkeypatch.setattr(preflight_run, "warnings_of", lambda figures: [made_up])
+    monkeypatch.setattr(preflight_stages, "warnings_of", lambda figures: [made_up])
     code, out, _, figures = alone(*strict)
     assert code == figures["exit_code"] == expected and figures["warnings"] == [made_up]
     assert "warning: matmul: rank 0 (n1) sleeps\n" in out
@@ -374,7 +377,7 @@ def test_a_folder_that_cannot_be_written(alone: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("needed", "told"), [(True, "keeps its checkpoints there"), (False, None)])
 def test_checkpoints_need_a_folder_that_is_shared(needed: bool, told: str | None) -> None:
     seen = [{"host": f"n{i}", "disk_error": None, "disk_sees_rank_0": i == 0} for i in range(2)]
-    error = preflight_run._impossible({"machines": seen, "disk": {"folder": "o", "shared": False}}, needed)
+    error = preflight_stages._impossible({"machines": seen, "disk": {"folder": "o", "shared": False}}, needed)
     assert error == told or (told and error and told in error and "not seen on n1" in error)
 
 
@@ -463,7 +466,7 @@ class Silent(dist.HashStore):
 
 
 def test_a_rank_without_the_store_says_so_by_itself(tmp_path: Path) -> None:
-    with mock.patch("dtron.cluster.preflight_guard.ALONE_S", 0.5):
+    with mock.patch("dtron.cluster.preflight.guard.ALONE_S", 0.5):
         process = mp.get_context("fork").Process(target=cut_off, args=(Silent(), tmp_path), daemon=True)
         process.start()
         process.join(20)

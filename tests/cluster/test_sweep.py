@@ -19,16 +19,18 @@ from frontdoor import CONFIG, ROOT, environment  # noqa: E402
 from slurm import Slurm  # noqa: E402
 from slurm import available as slurm_available  # noqa: E402
 
-from dtron.cluster import status, sweep_run, sweep_slurm  # noqa: E402
+from dtron.cluster import status  # noqa: E402
 from dtron.cluster.runs import Outcome  # noqa: E402
 from dtron.cluster.slurm import SlurmJob, SlurmOptions  # noqa: E402
 from dtron.cluster.sweep import main  # noqa: E402
-from dtron.cluster.sweep_file import read_sweep  # noqa: E402
-from dtron.cluster.sweep_local import LocalRunner, how_it_ended  # noqa: E402
-from dtron.cluster.sweep_points import Point, check_machine, make_points  # noqa: E402
-from dtron.cluster.sweep_results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
-from dtron.cluster.sweep_run import End, Record, Sweep, classify, read_record  # noqa: E402
-from dtron.cluster.sweep_slurm import SlurmRunner, slurm_options  # noqa: E402
+from dtron.cluster.sweep import runner as sweep_runner  # noqa: E402
+from dtron.cluster.sweep import slurm as sweep_slurm  # noqa: E402
+from dtron.cluster.sweep.file import read_sweep  # noqa: E402
+from dtron.cluster.sweep.local import LocalRunner, how_it_ended  # noqa: E402
+from dtron.cluster.sweep.points import Point, check_machine, make_points  # noqa: E402
+from dtron.cluster.sweep.results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
+from dtron.cluster.sweep.runner import End, Record, Sweep, classify, read_record  # noqa: E402
+from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
 from dtron.train.folder import hold  # noqa: E402
 
@@ -283,7 +285,7 @@ TP = HEAD + "[axes]\ntp = [1, 2, 4]\n[fixed]\nmodel.n_kv_heads = 4\n"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_run, "POLL_S", 0.0)
+    monkeypatch.setattr(sweep_runner, "POLL_S", 0.0)
 
 
 def test_points_run_once_and_failed_ones_when_asked(write: Any, tmp_path: Path) -> None:
@@ -433,6 +435,13 @@ def test_the_best_is_on_top_and_named(write: Any, tmp_path: Path) -> None:
     )
     assert (lines[0]["global_batch_sequences"], lines[0]["local_batch_sequences"]) == ("8", "2")
     assert (lines[2]["state"], lines[2]["reason"]) == ("oom", "out of memory")
+    batches = measured(
+        write, HEAD + "[axes]\ntraining.local_batch_size = [1, 2]\ndebug.seed = [1, 2]\n", [done(1.0)] * 4
+    )
+    write_csv(tmp_path / "r.csv", batches)
+    head, first = (tmp_path / "r.csv").read_text().splitlines()[:2]
+    assert "training.local_batch_size" not in head, "it has a column already"
+    assert head.endswith(",debug.seed") and first.endswith(",1")
 
 
 def test_a_lead_within_the_spread_is_none(write: Any) -> None:
@@ -469,7 +478,7 @@ def test_each_model_has_a_best(write: Any) -> None:
 
 def test_picture_shows_every_point(write: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from dtron.cluster.sweep_picture import draw
+    from dtron.cluster.sweep.picture import draw
 
     records = [done(100.0), done(150.0, 3.1), Record("pruned", "tensor_parallel_degree 4 does not divide it")]
     draw(measured(write, TP, records), "the title", "6 steps", [tmp_path / "p.svg", tmp_path / "p.png"])

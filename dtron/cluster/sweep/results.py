@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtron.cluster.sweep_file import DEGREES
-from dtron.cluster.sweep_points import Point
-from dtron.cluster.sweep_run import ENDED, Record
+from dtron.cluster.sweep.file import DEGREES
+from dtron.cluster.sweep.points import Point
+from dtron.cluster.sweep.runner import ENDED, Record
 from dtron.config import flatten
 from dtron.config.toml import toml_value
 from dtron.observe.console import human_bytes, human_count
@@ -40,6 +40,7 @@ SHOWN = (
     "model.name",
     "model.flavor",
 )
+IN_CSV = ("training.local_batch_size", "training.global_batch_size", "training.seq_len")  # under names with units
 DEGREE_COLUMNS = {"pp": "pp", "rep": "dp_replicate", "dp": "dp_shard", "cp": "cp", "tp": "tp"}  # short -> of Degrees
 GOING = ("interrupted", "running", "queued", "waiting")
 STATES = (*ENDED, *GOING, "pruned")
@@ -267,5 +268,5 @@ def _csv_row(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "tokens_per_s": r.tokens_per_s, "tokens_per_s_per_gpu": row.tokens_per_s_per_gpu, "mfu": r.mfu,
         "step_s": r.step_s, "step_s_p25": r.step_s_p25, "step_s_p75": r.step_s_p75, "max_memory_gib": memory,
         "last_step": r.step, "loss_nats_per_token": r.loss, "loss_differs": row.odd_loss, "attempts": r.attempt,
-        **{name: _short(settings[name]) for name in varying(rows)},
+        **{name: _short(settings[name]) for name in varying(rows) if name not in IN_CSV},
     }  # fmt: skip

@@ -1,6 +1,10 @@
 """`scripts/sweep.py SWEEP.toml`: run a list of layouts, batch sizes, recompute modes, models, and say which is best.
 
 Every point is a normal run of train.py in a folder of its own. The same command again goes on where it ended.
+
+file.py    SWEEP.toml                                results.py  rows, a CSV, a table, which layout to take
+points.py  what a point is, and whether it can work  picture.py  speed and memory of all points
+runner.py  run what is left, say how each ended      local.py, slurm.py  where points run
 """
 
 import argparse
@@ -12,13 +16,13 @@ from types import FrameType
 from typing import Any, Literal, TextIO
 
 from dtron.cluster.slurm import add_options
-from dtron.cluster.sweep_file import SweepFile, read_sweep
-from dtron.cluster.sweep_local import LocalRunner
-from dtron.cluster.sweep_picture import check_matplotlib, draw
-from dtron.cluster.sweep_points import Point, check_machine, make_points
-from dtron.cluster.sweep_results import Row, advice, as_table, in_common, label, loss_notes, make_rows, write_csv
-from dtron.cluster.sweep_run import ENDED, Record, Runner, Sweep
-from dtron.cluster.sweep_slurm import SlurmRunner, slurm_options
+from dtron.cluster.sweep.file import SweepFile, read_sweep
+from dtron.cluster.sweep.local import LocalRunner
+from dtron.cluster.sweep.picture import check_matplotlib, draw
+from dtron.cluster.sweep.points import Point, check_machine, make_points
+from dtron.cluster.sweep.results import Row, advice, as_table, in_common, label, loss_notes, make_rows, write_csv
+from dtron.cluster.sweep.runner import ENDED, Record, Runner, Sweep
+from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options
 from dtron.errors import UserError
 from dtron.observe.console import human_bytes, human_count, human_seconds
 from dtron.train.folder import hold

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtron.cluster.sweep_results import DEGREE_COLUMNS, Row, columns
+from dtron.cluster.sweep.results import DEGREE_COLUMNS, Row, columns
 from dtron.errors import UserError
 from dtron.observe.console import human_count
 

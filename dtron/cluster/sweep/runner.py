@@ -1,6 +1,6 @@
 """Running the points of a sweep: which are left, how each ended, and what is kept of it.
 
-How a point is started and stopped is a `Runner`'s business: sweep_local.py has that of this machine.
+How a point is started and stopped is a `Runner`'s business: local.py has that of this machine.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dtron.cluster.runs import Outcome, read_outcome, read_row
-from dtron.cluster.sweep_points import Point
+from dtron.cluster.sweep.points import Point
 from dtron.config import to_toml
 from dtron.observe.metrics import read_metrics
 

@@ -1,8 +1,8 @@
 """The command `dtron preflight`: can these machines train, and is one of them slow? Imports torch when it runs.
 
-What is measured is in preflight_measure.py (rates, collectives, links) and preflight_machine.py (clocks, disks), what
-has to be equal in preflight_facts.py, the time limits in preflight_guard.py, and what is made of the figures in
-preflight_report.py; preflight_run.py is the order of it all.
+facts.py    what has to be equal on all ranks         guard.py    stages with time limits
+measure.py  rates, collectives, links                 machine.py  clocks, disks
+stages.py   the order of it all                       report.py   what is made of the figures
 """
 
 import argparse
@@ -44,6 +44,6 @@ def _seconds(text: str) -> float:
 def run(given: argparse.Namespace) -> NoReturn:
     """What `add_arguments` describes; ends the process."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-    from dtron.cluster.preflight_run import main
+    from dtron.cluster.preflight.stages import main
 
     main(given)

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dtron.cluster.preflight_facts import hosts_text, whose
-from dtron.cluster.preflight_measure import OPS, bus_factor
+from dtron.cluster.preflight.facts import hosts_text, whose
+from dtron.cluster.preflight.measure import OPS, bus_factor
 from dtron.observe.console import human_bytes
 from dtron.observe.device import peak_flops_per_s
 

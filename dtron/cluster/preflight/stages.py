@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from dtron.cluster.preflight_facts import EQUAL, compare, facts, machines
-from dtron.cluster.preflight_guard import Guard
-from dtron.cluster.preflight_machine import answer_clock, ask_clock, disk_write, sees, write_marker
-from dtron.cluster.preflight_measure import OPS, Meter, dimensions
-from dtron.cluster.preflight_report import SCHEMA, assemble_dimensions, assemble_ranks, table, warnings_of
+from dtron.cluster.preflight.facts import EQUAL, compare, facts, machines
+from dtron.cluster.preflight.guard import Guard
+from dtron.cluster.preflight.machine import answer_clock, ask_clock, disk_write, sees, write_marker
+from dtron.cluster.preflight.measure import OPS, Meter, dimensions
+from dtron.cluster.preflight.report import SCHEMA, assemble_dimensions, assemble_ranks, table, warnings_of
 from dtron.config import Config, HelpRequested, load
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh, resolve_degrees

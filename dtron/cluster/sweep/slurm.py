@@ -9,8 +9,8 @@ from typing import Any
 
 from dtron.cluster.slurm import SlurmJob, SlurmOptions, states, submit
 from dtron.cluster.status import JobStatus, job_status
-from dtron.cluster.sweep_points import Point
-from dtron.cluster.sweep_run import ENDED, End, Job
+from dtron.cluster.sweep.points import Point
+from dtron.cluster.sweep.runner import ENDED, End, Job
 
 __all__ = ["SlurmRunner", "Submitted", "slurm_options"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dtron import compat
-from dtron.cluster.preflight_guard import Guard
+from dtron.cluster.preflight.guard import Guard
 from dtron.mesh import Mesh
 
 __all__ = ["Dimension", "Meter", "Spent", "Timer", "bus_factor", "dimensions", "link_rounds"]

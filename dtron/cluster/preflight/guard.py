@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from dtron import compat
-from dtron.cluster.preflight_facts import whose
+from dtron.cluster.preflight.facts import whose
 from dtron.train.launch import FIRST_FAILURE, World, tell_torchrun
 
 __all__ = ["Guard", "Place", "StandsStillError", "stands_still"]

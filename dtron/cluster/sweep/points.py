@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from dtron.cluster.sweep_file import DEGREES, SweepFile, assignments
+from dtron.cluster.sweep.file import DEGREES, SweepFile, assignments
 from dtron.config import Config, flatten, load
 from dtron.config.cli import SHORT_FORMS
 from dtron.config.keys import KEYS

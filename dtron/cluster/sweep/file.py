@@ -1,4 +1,4 @@
-"""SWEEP.toml: which points a sweep has. What a point is, and whether it can work, is in sweep_points.py.
+"""SWEEP.toml: which points a sweep has. What a point is, and whether it can work, is in points.py.
 
 base = "../llama3-8b.toml"        # the configuration that every point changes; paths are relative to this file
 ranks = 8                         # of every point; or nodes = 2 and ranks_per_node = 8

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import dtron
-from dtron.cluster.sweep_points import Point
-from dtron.cluster.sweep_run import End, Job
+from dtron.cluster.sweep.points import Point
+from dtron.cluster.sweep.runner import End, Job
 from dtron.errors import UserError
 
 __all__ = ["LocalJob", "LocalRunner", "arguments"]
