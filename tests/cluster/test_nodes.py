@@ -85,7 +85,8 @@ def test_kill_ends_a_node_and_no_other(three: Nodes) -> None:
         time.sleep(0.01)
     assert dead.pid in three.pids(1), "the pid is the command's"
     three.kill(1)
-    assert three.pids(1) == set() and dead.wait(10) == -signal.SIGKILL
+    # Which of them dies first decides whether its parent still lives to tell.
+    assert three.pids(1) == set() and dead.wait(10) in (-signal.SIGKILL, 128 + signal.SIGKILL)
     assert alive.poll() is None and len(three.pids(2)) == 4
     three.kill(2)
 
