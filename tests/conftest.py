@@ -37,6 +37,8 @@ def _no_ranks_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """gloo ranks: ranks.run(world, function, *arguments) gives the list of the ranks' results."""
+    import torch._inductor.compile_fx  # noqa: F401 - 2.6 CPU-seconds, which every rank that compiles would spend
+
     pool = request.config.stash[POOL] = Ranks()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # forked ranks keep the filter: torch warns of its own internals

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from dtron.config import load
 from dtron.train.setup import resolve
@@ -23,7 +24,7 @@ TINY = ["--job.config_file", "configs/debug.toml", "--training.device", "cpu", "
 def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, *launcher, "scripts/bench/step.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return warm.run(command, ROOT, env)
 
 
 def test_one_rank_beside_the_plain_loop(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "scripts" / "bench" / "README.md").read_text()
@@ -19,7 +20,7 @@ COMMANDS = [line.strip() for line in README.splitlines() if "scripts/bench/check
 def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, *launcher, "scripts/bench/checkpoint.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return warm.run(command, ROOT, env)
 
 
 def lines_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:

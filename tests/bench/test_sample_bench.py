@@ -1,9 +1,10 @@
 """scripts/bench/sample.py, run on a model of seconds."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_both_write_the_same_tokens() -> None:
     few = ["--flavor", "debugmodel", "--prompt", "16", "--new", "8", "--rounds", "1"]
     command = [sys.executable, "scripts/bench/sample.py", *few]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["same_tokens"] and min(result["tokens_per_s"].values()) > 0

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import warm
 from ranks import Ranks
 
 from dtron.__main__ import main
@@ -506,7 +507,7 @@ def torchrun(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedP
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "dtron", "preflight", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    return warm.run(command, folder, environment, timeout=240)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "frontdoor"))
 from frontdoor import CONFIG, ROOT, Run, torchrun  # noqa: E402
+from warm import Warm, name_of  # noqa: E402
 
 from dtron.checkpoint.files import find_damage, read_manifest, steps_in  # noqa: E402
 from dtron.checkpoint.place import Place  # noqa: E402
@@ -53,7 +54,7 @@ class Killer:
         self._random = random.Random(0)
         self.kills: list[Kill] = []
 
-    def __call__(self, agent: subprocess.Popen[bytes]) -> None:
+    def __call__(self, agent: Warm) -> None:
         seen: set[int] = set()
         for what in self._whats:
             self._wait(lambda: len(ranks_of(agent.pid) - seen) == self._ranks, agent)  # noqa: B023 - called at once
@@ -65,7 +66,7 @@ class Killer:
             last = max(self._rows(), key=lambda row: row["attempt"] * 10**6 + row["step"], default={})
             self.kills.append(Kill(now_s, what, last.get("attempt", 0), last.get("step", 0)))
 
-    def _wait_for(self, what: str, agent: subprocess.Popen[bytes]) -> None:
+    def _wait_for(self, what: str, agent: Warm) -> None:
         if what == "start":
             time.sleep(self._random.uniform(0, 4))
             return
@@ -77,7 +78,7 @@ class Killer:
             self._wait(lambda: any(self._folder.glob("outputs/*/checkpoint/*.partial-*")), agent, every_s=0.0005)
             time.sleep(self._random.uniform(0, 0.01))
 
-    def _wait(self, until: Any, agent: subprocess.Popen[bytes], every_s: float = 0.02) -> None:
+    def _wait(self, until: Any, agent: Warm, every_s: float = 0.02) -> None:
         end = time.monotonic() + 100
         while not until():
             assert time.monotonic() < end and agent.poll() is None, f"in vain, after {self.kills}"
@@ -92,9 +93,8 @@ class Killer:
 
 def ranks_of(agent: int) -> set[int]:
     """The processes that torchrun started."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
-    found = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
-    return {int(pid) for pid, parent, args in found if int(parent) == agent and "train.py" in args}
+    listed = subprocess.run(["ps", "--ppid", str(agent), "-o", "pid="], capture_output=True, text=True)
+    return {pid for pid in map(int, listed.stdout.split()) if name_of(pid).startswith("rank ")}
 
 
 def train(folder: Path, ranks: int, steps: int, arguments: str, restarts: int = 0, killer: Any = None) -> Run:

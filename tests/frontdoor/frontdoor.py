@@ -1,4 +1,4 @@
-"""train.py started as a user starts it: by torchrun, on real processes, with a file and a command line."""
+"""train.py started as a user starts it: by torchrun, on processes of its own, with a file and a command line."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400  # of a whole run: an idle machine needs a twentieth
@@ -81,22 +83,30 @@ def torchrun(
     *arguments: str,
     config: str = CONFIG,
     program: tuple[str, ...] = (str(ROOT / "train.py"),),
-    meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None,
+    meanwhile: Callable[[Warm], None] | None = None,
+    cold: bool = False,
 ) -> Run:
-    """Run `torchrun program --job.config_file x.toml arguments` in `folder`; `meanwhile` is called after the start."""
+    """Run `torchrun program --job.config_file x.toml arguments` in `folder`; `meanwhile` is called after the start.
+
+    cold: by interpreters of its own, as it is outside of tests.
+    """
     (folder / "x.toml").write_text(config)
     # Ranks write to files of their own, so that what dtron says and what torchrun says can be told apart.
     launcher = ["torch.distributed.run", "--standalone", "--redirects", "3", "--log-dir", str(folder / "logs")]
     command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(ranks), *program]
     command += ["--job.config_file", str(folder / "x.toml"), *arguments]
-    with (folder / "agent").open("wb") as agent:
-        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=agent, stderr=agent)
-        try:
-            if meanwhile is not None:
-                meanwhile(process)
-            code = process.wait(TIMEOUT_S)
-        finally:
-            _end(process)
+    process: Any = None
+    if cold:
+        with (folder / "agent").open("wb") as agent:
+            process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=agent, stderr=agent)
+    else:
+        process = Warm(command, folder, environment(), folder / "agent")
+    try:
+        if meanwhile is not None:
+            meanwhile(process)
+        code = process.wait(TIMEOUT_S)
+    finally:
+        _end(process)
     out, err = ([_read(folder, rank, name) for rank in range(ranks)] for name in ("stdout.log", "stderr.log"))
     return Run(code, (folder / "agent").read_text(), out, err, folder)
 
@@ -105,7 +115,7 @@ def _read(folder: Path, rank: int, name: str) -> str:
     return "".join(path.read_text() for path in folder.glob(f"logs/*/attempt_0/{rank}/{name}"))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Any) -> None:
     """torchrun's ranks are in sessions of their own: it has to be told to end them."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

@@ -1,13 +1,13 @@
 """A user's mistake is one message: what was given, what was expected, how to mend it; before any training."""
 
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from frontdoor import CONFIG, ROOT, TIMEOUT_S, environment, torchrun
+from warm import Warm
 
 from dtron.config import load
 from dtron.errors import UserError
@@ -205,16 +205,15 @@ def by_hand(folder: Path, *arguments: tuple[str, ...]) -> tuple[list[int], list[
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(ROOT / "tests/frontdoor/frontdoor_quick.py"), "--job.config_file", "x.toml"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(
-            subprocess.Popen([*command, *own], cwd=folder, env=environment() | env, text=True, **pipes)  # type: ignore[call-overload]
-        )
+        files = folder / f"out-{rank}", folder / f"err-{rank}"
+        processes.append(Warm([*command, *own], folder, environment() | env, *files))
     try:
-        said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+        codes = [process.wait(TIMEOUT_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
+    out, err = ([(folder / f"{name}-{rank}").read_text() for rank in range(len(codes))] for name in ("out", "err"))
+    return codes, out, err
 
 
 @pytest.mark.long

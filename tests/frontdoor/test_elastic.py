@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from frontdoor import CONFIG, ROOT, Run, torchrun
+from warm import Warm, name_of
 
 from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.place import Place
@@ -145,17 +145,14 @@ def children(parent: int) -> list[int]:
     return found
 
 
-def workers(agent: subprocess.Popen[bytes]) -> list[int]:
+def workers(agent: Warm) -> list[int]:
     """Process ids of torchrun's ranks, in order."""
-    found = {}
-    for pid in children(agent.pid):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found.update({int(v[5:]): pid for v in variables if v.startswith(b"RANK=")})
-    return [found[rank] for rank in sorted(found)]
+    found = {name_of(pid): pid for pid in children(agent.pid)}
+    return [found[name] for name in sorted(found) if name.startswith("rank ")]
 
 
-def after_steps(folder: Path, action: Callable[[subprocess.Popen[bytes]], None]) -> Callable[..., None]:
-    def meanwhile(agent: subprocess.Popen[bytes]) -> None:
+def after_steps(folder: Path, action: Callable[[Warm], None]) -> Callable[..., None]:
+    def meanwhile(agent: Warm) -> None:
         end = time.monotonic() + 150
         while sum(path.read_bytes().count(b"\n") for path in folder.glob("outputs/*/metrics.jsonl")) < 3:
             assert time.monotonic() < end and agent.poll() is None
@@ -165,7 +162,7 @@ def after_steps(folder: Path, action: Callable[[subprocess.Popen[bytes]], None])
     return meanwhile
 
 
-def stopped(folder: Path, action: Callable[[subprocess.Popen[bytes]], None], *arguments: str) -> Run:
+def stopped(folder: Path, action: Callable[[Warm], None], *arguments: str) -> Run:
     run = torchrun(folder, 2, *TWO, *arguments, config=ENDLESS, meanwhile=after_steps(folder, action))
     assert "Traceback" not in "".join(run.err), run.everything()
     return run
@@ -187,7 +184,7 @@ def check_saved(folder: Path) -> int:
 def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
     """Delivered twice, as torchrun does with SIGUSR1."""
 
-    def send(agent: subprocess.Popen[bytes]) -> None:
+    def send(agent: Warm) -> None:
         for _ in range(2):
             os.kill(workers(agent)[1], getattr(signal, name))
             time.sleep(0.01)
@@ -223,7 +220,7 @@ def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
     """And to everything below it, as Slurm signals every process of a step."""
     began = time.monotonic()
 
-    def send(agent: subprocess.Popen[bytes]) -> None:
+    def send(agent: Warm) -> None:
         ranks = workers(agent)
         loaders = [pid for rank in ranks for pid in children(rank)]
         assert len(loaders) >= 2
@@ -240,7 +237,7 @@ def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
 def test_loader_workers_that_are_signalled_too_do_not_break_the_save(tmp_path: Path) -> None:
     """The same without torchrun, which so ends well."""
 
-    def send(agent: subprocess.Popen[bytes]) -> None:
+    def send(agent: Warm) -> None:
         ranks = workers(agent)
         loaders = [pid for rank in ranks for pid in children(rank)]
         assert len(loaders) >= 2

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from frontdoor import Run, environment, torchrun
+from warm import Warm
 
 TWO_RANKS = ("--training.local_batch_size", "4", "--training.steps", "1000")
 
@@ -99,7 +100,7 @@ def test_rank_that_hangs_in_a_pipeline(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_rank_that_is_stopped(tmp_path: Path) -> None:
-    def stop(torchrun_process: subprocess.Popen[bytes]) -> None:
+    def stop(torchrun_process: Warm) -> None:
         wait_for(tmp_path, "outputs/*/metrics.jsonl", torchrun_process)
         (pid,) = (pid for pid in children(torchrun_process.pid) if b"\0RANK=1\0" in environment_of(pid))
         os.kill(pid, signal.SIGSTOP)
@@ -126,7 +127,7 @@ def test_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("outputs/*/comm_traces"))
 
 
-def wait_for(folder: Path, pattern: str, torchrun_process: subprocess.Popen[bytes]) -> None:
+def wait_for(folder: Path, pattern: str, torchrun_process: Warm) -> None:
     """Until a file has something in it."""
     end = time.monotonic() + 150
     while not any(path.stat().st_size for path in folder.glob(pattern)):

@@ -62,7 +62,7 @@ def test_module_is_the_script(single: list[dict[str, Any]], tmp_path: Path) -> N
 def test_embedded_corpus(tmp_path: Path) -> None:
     """configs/debug.toml as it stands, on two ranks: real text, in the cache that `make train` uses."""
     base = f'base = "{ROOT / "configs/debug.toml"}"\n[job]\ncache_folder = "{ROOT / ".cache"}"\nprint_config = true\n'
-    rows = passed(run := torchrun(tmp_path, 2, "--training.device", "cpu", config=base))
+    rows = passed(run := torchrun(tmp_path, 2, "--training.device", "cpu", config=base, cold=True))
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert "job: debug" in run.out[0] and "\n[lr_scheduler]\nwarmup_steps = 2\n" in run.out[0]
