@@ -21,7 +21,7 @@ lint: setup  ## ruff, mypy and shellcheck
 	.venv/bin/shellcheck --severity=warning scripts/*.sh scripts/slurm/*.sbatch .ci/run
 
 test: lint  ## lint, then every test but the long ones, two files at a time
-	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: setup  ## the long tests (with lm-eval, which this installs); the log goes to tests/long.log
 	$(PYTHON) -m pip install -qq --disable-pip-version-check -c $(firstword $(wildcard .venv/constraints.txt) constraints.txt) -e '.[eval]'

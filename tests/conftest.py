@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ from ranks import Ranks
 torch.set_num_threads(1)
 
 POOL = pytest.StashKey[Ranks]()
+# Files that take minutes begin first, else one worker would be left alone with them at the end.
+FIRST = ("parity/test_matrix.py", "cluster/test_slurm.py", "checkpoint/test_resume.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)

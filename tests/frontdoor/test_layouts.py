@@ -1,12 +1,12 @@
 """The same configuration and seed on 1 to 16 ranks, through torchrun: the same training, step by step."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from frontdoor import CONFIG, ROOT, TIMEOUT_S, Run, environment, torchrun
+import warm
+from frontdoor import CONFIG, ROOT, Run, environment, torchrun
 
 from dtron.config.keys import KEYS
 from dtron.observe.metrics import read_metrics
@@ -84,23 +84,17 @@ def test_rerun_resumes_on_another_layout(tmp_path: Path) -> None:
     assert [(row["step"], row["tokens"], row["attempt"]) for row in rows] == [(1, 128, 1), (2, 256, 1), (3, 384, 2)]
 
 
-def plain_python(folder: Path, *arguments: str) -> str:
-    """What train.py prints when started without torchrun."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
 def test_without_torchrun(single: list[dict[str, Any]], tmp_path: Path) -> None:
     """One process needs no launcher."""
     (tmp_path / "x.toml").write_text(CONFIG)
-    plain_python(tmp_path, "--job.config_file", "x.toml", "--training.steps", "1")
+    command = [sys.executable, str(ROOT / "train.py"), "--job.config_file", "x.toml", "--training.steps", "1"]
+    done = warm.run(command, tmp_path, environment())
+    assert (done.returncode, done.stderr) == (0, "")
     (path,) = tmp_path.glob("outputs/*/metrics.jsonl")
     assert read_metrics(path)[0]["loss"] == single[0]["loss"]
 
 
 def test_help_lists_every_key(tmp_path: Path) -> None:
-    printed = plain_python(tmp_path, "--help")
+    printed = warm.run([sys.executable, str(ROOT / "train.py"), "--help"], tmp_path, environment()).stdout
     assert [name for name in KEYS if f"  {name.rpartition('.')[2]}: " not in printed] == []
     assert printed.startswith("Usage: train.py") and not list(tmp_path.iterdir())
