@@ -31,13 +31,43 @@ __all__ = ["Warm", "name_of", "run"]
 TICK_S = 0.01
 
 
-class _Forked:
-    """A child by fork, with what torchrun and these tests use of subprocess.Popen."""
+class _Process:
+    """What torchrun and these tests use of subprocess.Popen."""
+
+    args: list[str]
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        raise NotImplementedError
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, when it has ended. subprocess.TimeoutExpired."""
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(TICK_S)
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        """Nothing is done if it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+class _Forked(_Process):
+    """A child of this process."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: str, outputs: Sequence[int], session: bool):
         sys.stdout.flush()
         sys.stderr.flush()
-        self.args, self.returncode = list(command), None
+        self.args = list(command)
         self.pid = os.fork()
         if self.pid == 0:
             _become(self.args, env, cwd, outputs, session)
@@ -48,22 +78,6 @@ class _Forked:
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        return _wait(self, timeout)
-
-    def send_signal(self, signum: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signum)
-
-
-def _wait(process: Any, timeout: float | None) -> int:
-    end = time.monotonic() + (float("inf") if timeout is None else timeout)
-    while (code := process.poll()) is None:
-        if time.monotonic() > end:
-            raise subprocess.TimeoutExpired(process.args, timeout or 0.0)
-        time.sleep(TICK_S)
-    return code
 
 
 def _become(command: list[str], env: Mapping[str, str], cwd: str, outputs: Sequence[int], session: bool) -> NoReturn:
@@ -196,16 +210,15 @@ def _main(descriptor: int) -> None:
     _serve(Connection(descriptor))
 
 
-class Warm:
+class Warm(_Process):
     """A process as subprocess.Popen gives one, its output in files. command: [sys.executable, ...]."""
 
     def __init__(
         self, command: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path | None = None
     ) -> None:
         assert command[0] == sys.executable
-        self.args, self.returncode = list(command), None
-        request = (self.args, dict(env), str(cwd), [str(stdout), str(stderr or stdout)])
-        self.pid: int = self._ask("start", request)
+        self.args = list(command)
+        self.pid = self._ask("start", (self.args, dict(env), str(cwd), [str(stdout), str(stderr or stdout)]))
 
     @staticmethod
     def _ask(what: str, args: Any) -> Any:
@@ -213,23 +226,9 @@ class Warm:
         return _warm_process().recv()
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs."""
         if self.returncode is None:
             self.returncode = self._ask("poll", self.pid)
         return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit code, when it has ended. subprocess.TimeoutExpired."""
-        return _wait(self, timeout)
-
-    def send_signal(self, signum: int) -> None:
-        """Nothing is done if it has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, signum)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.send_signal(signal.SIGKILL)
 
 
 def run(
