@@ -156,6 +156,12 @@ def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
         )
     if not re.fullmatch(r"[\w.+-]+", options.name):
         raise UserError(f"--name {options.name!r}; expected letters, digits and . _ + -, as it names a folder too")
+    for name in ("container", "srun_args"):
+        try:
+            shlex.split(getattr(options, name))
+        except ValueError as error:
+            said = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UserError(f"{said}: {error}; expected words as in a shell") from None
     config = load(argv)
     if config.job.control_folder is not None:
         raise UserError("job.control_folder is the job's own, in its folder: take it out of the configuration")

@@ -309,6 +309,25 @@ def test_an_environment_that_is_not_there_ends_the_job(
 
 
 @pytest.mark.long
+def test_in_a_container(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+    """One that has its Python where there is nothing outside; the job is stopped and goes on."""
+    (tmp_path / "a box").mkdir()
+    box = tmp_path / "a box" / "run"
+    box.write_text(
+        '#!/bin/sh\nexec unshare --mount sh -c "mount --bind $1 /mnt && shift && exec \\"\\$@\\"" box "$@"\n'
+    )
+    box.chmod(0o755)
+    assert not Path("/mnt/bin/python").exists()
+    own = "--container", f"'{box}' {sys.prefix}", "--python", "/mnt/bin/python", "--training.steps", "60"
+    job = Job(slurm, tmp_path, 2, *own, preflight=True)
+    job.wait_for_step(10)
+    slurm.run("scontrol", "requeue", job.id)
+    job.wait_until_done()
+    job.check(alone(60))
+    assert json.loads((job.folder / "environment.json").read_text())["executable"] == "/mnt/bin/python"
+
+
+@pytest.mark.long
 def test_ranks_that_are_told_to_end_by_nobody_we_know(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)

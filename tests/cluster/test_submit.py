@@ -137,6 +137,7 @@ def test_a_submitted_job_has_all_that_it_runs(tmp_path: Path, submit: Any) -> No
         ([DEBUG, "--checkpoint.enable", "--training.device", "cpu"], "training.device is cpu"),
         ([DEBUG, "--checkpoint.enable", "--prolog", "nowhere.sh"], "there is no file nowhere.sh"),
         ([DEBUG, "--checkpoint.enable", "--retries", "-1"], "--retries is -1"),
+        ([DEBUG, "--checkpoint.enable", "--container", "box 'a b"], "--container box 'a b: No closing quotation"),
         ([DEBUG, "--checkpoint.enable", "--job.control_folder", "x"], "job.control_folder is the job's own"),
         ([DEBUG, "--checkpoint.enable", "--job.dump_folder", "a%j"], "has a %"),
         ([DEBUG, "--checkpoint.enable", "--job.description", SECRET], "holds a Hugging Face token"),
