@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Warm", "name_of", "run"]
+__all__ = ["Warm", "children", "name_of", "ranks_of", "run"]
 
 TICK_S = 0.01
 
@@ -146,6 +146,24 @@ def name_of(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
+
+
+def children(parent: int) -> list[int]:
+    """Its children's process ids."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.name))
+        except (OSError, ProcessLookupError):
+            continue  # it has just ended
+    return found
+
+
+def ranks_of(agent: int) -> list[int]:
+    """Process ids of the ranks that a warm torchrun has started, in their order."""
+    found = {name_of(pid): pid for pid in children(agent)}
+    return [found[name] for name in sorted(found, key=lambda name: (len(name), name)) if name.startswith("rank ")]
 
 
 def _fork_the_ranks_of_torchrun() -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch.multiprocessing as mp
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "frontdoor"))
 from frontdoor import CONFIG, ROOT, Run, torchrun  # noqa: E402
-from warm import Warm, name_of  # noqa: E402
+from warm import Warm, ranks_of  # noqa: E402
 
 from dtron.checkpoint.files import find_damage, read_manifest, steps_in  # noqa: E402
 from dtron.checkpoint.place import Place  # noqa: E402
@@ -57,8 +56,8 @@ class Killer:
     def __call__(self, agent: Warm) -> None:
         seen: set[int] = set()
         for what in self._whats:
-            self._wait(lambda: len(ranks_of(agent.pid) - seen) == self._ranks, agent)  # noqa: B023 - called at once
-            ranks = ranks_of(agent.pid) - seen
+            self._wait(lambda: len(set(ranks_of(agent.pid)) - seen) == self._ranks, agent)  # noqa: B023 - called at once
+            ranks = set(ranks_of(agent.pid)) - seen
             seen |= ranks
             self._wait_for(what, agent)
             os.kill(self._random.choice(sorted(ranks)), signal.SIGKILL)
@@ -89,12 +88,6 @@ class Killer:
         files = list(self._folder.glob("outputs/*/metrics.jsonl"))
         lines = files[0].read_bytes().splitlines(keepends=True) if files else []
         return [json.loads(line) for line in lines if line.endswith(b"}\n")]
-
-
-def ranks_of(agent: int) -> set[int]:
-    """The processes that torchrun started."""
-    listed = subprocess.run(["ps", "--ppid", str(agent), "-o", "pid="], capture_output=True, text=True)
-    return {pid for pid in map(int, listed.stdout.split()) if name_of(pid).startswith("rank ")}
 
 
 def train(folder: Path, ranks: int, steps: int, arguments: str, restarts: int = 0, killer: Any = None) -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from frontdoor import CONFIG, ROOT, Run, torchrun
-from warm import Warm, name_of
+from warm import Warm, children, ranks_of
 
 from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.place import Place
@@ -134,23 +134,6 @@ def test_nothing_starts_from_scratch_where_all_is_damaged(tmp_path: Path) -> Non
 # --- signals
 
 
-def children(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.name))
-        except (OSError, ProcessLookupError):
-            continue  # it has just ended
-    return found
-
-
-def workers(agent: Warm) -> list[int]:
-    """Process ids of torchrun's ranks, in order."""
-    found = {name_of(pid): pid for pid in children(agent.pid)}
-    return [found[name] for name in sorted(found) if name.startswith("rank ")]
-
-
 def after_steps(folder: Path, action: Callable[[Warm], None]) -> Callable[..., None]:
     def meanwhile(agent: Warm) -> None:
         end = time.monotonic() + 150
@@ -186,7 +169,7 @@ def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
 
     def send(agent: Warm) -> None:
         for _ in range(2):
-            os.kill(workers(agent)[1], getattr(signal, name))
+            os.kill(ranks_of(agent.pid)[1], getattr(signal, name))
             time.sleep(0.01)
 
     run = good(stopped(tmp_path, send, "--checkpoint.async_mode", "async"))
@@ -221,7 +204,7 @@ def test_a_signal_to_torchrun_saves(tmp_path: Path, name: str) -> None:
     began = time.monotonic()
 
     def send(agent: Warm) -> None:
-        ranks = workers(agent)
+        ranks = ranks_of(agent.pid)
         loaders = [pid for rank in ranks for pid in children(rank)]
         assert len(loaders) >= 2
         for pid in (*loaders, *ranks, agent.pid):
@@ -238,7 +221,7 @@ def test_loader_workers_that_are_signalled_too_do_not_break_the_save(tmp_path: P
     """The same without torchrun, which so ends well."""
 
     def send(agent: Warm) -> None:
-        ranks = workers(agent)
+        ranks = ranks_of(agent.pid)
         loaders = [pid for rank in ranks for pid in children(rank)]
         assert len(loaders) >= 2
         for pid in (*loaders, *ranks):
@@ -249,7 +232,7 @@ def test_loader_workers_that_are_signalled_too_do_not_break_the_save(tmp_path: P
 
 
 def test_a_signal_without_checkpoints_is_no_success(tmp_path: Path) -> None:
-    run = stopped(tmp_path, lambda agent: os.kill(workers(agent)[0], signal.SIGTERM), "--checkpoint.no_enable")
+    run = stopped(tmp_path, lambda agent: os.kill(ranks_of(agent.pid)[0], signal.SIGTERM), "--checkpoint.no_enable")
     assert run.code != 0 and not list(tmp_path.glob("outputs/*/SAVED"))
     assert "and nothing was saved: checkpoint.enable is false" in run.err[0]
 

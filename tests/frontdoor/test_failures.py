@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from frontdoor import Run, environment, torchrun
-from warm import Warm
+from warm import Warm, ranks_of
 
 TWO_RANKS = ("--training.local_batch_size", "4", "--training.steps", "1000")
 
@@ -102,7 +102,7 @@ def test_rank_that_hangs_in_a_pipeline(tmp_path: Path) -> None:
 def test_rank_that_is_stopped(tmp_path: Path) -> None:
     def stop(torchrun_process: Warm) -> None:
         wait_for(tmp_path, "outputs/*/metrics.jsonl", torchrun_process)
-        (pid,) = (pid for pid in children(torchrun_process.pid) if b"\0RANK=1\0" in environment_of(pid))
+        pid = ranks_of(torchrun_process.pid)[1]
         os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
         wait_for(tmp_path, "logs/*/attempt_0/0/stderr.log", torchrun_process)
@@ -133,14 +133,6 @@ def wait_for(folder: Path, pattern: str, torchrun_process: Warm) -> None:
     while not any(path.stat().st_size for path in folder.glob(pattern)):
         assert time.monotonic() < end and torchrun_process.poll() is None
         time.sleep(0.1)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def environment_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/environ").read_bytes()
 
 
 @pytest.mark.long
