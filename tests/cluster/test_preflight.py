@@ -526,8 +526,6 @@ def test_by_torchrun(tmp_path: Path, ranks_: int, arguments: str, expected: set[
     figures = json.loads((tmp_path / "preflight.json").read_text())
     assert figures["world"] == ranks_ and figures["took_s"] < 60
     assert set(figures["dimensions"]) == expected and figures["exit_code"] == 0
-    said = [warning["text"] for warning in figures["warnings"] if warning["kind"] in ("matmul", "memory")]
-    assert said == [], "equal ranks, on cores that they share"
     for dimension in figures["dimensions"].values():
         assert all(dimension[op]["latency_s"] < 1 for op in ("all_reduce", "all_gather", "send_recv"))
 
