@@ -121,7 +121,8 @@ class Trainer:
                 self.guard.watch(step, stats, share)
                 clock.end_step(saving)
                 trace.step()
-                slowest_s = max(slowest_s, time.monotonic() - began_s)
+                took_s = time.monotonic() - began_s
+                slowest_s = took_s if step <= first + 1 else max(slowest_s, took_s)
                 beat_s = max(c.comm.train_timeout_seconds + MARGIN_S, SLOWER * slowest_s)
                 if step % c.training.gc_freq == 0:
                     gc.collect(1)

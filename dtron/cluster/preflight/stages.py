@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,11 +105,9 @@ def main(given: argparse.Namespace) -> NoReturn:
     except UserError as error:
         exit_with_message(rank, world, error)
     except RuntimeError as error:
-        try:
+        with suppress(RuntimeError):  # then nobody is to blame but this rank
             if guard is not None:
                 guard.lost(error)
-        except RuntimeError:
-            pass  # nobody is to blame but this rank
         exit_with_traceback(rank, world, error)
     except BaseException as error:
         exit_with_traceback(rank, world, error)
