@@ -11,7 +11,8 @@ from dtron.checkpoint.files import Progress, clean, steps_in
 from dtron.checkpoint.load import check_excluded, find_good, from_rank_0, load, load_initial, newest_without_state
 from dtron.checkpoint.place import Place
 from dtron.errors import UserError
-from dtron.parallel.compose import ParallelModel, meta_model
+from dtron.models.spec import meta_model
+from dtron.parallel.compose import ParallelModel
 from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold, saves
 from dtron.train.launch import World
 from dtron.train.setup import Setup

@@ -14,7 +14,6 @@ from dtron import registry
 from dtron.checkpoint.hf import is_hf
 from dtron.checkpoint.place import Place
 from dtron.config import Config
-from dtron.config.legal import check_legal
 from dtron.config.sections import Checkpoint, Comm, Dataset, Training
 from dtron.data.loader import check_dataloader
 from dtron.data.order import Mixture
@@ -22,11 +21,15 @@ from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
 from dtron.models.llama import LlamaConfig
-from dtron.models.spec import ModelSpec
+from dtron.models.spec import ModelSpec, meta_model
 from dtron.observe.device import device_name
 from dtron.observe.profiler import check_profiling
-from dtron.parallel.compose import meta_model, stage_plan
-from dtron.parallel.pipeline import SCHEDULES, StagePlan, schedule_stages
+from dtron.parallel.compose import stage_plan
+from dtron.parallel.context import check_sequence
+from dtron.parallel.incompatible import check_compatible
+from dtron.parallel.pipeline import StagePlan
+from dtron.parallel.schedules import SCHEDULES, check_pipeline
+from dtron.parallel.tensor import check_tensor
 
 __all__ = ["Setup", "check_batch", "choose_device_type", "describe", "resolve", "stages_of"]
 
@@ -66,17 +69,17 @@ def resolve(config: Config, world: int, device_type: Literal["cpu", "cuda"] | No
     _check_names(config)
     check_dataloader(config)
     degrees = resolve_degrees(config.parallelism, world)
-    check_legal(config)
+    check_compatible(config)
     spec, model_config = _model(config)
     _check_initial(config, model_config)
     _check_export(config, spec)
     if config.training.attention_mask == "document" and not spec.document_masks:
         raise UserError(f"model.name {config.model.name} takes no documents; set training.attention_mask causal")
     _check_model(model_config)
-    _check_tensor(config, spec, model_config, degrees)
-    _check_sequence(config, degrees)
+    check_tensor(config, spec, model_config, degrees)
+    check_sequence(config, degrees)
     if degrees.pp > 1:
-        _check_pipeline(config, spec, model_config, degrees)
+        check_pipeline(config, spec, model_config, degrees)
     if not config.validation.only:
         check_batch(config, degrees, config.training.global_batch_size)
     return Setup(config, degrees, device_type, spec, model_config)
@@ -333,105 +336,6 @@ def _check_model(m: Any) -> None:
         raise UserError(f"model.rope_theta is {m.rope_theta}; expected a positive number")
     if hasattr(m, "rope_theta") and (explicit or m.dim // heads) % 2:
         raise UserError(f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs")
-
-
-def _check_tensor(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
-    if d.tp == 1:
-        return
-    if spec.tensor_plan is None:
-        raise UserError(f"model.name {c.model.name} has no tensor-parallel plan; set tensor_parallel_degree 1")
-    sizes = {"n_heads": m.n_heads, "n_kv_heads": m.n_kv_heads, "vocab_size": m.vocab_size}
-    sizes |= {"ffn_dim": m.ffn_dim} if hasattr(m, "ffn_dim") else {}
-    for name, size in sizes.items():
-        if size % d.tp:
-            raise UserError(
-                f"tensor_parallel_degree {d.tp} does not divide model.{name} {size}; "
-                f"degrees that do: {', '.join(str(t) for t in range(1, 129) if size % t == 0)}"
-            )
-
-
-def _check_sequence(c: Config, d: Degrees) -> None:
-    """Context parallel cuts each sequence into equal chunks, sequence parallel cuts a rank's part by tp once more."""
-    chunks = 2 * d.cp if c.parallelism.context_parallel_load_balancer else d.cp
-    v = c.validation
-    lengths = {} if v.only and v.seq_len else {"training.seq_len": c.training.seq_len}
-    if v.enable and v.seq_len:
-        lengths["validation.seq_len"] = v.seq_len
-    for key, length in lengths.items():
-        if d.cp > 1 and length % chunks:
-            raise UserError(
-                f"{key} {length} is not divisible by {chunks} (2 x cp for head-tail, cp else); cp is {d.cp}"
-            )
-        if length // d.cp % d.tp:
-            raise UserError(
-                f"{key} {length} / cp {d.cp} = {length // d.cp} is not divisible by tensor_parallel_degree {d.tp}"
-            )
-
-
-def _check_pipeline(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
-    p, kind = c.parallelism, SCHEDULES[c.parallelism.pipeline_parallel_schedule]
-    name = p.pipeline_parallel_schedule_csv or p.pipeline_parallel_schedule
-    of_rank, rows = schedule_stages(p, m.n_layers)
-    n_stages = sum(map(len, of_rank))
-    if p.module_fqns_per_model_part:
-        _check_module_names(c, spec, m, n_stages)
-    elif p.pipeline_parallel_layers_per_stage and (n_stages != -(-m.n_layers // p.pipeline_parallel_layers_per_stage)):
-        raise UserError(
-            f"{m.n_layers} layers in stages of {p.pipeline_parallel_layers_per_stage} make "
-            f"{-(-m.n_layers // p.pipeline_parallel_layers_per_stage)} stages, no multiple of pp {d.pp}; "
-            "change pipeline_parallel_layers_per_stage"
-        )
-    per_rank = n_stages // d.pp
-    wanted = 2 if kind.v_shape else 1
-    if rows is None and per_rank != wanted and (kind.v_shape or not kind.multi):
-        raise UserError(f"{name} takes exactly {wanted} stage(s) a rank; the split gives {per_rank}")
-    if n_stages > m.n_layers:
-        raise UserError(
-            f"{name} with pp {d.pp} makes {n_stages} stages, but the model has {m.n_layers} layers; lower pp"
-        )
-    for section, asked in (("training", not c.validation.only), ("validation", c.validation.enable)):
-        if asked:
-            local = getattr(c, section).local_batch_size
-            _check_microbatches(c, name, f"{section}.local_batch_size", local, n_stages, d.pp, rows)
-
-
-def _check_microbatches(
-    c: Config, name: str, key: str, local: int, n_stages: int, pp: int, rows: list[list[str]] | None
-) -> None:
-    size = c.parallelism.pipeline_parallel_microbatch_size
-    n, left = divmod(local, size)
-    made = f"{key} {local} / pipeline_parallel_microbatch_size {size} = {n} microbatches"
-    if left:
-        raise UserError(f"{key} {local} is not a multiple of pipeline_parallel_microbatch_size {size}")
-    if rows is not None:
-        written = len({cell.strip().split("F")[1] for cell in rows[0] if "F" in cell})
-        if n != written:
-            raise UserError(f"{name} is written for {written} microbatches, but {made}")
-        return
-    kind = SCHEDULES[name]
-    if kind.at_least_stages and n < n_stages:
-        raise UserError(f"{name} needs at least {n_stages} microbatches (one a stage), but {made}")
-    if kind.in_rounds and n % max(1, n // pp):
-        raise UserError(f"{name} needs microbatches divisible into {max(1, n // pp)} equal rounds, but {made}")
-
-
-def _check_module_names(c: Config, spec: ModelSpec, m: Any, n_stages: int) -> None:
-    parts = c.parallelism.module_fqns_per_model_part or []
-    key = "parallelism.module_fqns_per_model_part"
-    if len(parts) != n_stages:
-        raise UserError(
-            f"{key} has {len(parts)} parts; expected a multiple of the schedule's pipeline ranks, here {n_stages}"
-        )
-    given = [name for part in parts for name in part]
-    expected = []
-    for name, _ in meta_model(spec, m).named_children():
-        expected += [f"layers.{i}" for i in range(m.n_layers)] if name == "layers" else [name]
-    if given != expected:
-        wrong = sorted(set(given) ^ set(expected))
-        reason = f"not in both: {', '.join(wrong)}" if wrong else "the order differs, or a name stands twice"
-        raise UserError(f"{key} must name every module once, in order ({expected[0]}, layers.0, ...); {reason}")
-    if empty := [i for i, part in enumerate(parts) if not any(name.startswith("layers.") for name in part)]:
-        raise UserError(f"{key}: part {empty[0]} has no layer; every stage needs one")
 
 
 def describe(setup: Setup, device: torch.device) -> str:

@@ -20,9 +20,10 @@ from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
+from dtron.models.spec import meta_model
 from dtron.observe.device import device_name, max_memory_bytes, peak_flops_per_s
 from dtron.observe.profiler import profiler
-from dtron.parallel.compose import meta_model, parallelize
+from dtron.parallel.compose import parallelize
 from dtron.train.assets import check_vocabulary, model_assets
 from dtron.train.begin import begin, load_begun
 from dtron.train.control import LONG_S

@@ -40,8 +40,8 @@ from dtron.data.order import Mixture  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
 from dtron.models.flops import flops_per_token  # noqa: E402
 from dtron.models.init import initial_rows  # noqa: E402
+from dtron.models.spec import meta_model  # noqa: E402
 from dtron.observe.device import max_memory_bytes, peak_flops_per_s, reset_max_memory  # noqa: E402
-from dtron.parallel.compose import meta_model  # noqa: E402
 from dtron.parallel.recompute import apply_recompute  # noqa: E402
 from dtron.train.launch import World  # noqa: E402
 from dtron.train.report import StepClock  # noqa: E402

@@ -33,7 +33,8 @@ from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
 from dtron.models.llama import LlamaConfig, RopeScaling
-from dtron.parallel.compose import ParallelModel, meta_model, parallelize
+from dtron.models.spec import meta_model
+from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.train.optimizer import build_optimizers
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
