@@ -495,7 +495,7 @@ def through_a_url(url: str) -> dict[str, Any]:
         update(model, optimizers, float(step))
         states[step] = state_of(model, optimizers)
         saved = save_and_wait(saver, model, optimizers, step)
-        assert not saved.error and not saved.told, saved
+        assert not saved.error and not saved.warnings, saved
     seen["files of step 1"] = (folder / "step-1").names()
     seen["retained"] = steps_in(folder)
     for name in ("__0_0.distcp", ".metadata"):
