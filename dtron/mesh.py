@@ -67,10 +67,6 @@ def resolve_degrees(p: Parallelism, world: int) -> Degrees:
                 f"change a degree or start a multiple of {others} ranks"
             )
         shard = world // others
-    elif shard < 1:
-        raise UserError(
-            f"parallelism.data_parallel_shard_degree is {shard}; expected -1 (what is left) or a positive degree"
-        )
     degrees = Degrees(pp, replicate, shard, cp, tp)
     if degrees.world != world:
         raise UserError(

@@ -13,6 +13,7 @@ import functools
 import io
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Warm", "children", "name_of", "ranks_of", "run"]
+__all__ = ["Warm", "children", "name_of", "ranks_of", "run", "without_times"]
 
 TICK_S = 0.01
 
@@ -261,3 +262,8 @@ def run(
         finally:
             process.kill()
         return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def without_times(log: str) -> str:
+    """Lines of the log without the time stamp that each begins with where nobody looks at a terminal."""
+    return re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", log)

@@ -68,7 +68,7 @@ def _option(token: str, words: list[str]) -> tuple[Key, Any]:
         if equals or words:
             raise UserError(f"{COMMAND_LINE}: {option} takes no value; {option} alone sets {key.name} to false")
         return key, False
-    if key.kind == list[str]:
+    if key.is_list_of_words:
         items = attached.split(",") if attached else []
         if not (equals or words):
             raise UserError(f"{COMMAND_LINE}: {option} needs one value or more; an empty list is {option}=")
@@ -120,8 +120,11 @@ def _from_text(key: Key, text: str) -> Any:
 
 def type_text(key: Key) -> str:
     """The key's type for the help: `int>=1`, `linear|sqrt|cosine`, `str|none`."""
-    if get_origin(key.kind) is Literal:
-        text = "|".join(get_args(key.kind))
+    choices = get_args(key.kind)
+    if get_origin(key.kind) is list and key.is_list_of_words:
+        text = "list[str]" if choices[0] is str else f"list[{'|'.join(get_args(choices[0]))}]"
+    elif get_origin(key.kind) is Literal:
+        text = "|".join(choices)
     else:
         text = str(key.kind).replace("dtron.config.sections.", "") if get_origin(key.kind) else key.kind.__name__
     least = "" if key.minimum is None else f">={key.minimum}"
@@ -140,7 +143,9 @@ def help_text() -> str:
             lines += ["", f"[{section}]"]
         default = "none" if key.default is None else toml_value(key.default)
         left = f"  {leaf}: {type_text(key)} = {default}"
-        meaning = f"(not supported: {key.lacks}; only {default} accepted)" if key.lacks else key.help
+        if len(left) > 120:
+            left = f"  {leaf}: {type_text(key)}\n      = {default}"
+        meaning = f"(not supported: {key.unsupported}; only {default} accepted)" if key.unsupported else key.help
         right = textwrap.wrap(meaning, 68)
         if len(left) > 50:  # too long for its column: the meaning starts below
             lines.append(left)

@@ -2,12 +2,12 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from dtron.config.sections import Config
+from dtron.config.sections import Changes, Config
 from dtron.config.toml import toml_type, toml_value
 from dtron.errors import UserError
 
@@ -35,15 +35,23 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `name` is dotted; `kind` is its annotation without `| None`, which is `optional`."""
+    """One key. `name` is dotted; `kind` is its annotation without `| None`, which is `optional`; else see `key`."""
 
     name: str
     kind: Any
     optional: bool
     default: Any
     help: str
-    lacks: str | None
+    changes: Changes
     minimum: float | None
+    check: Callable[[Any], str] | None
+    unsupported: str | None
+
+    @property
+    def is_list_of_words(self) -> bool:
+        """A list whose items are written as they are on the command line: strings, or some of a few choices."""
+        item = get_args(self.kind)[0] if get_origin(self.kind) is list else None
+        return item is str or get_origin(item) is Literal
 
 
 def _collect(section: Any, prefix: str = "") -> dict[str, Key | None]:
@@ -58,7 +66,10 @@ def _collect(section: Any, prefix: str = "") -> dict[str, Key | None]:
         union = [kind for kind in get_args(hints[field.name]) if kind is not NoneType]
         optional = NoneType in get_args(hints[field.name])
         kind = union[0] if optional else hints[field.name]
-        found[name] = Key(name, kind, optional, default, **field.metadata)
+        about = dict(field.metadata)
+        if name.startswith("validation."):  # it has the keys of a data set, but nothing is trained on that one
+            about["changes"] = "nothing"
+        found[name] = Key(name, kind, optional, default, **about)
     return found
 
 
@@ -78,14 +89,17 @@ def checked(key: Key, value: Any, source: str) -> Any:
         return [_checked_table(table, item, f"{key.name}[{i}].", source) for i, item in enumerate(value)]
     if key.kind is float and type(value) is int and abs(value) < 2**1023:  # more overflows float()
         value = float(value)
+    wanted = ""
     if _matches(key.kind, value) and (key.minimum is None or value >= key.minimum):
-        return value
-    if key.lacks:
+        wanted = key.check(value) if key.check else ""
+        if not wanted:
+            return value
+    elif key.unsupported:
         raise UserError(not_supported(key, value, source))
     given = _shown(value) + ("" if source == COMMAND_LINE else f" ({toml_type(value)})")
     near = difflib.get_close_matches(str(value), _choices(key.kind), n=1)
     hint = f"; did you mean {toml_value(near[0])}?" if near else ""
-    raise UserError(f"{source}: {key.name} = {given}: expected {_expected(key)}{hint}")
+    raise UserError(f"{source}: {key.name} = {given}: expected {wanted or _expected(key)}{hint}")
 
 
 def _table_of(kind: Any) -> Any:
@@ -107,7 +121,7 @@ def _checked_table(table: Any, given: dict[str, Any], prefix: str, source: str) 
 def not_supported(key: Key, value: Any, source: str) -> str:
     """The refusal of a key that takes its default only."""
     accepted = "leaving it out" if key.default is None else toml_value(key.default)
-    return f"{source}: {key.name} = {_shown(value)} is not supported: {key.lacks}; only {accepted} is accepted"
+    return f"{source}: {key.name} = {_shown(value)} is not supported: {key.unsupported}; only {accepted} is accepted"
 
 
 def _choices(kind: Any) -> list[str]:
@@ -125,7 +139,10 @@ def _matches(kind: Any, value: Any) -> bool:
 def _expected(key: Key) -> str:
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
     if get_origin(key.kind) is list:
-        text = "a list of strings" if key.kind == list[str] else "a list of lists of strings"
+        item = get_args(key.kind)[0]
+        text = "a list of strings" if item is str else "a list of lists of strings"
+        if choices := _choices(item):
+            text = f"a list of any of {alternatives(choices)}"
         if _table_of(key.kind):
             text = f"an array of tables, each written as [[{key.name}]]"
     else:

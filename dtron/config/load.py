@@ -1,21 +1,24 @@
 """From files and command line to one Config, and from a Config back to text.
 
 Defaults < the file named by `base` < the file < the command line. Every value is checked where
-it is given, so that an error names its file; what dtron lacks is refused after the overrides.
+it is given, so that an error names its file; what is not supported is refused after the overrides.
 """
 
 import dataclasses
 import functools
+import hashlib
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from dtron.config.cli import parse_arguments
 from dtron.config.keys import KEYS, SECTIONS, Setting, checked, not_supported, suggestion
-from dtron.config.sections import Config
+from dtron.config.sections import Changes, Config
 from dtron.config.toml import parse_file, toml_value
 from dtron.errors import UserError
 
-__all__ = ["flatten", "load", "replace", "to_toml"]
+__all__ = ["changed_keys", "digest", "flatten", "load", "replace", "to_toml"]
 
 
 def load(argv: list[str]) -> Config:
@@ -36,10 +39,9 @@ def load(argv: list[str]) -> Config:
         settings = _read_chain(Path(config_file.value), (), "--job.config_file")
     config = Config()
     for name, (value, source) in (settings | overrides).items():
-        if KEYS[name].lacks and value != KEYS[name].default:
+        if KEYS[name].unsupported and value != KEYS[name].default:
             raise UserError(not_supported(KEYS[name], value, source))
-        *sections, leaf = name.split(".")
-        setattr(functools.reduce(getattr, sections, config), leaf, value)
+        config = replace(config, name, value)
     return config
 
 
@@ -109,3 +111,17 @@ def replace(config: Config, name: str, value: Any) -> Config:
     for section, parent in zip(reversed(sections), reversed(path), strict=True):
         changed = dataclasses.replace(parent, **{section: changed})
     return changed
+
+
+def changed_keys(config: Config, changes: Collection[Changes] | None = None) -> dict[str, Any]:
+    """Values that are not the defaults, by dotted name; changes: of the keys that change one of these only."""
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if value != KEYS[name].default and (changes is None or KEYS[name].changes in changes)
+    }
+
+
+def digest(value: Any) -> str:
+    """A short hash of what JSON can hold, dataclasses in it included."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=vars).encode()).hexdigest()[:8]

@@ -1,35 +1,86 @@
-"""The typed tree of a run's configuration: one dataclass a TOML section, one field a key.
+"""The typed tree of a run's configuration: one dataclass per TOML section, one field per key.
 
-Names, types and defaults are the ones users of TOML-configured PyTorch trainers already know.
-A key of a feature dtron lacks is declared with `lacks=`: it is accepted at its default and
-refused by name otherwise, so that an old file never seems to take effect when it does not.
+Names, types and defaults are the ones users of TOML-configured PyTorch trainers already know. Each key carries what it
+alone must satisfy, and what changing it changes: that is the one place that says when two runs are the same training.
+A key of a feature dtron lacks is declared with `unsupported=`: it is accepted at its default and refused by name
+otherwise, so that an old file never seems to take effect when it does not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Config", "Dataset", "Source", "key"]
+__all__ = ["Changes", "Config", "Dataset", "Source", "key"]
+
+# What another value of a key changes:
+# nothing: neither losses nor speed. speed: memory or speed, on any layout the same losses. losses: the losses, but a
+# resume may change it. training: another training, with a run folder of its own. dimensions: the same, compared as the
+# resolved dimensions of the model, however they are spelled.
+Changes = Literal["nothing", "speed", "losses", "training", "dimensions"]
 
 
-def key(default: Any, help: str, *, lacks: str | None = None, minimum: float | None = None) -> Any:
-    """A config key: default, one-line meaning with units, and what is refused.
+def key(
+    default: Any,
+    help: str,
+    *,
+    changes: Changes = "nothing",
+    minimum: float | None = None,
+    check: Callable[[Any], str] | None = None,
+    unsupported: str | None = None,
+) -> Any:
+    """A config key: its default and its one-line meaning with units.
 
-    `lacks`: why any value but the default is refused. `minimum`: the least legal number.
+    changes: see `Changes`. minimum: the least legal number. check: value -> what is expected instead, or empty where
+    the value is legal; what it says of the default holds. unsupported: why any value but the default is refused.
     """
-    meta = {"help": help, "lacks": lacks, "minimum": minimum}
+    meta = {"help": help, "changes": changes, "minimum": minimum, "check": check, "unsupported": unsupported}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
 
 
-@dataclass
+def _positive(value: float) -> str:
+    return "" if value > 0 else "a positive number"
+
+
+def _minus_1_or_positive(value: int) -> str:
+    return "" if value == -1 or value >= 1 else "-1 or a number of at least 1"
+
+
+def _step_or_minus_1(value: int) -> str:
+    return "" if value >= -1 else "a step, or -1 for the newest"
+
+
+def _folder_in_run(value: str) -> str:
+    path = Path(value)
+    inside = not path.is_absolute() and ".." not in path.parts and path != Path()
+    return "" if inside else "the name of a folder inside the run folder"
+
+
+def _checkpoint_folder(value: str) -> str:
+    return "" if "://" in value else _folder_in_run(value)
+
+
+def _traces_prefix(value: str) -> str:
+    # torch's analyzer takes every file whose name has the prefix in it for one of its own, and the rest for a rank.
+    good = value and "/" not in value and value not in "stack_"
+    return "" if good else "the beginning of a file name, such as rank_, that is no part of stack_ (of files beside)"
+
+
+def _every_n_or_op(value: str) -> str:
+    good = value == "op" or (value.isdecimal() and int(value) > 0)
+    return "" if good else '"op", or n >= 1 for every n-th block'
+
+
+@dataclass(frozen=True)
 class Job:
     config_file: str | None = key(None, "TOML file of the run (command line only)")
     dump_folder: str = key("./outputs", "folder that receives one run folder per run")
     description: str = key("default job", "free text, shown in the log and in TensorBoard")
     print_config: bool = key(False, "print the resolved configuration at start")
     save_config_file: str | None = key(
-        None, "", lacks="the resolved configuration always lies in the run folder as config.toml"
+        None, "", unsupported="the resolved configuration always lies in the run folder as config.toml"
     )
     control_folder: str | None = key(
         None,
@@ -39,18 +90,18 @@ class Job:
     cache_folder: str = key("./.cache", "tokenizers and tokenized corpora, keyed by a hash of their sources")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Profiling:
     enable_profiling: bool = key(False, "write torch.profiler traces")
-    save_traces_folder: str = key("profile_traces", "folder of the traces, inside the run folder")
+    save_traces_folder: str = key("profile_traces", "folder of the traces, inside the run folder", check=_folder_in_run)
     profile_freq: int = key(10, "steps from one trace to the next", minimum=1)
     profiler_active: int = key(1, "steps a trace records", minimum=1)
     profiler_warmup: int = key(3, "steps of profiler warm-up before each trace", minimum=0)
-    enable_memory_snapshot: bool = key(False, "", lacks="memory snapshots are not built yet")
-    save_memory_snapshot_folder: str = key("memory_snapshot", "", lacks="memory snapshots are not built yet")
+    enable_memory_snapshot: bool = key(False, "", unsupported="memory snapshots are not built yet")
+    save_memory_snapshot_folder: str = key("memory_snapshot", "", unsupported="memory snapshots are not built yet")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Metrics:
     log_freq: int = key(10, "steps between logged rows; step 1 and the last step are always logged", minimum=1)
     enable_tensorboard: bool = key(True, "write TensorBoard events with a ready-made dashboard")
@@ -58,65 +109,91 @@ class Metrics:
         "info", "least level of what rank 0 logs to the console; the other ranks log from warning"
     )
     disable_color_printing: bool = key(False, "plain console lines")
-    save_tb_folder: str = key("tb", "folder of the TensorBoard events, inside the run folder")
-    save_for_all_ranks: bool = key(False, "", lacks="metrics are reduced over all ranks and written once")
-    enable_wandb: bool = key(False, "", lacks="Weights & Biases needs a network; use TensorBoard")
+    save_tb_folder: str = key("tb", "folder of the TensorBoard events, inside the run folder", check=_folder_in_run)
+    save_for_all_ranks: bool = key(False, "", unsupported="metrics are reduced over all ranks and written once")
+    enable_wandb: bool = key(False, "", unsupported="Weights & Biases needs a network; use TensorBoard")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Model:
     name: str = key(
-        "llama3", "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, or a registered one"
+        "llama3",
+        "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, or a registered one",
+        changes="training",
     )
-    flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
-    hf_assets_path: str | None = key(None, "local folder with the tokenizer; unset: the dataset's own tokenizer")
-    hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
-    converters: list[str] = key([], "registered model converters, applied to the meta model in order")
-    n_layers: int | None = key(None, "overrides the flavor: transformer blocks", minimum=1)
-    dim: int | None = key(None, "overrides the flavor: hidden size", minimum=1)
-    n_heads: int | None = key(None, "overrides the flavor: query heads", minimum=1)
-    n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1)
-    ffn_dim: int | None = key(None, "overrides the flavor: hidden size of the feed-forward", minimum=1)
+    flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B", changes="dimensions")
+    hf_assets_path: str | None = key(
+        None, "local folder with the tokenizer; unset: the dataset's own tokenizer", changes="training"
+    )
+    hf_config_path: str | None = key(
+        None, "local Hugging Face config.json of a Llama-like model; replaces the flavor", changes="dimensions"
+    )
+    converters: list[str] = key(
+        [], "registered model converters, applied to the meta model in order", changes="training"
+    )
+    n_layers: int | None = key(None, "overrides the flavor: transformer blocks", minimum=1, changes="dimensions")
+    dim: int | None = key(None, "overrides the flavor: hidden size", minimum=1, changes="dimensions")
+    n_heads: int | None = key(None, "overrides the flavor: query heads", minimum=1, changes="dimensions")
+    n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1, changes="dimensions")
+    ffn_dim: int | None = key(
+        None, "overrides the flavor: hidden size of the feed-forward", minimum=1, changes="dimensions"
+    )
     vocab_size: int | None = key(
-        None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1
+        None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1, changes="dimensions"
     )
-    tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
-    rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies")
+    tie_embeddings: bool | None = key(
+        None, "overrides the flavor: one matrix for embedding and head", changes="dimensions"
+    )
+    rope_theta: float | None = key(
+        None, "overrides the flavor: base of the rotary frequencies", check=_positive, changes="dimensions"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optimizer:
-    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer")
-    lr: float = key(8e-4, "peak learning rate", minimum=0)
-    beta1: float = key(0.9, "Adam's first decay", minimum=0)
-    beta2: float = key(0.95, "Adam's second decay", minimum=0)
-    eps: float = key(1e-8, "Adam's epsilon", minimum=0)
-    weight_decay: float = key(0.1, "weight decay, decoupled in AdamW", minimum=0)
-    weight_decay_exclude: list[str] = key([], 'parameter-name patterns without decay, for example ["*norm*"]')
-    implementation: Literal["for-loop", "foreach", "fused"] = key(
-        "fused", "how the optimizer loops over tensors; SGD has no fused form and takes foreach"
+    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer", changes="training")
+    lr: float = key(8e-4, "peak learning rate", minimum=0, changes="training")
+    beta1: float = key(0.9, "Adam's first decay; SGD's momentum", minimum=0, changes="training")
+    beta2: float = key(0.95, "Adam's second decay", minimum=0, changes="training")
+    eps: float = key(1e-8, "Adam's epsilon", minimum=0, changes="training")
+    weight_decay: float = key(0.1, "weight decay, decoupled in AdamW", minimum=0, changes="training")
+    weight_decay_exclude: list[str] = key(
+        [], 'parameter-name patterns without decay, for example ["*norm*"]', changes="training"
     )
-    early_step_in_backward: bool = key(False, "", lacks="the gradient is clipped by its global norm before the step")
+    implementation: Literal["for-loop", "foreach", "fused"] = key(
+        "fused", "how the optimizer loops over tensors; SGD has no fused form and takes foreach", changes="speed"
+    )
+    early_step_in_backward: bool = key(
+        False, "", unsupported="the gradient is clipped by its global norm before the step"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class LRScheduler:
-    warmup_steps: int = key(200, "steps of linear warm-up", minimum=0)
-    total_steps: int | None = key(None, "steps of the whole schedule; unset: training.steps", minimum=1)
-    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", minimum=0)
-    decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay")
-    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0)
+    warmup_steps: int = key(200, "steps of linear warm-up", minimum=0, changes="training")
+    total_steps: int | None = key(
+        None, "steps of the whole schedule; unset: training.steps", minimum=1, changes="training"
+    )
+    decay_ratio: float | None = key(
+        None, "share of the steps that decays; unset: all after the warm-up", minimum=0, changes="training"
+    )
+    decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay", changes="training")
+    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0, changes="training")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataLoader:
-    num_workers: int = key(0, "worker processes a rank; never changes the order of the data", minimum=0)
-    persistent_workers: bool = key(False, "keep the workers between iterators (needs num_workers)")
-    pin_memory: bool = key(False, "page-locked host memory for the copies to a GPU")
-    prefetch_factor: int | None = key(None, "steps each worker loads ahead (needs num_workers)", minimum=1)
+    num_workers: int = key(
+        0, "worker processes a rank; never changes the order of the data", minimum=0, changes="speed"
+    )
+    persistent_workers: bool = key(False, "keep the workers between iterators (needs num_workers)", changes="speed")
+    pin_memory: bool = key(False, "page-locked host memory for the copies to a GPU", changes="speed")
+    prefetch_factor: int | None = key(
+        None, "steps each worker loads ahead (needs num_workers)", minimum=1, changes="speed"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dataset:
     """What both the training and the validation set are named by, and every source of a mixture."""
 
@@ -124,111 +201,164 @@ class Dataset:
         "stdlib",
         "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, "
         "parquet or arrow, a Hugging Face hub name, or a registered dataset",
+        changes="training",
     )
-    dataset_path: str | None = key(None, "where the dataset is read from, if not where its name says")
-    dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")
-    dataset_split: str | None = key(None, "split of a hub dataset; unset: train, of the validation set validation")
-    text_column: str | None = key(None, "column that holds the text, of a dataset that is not prepared; unset: text")
+    dataset_path: str | None = key(
+        None, "where the dataset is read from, if not where its name says", changes="training"
+    )
+    dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset", changes="training")
+    dataset_split: str | None = key(
+        None, "split of a hub dataset; unset: train, of the validation set validation", changes="training"
+    )
+    text_column: str | None = key(
+        None, "column that holds the text, of a dataset that is not prepared; unset: text", changes="training"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source(Dataset):
     """One of `training.mixture`."""
 
-    weight: float = key(1.0, "share of the samples, relative to the other sources'", minimum=0)
+    weight: float = key(1.0, "share of the samples, relative to the other sources'", minimum=0, changes="training")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Training(Dataset):
     mixture: list[Source] = key(
-        [], "sources mixed in exact proportions, each with the dataset keys above and a weight; replaces dataset"
+        [],
+        "sources mixed in exact proportions, each with the dataset keys above and a weight; replaces dataset",
+        changes="training",
     )
     shuffle_documents: int = key(
-        1000, "documents of a dataset that is not prepared that are shuffled at a time; 1: none", minimum=1
+        1000,
+        "documents of a dataset that is not prepared that are shuffled at a time; 1: none",
+        minimum=1,
+        changes="training",
     )
     attention_mask: Literal["causal", "document"] = key(
-        "causal", "document: attention stays inside each document of a sequence, and positions restart"
+        "causal",
+        "document: attention stays inside each document of a sequence, and positions restart",
+        changes="training",
     )
-    loss: str = key("cross_entropy", "cross_entropy, or a registered loss")
-    local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
-    global_batch_size: int = key(-1, "sequences an optimizer step; -1: local batch x data-parallel ranks")
-    seq_len: int = key(2048, "tokens a sequence", minimum=1)
-    max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0)
+    loss: str = key("cross_entropy", "cross_entropy, or a registered loss", changes="training")
+    local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1, changes="speed")
+    global_batch_size: int = key(
+        -1,
+        "sequences per optimizer step; -1: local batch x data-parallel ranks",
+        changes="losses",
+        check=_minus_1_or_positive,
+    )
+    seq_len: int = key(2048, "tokens a sequence", minimum=1, changes="training")
+    max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0, changes="training")
     on_nonfinite: Literal["stop", "skip"] = key(
-        "stop", "a loss or gradient that is NaN or infinite ends the run, or its step changes nothing (fused Adam)"
+        "stop",
+        "a loss or gradient that is NaN or infinite ends the run, or its step changes nothing (fused Adam)",
+        changes="losses",
     )
-    spike_factor: float = key(0.0, "a gradient norm this many times its running mean is a spike; 0: none is", minimum=0)
-    on_spike: Literal["skip", "stop"] = key("skip", "a spike's step changes nothing (fused Adam), or the run ends")
-    steps: int = key(10000, "optimizer steps of the whole run", minimum=1)
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU")
-    enable_cpu_offload: bool = key(False, "keep weights, gradients and optimizer state in CPU memory (CUDA only)")
+    spike_factor: float = key(
+        0.0, "a gradient norm this many times its running mean is a spike; 0: none is", minimum=0, changes="losses"
+    )
+    on_spike: Literal["skip", "stop"] = key(
+        "skip", "a spike's step changes nothing (fused Adam), or the run ends", changes="losses"
+    )
+    steps: int = key(10000, "optimizer steps of the whole run", minimum=1, changes="losses")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU", changes="losses")
+    enable_cpu_offload: bool = key(
+        False, "keep weights, gradients and optimizer state in CPU memory (CUDA only)", changes="speed"
+    )
     dtype: Literal["bfloat16", "float32"] = key(
         "float32",
         "dtype of the master weights",
-        lacks="in bfloat16 weights near 1.0 never move; use mixed_precision_param",
+        unsupported="in bfloat16 weights near 1.0 never move; use mixed_precision_param",
     )
-    mixed_precision_param: Literal["bfloat16", "float32"] = key("bfloat16", "dtype of compute and of gathered weights")
-    mixed_precision_reduce: Literal["float32"] = key("float32", "dtype of gradient reductions")
-    gc_freq: int = key(50, "steps between Python garbage collections, made on all ranks at once", minimum=1)
+    mixed_precision_param: Literal["bfloat16", "float32"] = key(
+        "bfloat16", "dtype of compute and of gathered weights", changes="losses"
+    )
+    mixed_precision_reduce: Literal["bfloat16", "float32"] = key(
+        "float32", "", unsupported="gradients are always reduced in float32"
+    )
+    gc_freq: int = key(
+        50, "steps between Python garbage collections, made on all ranks at once", minimum=1, changes="speed"
+    )
     dataloader: DataLoader = field(default_factory=DataLoader)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parallelism:
     data_parallel_replicate_degree: int = key(
-        1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1
+        1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1, changes="speed"
     )
-    data_parallel_shard_degree: int = key(-1, "ranks that shard one copy (FSDP); -1: what is left of the world size")
+    data_parallel_shard_degree: int = key(
+        -1,
+        "ranks that shard one copy (FSDP); -1: inferred from the world size",
+        changes="speed",
+        check=_minus_1_or_positive,
+    )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = key(
-        "default", "free gathered weights after the forward; default: unless pipeline parallel is on"
+        "default", "free gathered weights after the forward; default: unless pipeline parallel is on", changes="speed"
     )
     gradient_reduce: Literal["every_microbatch", "last_microbatch"] = key(
-        "every_microbatch", "when accumulated gradients are reduce-scattered (ZeRO-3/2 against ZeRO-1 memory)"
+        "every_microbatch",
+        "when accumulated gradients are reduce-scattered (ZeRO-3/2 against ZeRO-1 memory)",
+        changes="speed",
     )
-    tensor_parallel_degree: int = key(1, "ranks that split each matrix, with sequence parallel between them", minimum=1)
-    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks")
-    enable_async_tensor_parallel: bool = key(False, "overlap tensor-parallel communication (CUDA with compile only)")
-    pipeline_parallel_degree: int = key(1, "ranks that each hold a run of layers", minimum=1)
-    module_fqns_per_model_part: list[list[str]] | None = key(None, "the modules of every pipeline stage, by name")
+    tensor_parallel_degree: int = key(
+        1, "ranks that split each matrix, with sequence parallel between them", minimum=1, changes="speed"
+    )
+    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks", changes="speed")
+    enable_async_tensor_parallel: bool = key(
+        False, "overlap tensor-parallel communication (CUDA with compile only)", changes="speed"
+    )
+    pipeline_parallel_degree: int = key(1, "ranks that each hold a run of layers", minimum=1, changes="speed")
+    module_fqns_per_model_part: list[list[str]] | None = key(
+        None, "the modules of every pipeline stage, by name", changes="speed"
+    )
     pipeline_parallel_first_stage_less_layers: float | None = key(
-        None, "layers the embedding counts for in the split; unset: by its cost", minimum=0
+        None, "layers the embedding counts for in the split; unset: by its cost", minimum=0, changes="speed"
     )
     pipeline_parallel_last_stage_less_layers: float | None = key(
-        None, "layers the head counts for in the split; unset: by its cost", minimum=0
+        None, "layers the head counts for in the split; unset: by its cost", minimum=0, changes="speed"
     )
     pipeline_parallel_layers_per_stage: int | None = key(
-        None, "layers a stage, in place of the schedule's usual stages", minimum=1
+        None, "layers a stage, in place of the schedule's usual stages", minimum=1, changes="speed"
     )
-    pipeline_parallel_schedule: str = key(
-        "1F1B", "GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV"
+    pipeline_parallel_schedule: Literal[
+        "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = key("1F1B", "the order of the microbatches' forwards and backwards", changes="speed")
+    pipeline_parallel_schedule_csv: str = key(
+        "", "file with a schedule's compute actions, one row a rank; empty: none", changes="speed"
     )
-    pipeline_parallel_schedule_csv: str = key("", "file with a schedule's compute actions, one row a rank; empty: none")
-    pipeline_parallel_microbatch_size: int = key(1, "sequences a pipeline microbatch", minimum=1)
-    context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1)
-    context_parallel_load_balancer: str | None = key(
-        "headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous"
+    pipeline_parallel_microbatch_size: int = key(1, "sequences a pipeline microbatch", minimum=1, changes="speed")
+    context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1, changes="speed")
+    context_parallel_load_balancer: Literal["headtail"] | None = key(
+        "headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous", changes="speed"
     )
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", "how keys and values travel")
-    expert_parallel_degree: int = key(1, "", lacks="mixture-of-experts models are not built yet")
-    expert_tensor_parallel_degree: int = key(1, "", lacks="mixture-of-experts models are not built yet")
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key(
+        "allgather", "how keys and values travel", changes="speed"
+    )
+    expert_parallel_degree: int = key(1, "", unsupported="mixture-of-experts models are not built yet")
+    expert_tensor_parallel_degree: int = key(1, "", unsupported="mixture-of-experts models are not built yet")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
     enable: bool = key(False, "save checkpoints, and resume from the newest")
     folder: str = key(
-        "checkpoint", "folder of the checkpoints, inside the run folder; or an fsspec URL, which gets one a run"
+        "checkpoint",
+        "folder of the checkpoints, inside the run folder; or an fsspec URL, which gets one per run",
+        check=_checkpoint_folder,
     )
     interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
     initial_load_path: str | None = key(
         None,
         "initial weights: a checkpoint (.../step-N, also by fsspec URL), torchtitan's, or a Hugging Face folder",
+        changes="training",
     )
-    initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too")
+    initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too", changes="training")
     initial_load_in_hf: bool = key(
         False, "initial_load_path is a Hugging Face folder; unset, it is model.hf_assets_path"
     )
-    initial_load_in_hf_quantized: bool = key(False, "", lacks="quantized weights are not read yet")
+    initial_load_in_hf_quantized: bool = key(False, "", unsupported="quantized weights are not read yet")
     last_save_model_only: bool = key(False, "the last checkpoint holds the weights only; such a run cannot be resumed")
     last_save_in_hf: bool = key(
         False, "at the end of the run also write its weights as a Hugging Face folder, hf/step-N in the run folder"
@@ -242,85 +372,95 @@ class Checkpoint:
     )
     keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
     keep_every_n_steps: int = key(0, "checkpoints of these steps are never deleted; 0: none", minimum=0)
-    load_step: int = key(-1, "the step to resume from; -1: the newest")
+    load_step: int = key(-1, "the step to resume from; -1: the newest", check=_step_or_minus_1)
     exclude_from_loading: list[str] = key(
-        [], "parameters of initial_load_path that are not loaded, by name or pattern, for example lm_head.*"
+        [],
+        "parameters of initial_load_path that are not loaded, by name or pattern, for example lm_head.*",
+        changes="training",
     )
     enable_first_step_checkpoint: bool = key(False, "also save after step 1")
     create_seed_checkpoint: bool = key(
-        False, "", lacks="weights start equal on every layout; no seed checkpoint is needed"
+        False, "", unsupported="weights start equal on every layout; no seed checkpoint is needed"
     )
     load_only: bool = key(False, "load, never save")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ActivationCheckpoint:
-    mode: Literal["selective", "full", "memory_budget", "none"] = key("selective", "what the backward recomputes")
-    selective_ac_option: str = key("2", '"2": every second block (any n); "op": by operation')
-    early_stop: bool = key(False, "", lacks="torch's default of stopping a recomputation early is kept")
-    memory_budget: float = key(0.5, "", lacks="activation_checkpoint.mode = memory_budget is not built")
-    preserve_rng_state: bool = key(True, "", lacks="the models have no random operation in their forward")
-    debug: bool = key(False, "", lacks="use profiling.enable_profiling")
-
-
-@dataclass
-class Compile:
-    enable: bool = key(False, "torch.compile")
-    components: list[str] = key(["model", "loss"], "any of model (block by block, fullgraph) and loss")
-    backend: str = key("inductor", "torch.compile backend")
-
-
-@dataclass
-class Float8:
-    enable_fsdp_float8_all_gather: bool = key(False, "", lacks="float8 is not built yet")
-    precompute_float8_dynamic_scale_for_fsdp: bool = key(False, "", lacks="float8 is not built yet")
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(
-        None, "", lacks="float8 is not built yet"
+    mode: Literal["selective", "full", "none"] = key("selective", "what the backward recomputes", changes="speed")
+    selective_ac_option: str = key(
+        "2", '"2": every second block (any n); "op": by operation', check=_every_n_or_op, changes="speed"
     )
-    filter_fqns: list[str] = key([], "", lacks="float8 is not built yet")
-    emulate: bool = key(False, "", lacks="float8 is not built yet")
+    early_stop: bool = key(False, "", unsupported="torch's default of stopping a recomputation early is kept")
+    memory_budget: float = key(0.5, "", unsupported="activation_checkpoint.mode = memory_budget is not built")
+    preserve_rng_state: bool = key(True, "", unsupported="the models have no random operation in their forward")
+    debug: bool = key(False, "", unsupported="use profiling.enable_profiling")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Compile:
+    enable: bool = key(False, "torch.compile", changes="speed")
+    components: list[Literal["model", "loss"]] = key(
+        ["model", "loss"], "any of model (block by block, fullgraph) and loss", changes="speed"
+    )
+    backend: str = key("inductor", "torch.compile backend", changes="speed")
+
+
+@dataclass(frozen=True)
+class Float8:
+    enable_fsdp_float8_all_gather: bool = key(False, "", unsupported="float8 is not built yet")
+    precompute_float8_dynamic_scale_for_fsdp: bool = key(False, "", unsupported="float8 is not built yet")
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(
+        None, "", unsupported="float8 is not built yet"
+    )
+    filter_fqns: list[str] = key([], "", unsupported="float8 is not built yet")
+    emulate: bool = key(False, "", unsupported="float8 is not built yet")
+
+
+@dataclass(frozen=True)
 class QuantizeLinear:
     float8: Float8 = field(default_factory=Float8)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quantize:
     linear: QuantizeLinear = field(default_factory=QuantizeLinear)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comm:
     init_timeout_seconds: int = key(300, "longest wait for other ranks up to the end of the first step", minimum=1)
     train_timeout_seconds: int = key(100, "longest wait for other ranks after the first step", minimum=1)
     trace_buf_size: int = key(20000, "last collectives a rank remembers; 0: none, and a hang has no report", minimum=0)
-    save_traces_folder: str = key("comm_traces", "folder of what a hang leaves, inside the run folder")
-    save_traces_file_prefix: str = key("rank_", "name, before the rank, of the files with the last collectives")
+    save_traces_folder: str = key(
+        "comm_traces", "folder of what a hang leaves, inside the run folder", check=_folder_in_run
+    )
+    save_traces_file_prefix: str = key(
+        "rank_", "name, before the rank, of the files with the last collectives", check=_traces_prefix
+    )
     mode: Literal["default", "fake_backend", "local_tensor"] = key(
-        "default", "", lacks="only real process groups are built"
+        "default", "", unsupported="only real process groups are built"
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Validation(Dataset):
     enable: bool = key(False, "evaluate on a validation set")
     only: bool = key(False, "train nothing: tell the loss of checkpoint.initial_load_path on the validation set")
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
     seq_len: int | None = key(None, "tokens a sequence; unset: training.seq_len", minimum=1)
     freq: int = key(10, "steps between evaluations; the last step is always evaluated", minimum=1)
-    steps: int = key(-1, "batches an evaluation; -1: the whole validation set once")
+    steps: int = key(-1, "batches per evaluation; -1: the whole validation set once", check=_minus_1_or_positive)
     dataloader: DataLoader = field(default_factory=DataLoader)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Debug:
-    seed: int = key(0, "seed of the weights and of the data order", minimum=0)
-    deterministic: bool = key(False, "deterministic algorithms only")
+    seed: int = key(0, "seed of the weights and of the data order", minimum=0, changes="training")
+    deterministic: bool = key(False, "deterministic algorithms only", changes="losses")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """A whole run. `dtron.config.load` makes it; nothing changes it afterwards."""
 

@@ -2,18 +2,18 @@
 
 import dataclasses
 import fcntl
-import hashlib
-import json
 import os
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TextIO
 
 from dtron.checkpoint.files import holds_checkpoints
 from dtron.checkpoint.load import check_source
 from dtron.checkpoint.place import Place
-from dtron.config import Config, flatten, load
-from dtron.config.sections import Checkpoint
+from dtron.config import Config, changed_keys, digest, flatten, load
+from dtron.config.keys import KEYS
+from dtron.config.sections import Changes, Checkpoint
 from dtron.errors import UserError
 
 __all__ = [
@@ -37,26 +37,6 @@ class InUseError(UserError):
 
 LOCK = "run.lock"
 DRAFT = "config.partial"  # becomes an attempt's config.toml when it is whole
-# Beginnings of the keys that `run_identity` is made of, and of the folder of the checkpoints.
-IDENTITY = (
-    "model.",
-    "optimizer.",
-    "lr_scheduler.",
-    "training.dataset",
-    "training.mixture",
-    "training.text_column",
-    "training.loss",
-    "training.attention_mask",
-    "training.shuffle_documents",
-    "training.seq_len",
-    "training.max_norm",
-    "checkpoint.initial_load",
-    "checkpoint.exclude_from_loading",
-    "checkpoint.folder",
-    "debug.seed",
-)
-# Of those that a resume may change, and that have a bearing on losses, memory or speed.
-BEARING = ("training.", "parallelism.", "compile.", "activation_checkpoint.", "debug.")
 
 
 @dataclasses.dataclass
@@ -70,23 +50,11 @@ class RunFolder:
 
 
 def run_identity(config: Config, model_config: Any) -> str:
-    """Hash of what makes two runs the same training: model, data, optimizer, seed; not layout, length or batch size."""
-    t, c = config.training, config.checkpoint
-    one = [t.dataset, t.dataset_path, t.dataset_subset, t.dataset_split, t.text_column]
-    same = {
-        "model": [config.model.name, dataclasses.asdict(model_config), config.model.converters],
-        "optimizer": dataclasses.asdict(config.optimizer),
-        "schedule": dataclasses.asdict(config.lr_scheduler),
-        "loss": t.loss,
-        "data": [[dataclasses.asdict(source) for source in t.mixture] or one, config.model.hf_assets_path],
-        "attention_mask": t.attention_mask,
-        "shuffle_documents": t.shuffle_documents,
-        "seq_len": t.seq_len,
-        "max_norm": t.max_norm,
-        "initial": [c.initial_load_path, c.initial_load_model_only, c.exclude_from_loading],
-        "seed": config.debug.seed,
-    }
-    return hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    """Hash of what makes two runs the same training: model, data, optimizer, seed; not layout, length or batch size.
+
+    Keys at their defaults are left out, so that a key which a later version adds makes no run another one.
+    """
+    return digest([changed_keys(config, ["training"]), dataclasses.asdict(model_config)])
 
 
 def checkpoint_place(config: Checkpoint, run_folder: Path) -> Place:
@@ -171,7 +139,7 @@ def _not_resumed(config: Config, folder: Path) -> str:
     for other in folder.parent.glob("*/config.toml"):
         theirs = _read(other)
         if theirs and other.parent != folder and holds_checkpoints(checkpoint_place(theirs.checkpoint, other.parent)):
-            found.append((_differences(config, theirs, IDENTITY), other.parent))
+            found.append((_differences(config, theirs, ("training", "dimensions")), other.parent))
     if not found:
         return ""
     keys, other_folder = min(found, key=lambda pair: len(pair[0]))
@@ -185,7 +153,7 @@ def _changed(config: Config, folder: Path) -> str:
     """A line that names what a resume changes, of all that has a bearing on the training or its speed."""
     attempts = sorted(folder.glob("config*.toml"), key=lambda path: path.stat().st_mtime)
     theirs = _read(attempts[-1]) if attempts else None
-    keys = _differences(config, theirs, BEARING) if theirs else []
+    keys = _differences(config, theirs, ("speed", "losses", "training", "dimensions")) if theirs else []
     return f"changed since the last attempt: {', '.join(keys)}" if keys else ""
 
 
@@ -196,13 +164,13 @@ def _read(path: Path) -> Config | None:
         return None  # of another version
 
 
-def _differences(config: Config, theirs: Config, keys: tuple[str, ...]) -> list[str]:
-    """Of the keys that begin with one of `keys`."""
+def _differences(config: Config, theirs: Config, changes: Collection[Changes]) -> list[str]:
+    """Of the keys that change one of `changes`."""
     there = flatten(theirs)
     return [
         f"{key} ({mine!r} here, {there[key]!r} there)"
         for key, mine in flatten(config).items()
-        if mine != there[key] and key.startswith(keys)
+        if mine != there[key] and KEYS[key].changes in changes
     ]
 
 

@@ -53,7 +53,8 @@ from dtron.checkpoint.files import Progress  # noqa: E402
 from dtron.checkpoint.load import load, verify_on_all_ranks  # noqa: E402
 from dtron.checkpoint.place import Place  # noqa: E402
 from dtron.checkpoint.save import Saver, named_tensors  # noqa: E402
-from dtron.config.sections import Checkpoint, Config  # noqa: E402
+from dtron.config import Config, replace  # noqa: E402
+from dtron.config.sections import Checkpoint  # noqa: E402
 from dtron.mesh import Degrees, Mesh  # noqa: E402
 from dtron.models.llama import LlamaConfig  # noqa: E402
 from dtron.parallel.compose import ParallelModel, parallelize  # noqa: E402
@@ -96,11 +97,11 @@ class Training:
     """A rank's part of the model and its optimizer, and the steps they make."""
 
     def __init__(self, model: LlamaConfig, tokens: int, stand_in: bool, device: torch.device) -> None:
-        config, world = Config(), dist.get_world_size()
-        config.parallelism.data_parallel_shard_degree = world
-        config.activation_checkpoint.mode = "none"
+        world = dist.get_world_size()
+        config = replace(Config(), "parallelism.data_parallel_shard_degree", world)
+        config = replace(config, "activation_checkpoint.mode", "none")
         if device.type == "cpu":
-            config.training.mixed_precision_param = "float32"
+            config = replace(config, "training.mixed_precision_param", "float32")
         spec = registry.look_up("model", "llama3", "model.name")
         mesh, loss = Mesh(Degrees(dp_shard=world), device.type), registry.cross_entropy
         self.model: ParallelModel = parallelize(spec, model, config, mesh, device, loss, [])

@@ -19,6 +19,7 @@ from checkpoint.training import ADAMW, begin
 from parity.layout import CPU, Case, build_config, local
 from parity.table import FSDP2, ONE
 from ranks import Ranks
+from tinyrun import quiet_world
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -35,6 +36,7 @@ from dtron.mesh import Degrees, Mesh
 from dtron.models.llama import LlamaConfig, RopeScaling
 from dtron.models.spec import meta_model
 from dtron.parallel.compose import ParallelModel, parallelize
+from dtron.ranks.agree import from_rank_0
 from dtron.train.optimizer import build_optimizers
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
@@ -361,15 +363,16 @@ def damaged(two: Path, tmp_path: Path) -> Path:
 
 def go_on(folder: str, load_step: int = -1, keep: bool = False) -> tuple[int | None, str, list[str], list[str]]:
     """A rank's job: step, error, what was said, and tensors that are not those of the step that was found."""
-    said: list[str] = []
+    _, said = quiet_world()
     model, optimizers = begin_with_state()
     expected = [state_of(model, optimizers)]
     update(model, optimizers, 2.0)
     expected.append(state_of(model, optimizers))
     try:
-        manifest = find_good(Place.at(folder), load_step, keep, said.append)
+        manifest = find_good(Place.at(folder), load_step, keep)
     except UserError as error:
-        return None, str(error), said, []
+        return None, str(error), from_rank_0(lambda: said), []
+    said = from_rank_0(lambda: said)  # it alone warns
     if manifest is None:
         return None, "", said, []
     step = manifest.progress.step
@@ -487,7 +490,7 @@ def test_a_damaged_one_that_was_asked_for_is_an_error(ranks: Ranks, damaged: Pat
 
 def through_a_url(url: str) -> dict[str, Any]:
     """A rank's job, in one process whose memory is the store: save, retain, find, load."""
-    folder, said = Place.at(url), []
+    folder, (_, said) = Place.at(url), quiet_world()
     model, optimizers = begin_with_state(ONE)
     saver = saver_of(url, keep_latest_k=2)
     states, seen = {}, {}
@@ -501,13 +504,13 @@ def through_a_url(url: str) -> dict[str, Any]:
     for name in ("__0_0.distcp", ".metadata"):
         (folder / "step-9" / name).write((folder / "step-3" / name).read())
     seen["whole"] = steps_in(folder)
-    manifest = find_good(folder, -1, False, said.append)
+    manifest = find_good(folder, -1, False)
     assert manifest and manifest.progress.step == 3 and not said
     load(folder / "step-3", model, optimizers)
     seen["wrong"] = differing(state_of(model, optimizers), states[3])
     data = (folder / "step-3" / "__0_0.distcp").read()
     (folder / "step-3" / "__0_0.distcp").write(data[:-1])
-    manifest = find_good(folder, -1, False, said.append)
+    manifest = find_good(folder, -1, False)
     assert manifest and manifest.progress.step == 2
     load(folder / "step-2", model, optimizers)
     seen["wrong before"] = differing(state_of(model, optimizers), states[2])

@@ -21,7 +21,7 @@ ADAMW = Optimizer(lr=1e-2, eps=1e-4)
 def begin(case: Case, optimizer: Optimizer = ADAMW) -> tuple[Any, ParallelModel, list[torch.optim.Optimizer]]:
     """Mesh, model and optimizers of a case."""
     config = build_config(case)
-    with csv_file(case, config):
+    with csv_file(case, config) as config:
         mesh, model = build(case, config)
     return mesh, model, build_optimizers(model, optimizer)
 

@@ -1,6 +1,7 @@
 """Sweeps: which points there are, which are pruned, how each ended, what goes on, and what is told of it."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from dtron.cluster.sweep.points import Point, check_machine, make_points  # noqa
 from dtron.cluster.sweep.results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
 from dtron.cluster.sweep.runner import End, Record, Sweep, classify, read_record  # noqa: E402
 from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options  # noqa: E402
+from dtron.config import replace  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
 from dtron.train.folder import hold  # noqa: E402
 
@@ -174,7 +176,8 @@ def test_more_ranks_than_gpus(write: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_machine(points, 4)  # device = "cpu"
-    points[0].config.training.device = "auto"
+    auto = replace(points[0].config, "training.device", "auto")
+    points = [dataclasses.replace(points[0], config=auto), *points[1:]]
     with pytest.raises(UserError, match="4 ranks, each with a GPU of its own, and this machine has 2"):
         check_machine(points, 4)
 

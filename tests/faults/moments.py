@@ -19,6 +19,7 @@ from dtron.checkpoint.save import Saver
 from dtron.train import report, start, trainer
 from dtron.train.folder import DRAFT
 from dtron.train.guard import StepGuard
+from dtron.train.step import Step
 from dtron.train.trainer import Trainer
 
 __all__ = ["MOMENTS", "Moment", "wrap"]
@@ -133,12 +134,12 @@ MOMENTS: dict[str, list[Moment]] = {
         before(report, "write_config", rank_0=True),
         before(Path, "rename", rank_0=True, when=draft),
         before(report, "MetricsWriter", rank_0=True),
-        after(Trainer, "_build_report"),
+        after(trainer, "start_report"),
     ],
     "step": [
         before(Trainer, "train_step", often=6),
-        after(Trainer, "_count_valid", often=6),
-        after(Trainer, "_reduce", often=6),
+        after(Step, "_count_valid", often=6),
+        after(Step, "_reduce", often=6),
         after(StepGuard, "watch", often=6),
         before(Trainer, "_log", often=6),
     ],

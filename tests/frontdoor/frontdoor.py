@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm import Warm
+from warm import Warm, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400  # of a whole run: an idle machine needs a twentieth
@@ -114,11 +113,6 @@ def torchrun(
 
 def _read(folder: Path, rank: int, name: str) -> str:
     return without_times("".join(path.read_text() for path in folder.glob(f"logs/*/attempt_0/{rank}/{name}")))
-
-
-def without_times(log: str) -> str:
-    """Lines of the log without the time stamp that each begins with where nobody looks at a terminal."""
-    return re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", log)
 
 
 def _end(process: Any) -> None:

@@ -174,7 +174,7 @@ def test_a_signal_on_one_rank_saves_on_all(tmp_path: Path, name: str) -> None:
 
     run = good(stopped(tmp_path, send, "--checkpoint.async_mode", "async"))
     step = check_saved(tmp_path)
-    assert run.err == ["", ""] and f"asked to stop by a signal: saving after step {step}" in run.out[0]
+    assert run.err == ["", ""] and f"stop requested by a signal: saving after step {step}" in run.out[0]
     assert f"stopped by a signal after step {step}, which is saved" in run.out[0]
     goes_on = good(torchrun(tmp_path, 1, "--training.steps", str(step + 2), config=ENDLESS))
     assert f"checkpoint/step-{step}\n" in goes_on.out[0]

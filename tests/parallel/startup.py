@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dtron import registry
-from dtron.config.sections import Config
+from dtron.config import Config, replace
 from dtron.mesh import Degrees, Mesh
 from dtron.models.families import FAMILIES
 from dtron.parallel.compose import parallelize
@@ -21,11 +21,10 @@ from dtron.parallel.compose import parallelize
 
 def main(rank: int, flavor: str, degrees: Degrees, schedule: str) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
-    config = Config()
-    config.parallelism.pipeline_parallel_degree = degrees.pp
-    config.parallelism.tensor_parallel_degree = degrees.tp
-    config.parallelism.pipeline_parallel_schedule = schedule
-    config.training.seq_len, config.training.local_batch_size = 8192, 32
+    config = replace(Config(), "parallelism.pipeline_parallel_degree", degrees.pp)
+    config = replace(config, "parallelism.tensor_parallel_degree", degrees.tp)
+    config = replace(config, "parallelism.pipeline_parallel_schedule", schedule)
+    config = replace(replace(config, "training.seq_len", 8192), "training.local_batch_size", 32)
     start = time.process_time()
     mesh = Mesh(degrees, "cpu")
     spec, model_config = registry.look_up("model", "llama3.1", ""), FAMILIES["llama3.1"][flavor]

@@ -1,5 +1,6 @@
 """The pipeline split and CSV schedules: pure functions of the model and the configuration."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from parity.single import MODELS
 
 from dtron import registry
-from dtron.config.sections import Config, Parallelism
+from dtron.config.sections import Config, Parallelism, Training
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama
@@ -39,9 +40,7 @@ def test_the_split_is_the_best_of_all(n_layers: int, n_stages: int, first: float
 
 def test_the_head_weighs():
     """Llama-3.2-1B: the head costs as much as 3.8 layers, so the last of 4 stages holds fewer."""
-    config = Config()
-    config.training.seq_len = 4096
-    config.parallelism.pipeline_parallel_degree = 4
+    config = Config(training=Training(seq_len=4096), parallelism=Parallelism(pipeline_parallel_degree=4))
     spec = registry.look_up("model", "llama3.2", "")
     plan = stage_plan(spec, FAMILIES["llama3.2"]["1B"], config)
     layers = [[name for name in part if name.startswith("layers.")] for part in plan.modules]
@@ -51,22 +50,20 @@ def test_the_head_weighs():
 
 
 def small(p: Parallelism, model: str = "deep"):
-    config = Config()
-    config.parallelism = p
-    return stage_plan(registry.look_up("model", "llama3", ""), MODELS[model], config)
+    return stage_plan(registry.look_up("model", "llama3", ""), MODELS[model], Config(parallelism=p))
 
 
 def test_less_layers_override_the_costs():
-    p = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_first_stage_less_layers=0.0)
-    p.pipeline_parallel_last_stage_less_layers = 4.0
+    less = {"pipeline_parallel_first_stage_less_layers": 0.0, "pipeline_parallel_last_stage_less_layers": 4.0}
+    p = Parallelism(pipeline_parallel_degree=2, **less)
     assert [sum("layers" in name for name in part) for part in small(p).modules] == [6, 2]
 
 
 def test_layers_a_stage_and_module_names():
     looped = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule="Interleaved1F1B")
     assert schedule_stages(looped, 8)[0] == [(0, 2), (1, 3)]
-    looped.pipeline_parallel_layers_per_stage = 1
-    assert small(looped).of_rank == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    single_layers = dataclasses.replace(looped, pipeline_parallel_layers_per_stage=1)
+    assert small(single_layers).of_rank == [(0, 2, 4, 6), (1, 3, 5, 7)]
     v_shaped = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule="ZBVZeroBubble")
     assert schedule_stages(v_shaped, 8)[0] == [(0, 3), (1, 2)]
     names = [["embed_tokens", "layers.0"], ["layers.1", "layers.2", "layers.3", "norm", "lm_head"]]

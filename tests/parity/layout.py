@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtron import registry
-from dtron.config.sections import Config
+from dtron.config import Config, replace
 from dtron.mesh import Degrees, Mesh
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
@@ -62,18 +62,25 @@ class Trained:
 
 def build_config(case: Case) -> Config:
     """The configuration of a case: fp32, no recomputation, then its own keys."""
-    config, d = Config(), case.degrees
-    p = config.parallelism
-    p.pipeline_parallel_degree, p.tensor_parallel_degree, p.context_parallel_degree = d.pp, d.tp, d.cp
-    p.data_parallel_replicate_degree, p.data_parallel_shard_degree = d.dp_replicate, d.dp_shard
-    config.training.mixed_precision_param = "float32"
-    config.training.local_batch_size = ROWS // d.dp // case.batches
-    config.training.seq_len = SEQ
-    config.activation_checkpoint.mode = "none"
-    for key, value in case.keys.items():
-        section, name = key.split(".")
-        assert hasattr(getattr(config, section), name), key
-        setattr(getattr(config, section), name, value)
+    d = case.degrees
+    keys = {
+        "parallelism.pipeline_parallel_degree": d.pp,
+        "parallelism.tensor_parallel_degree": d.tp,
+        "parallelism.context_parallel_degree": d.cp,
+        "parallelism.data_parallel_replicate_degree": d.dp_replicate,
+        "parallelism.data_parallel_shard_degree": d.dp_shard,
+        "training.mixed_precision_param": "float32",
+        "training.local_batch_size": ROWS // d.dp // case.batches,
+        "training.seq_len": SEQ,
+        "activation_checkpoint.mode": "none",
+    }
+    return with_keys(Config(), keys | dict(case.keys))
+
+
+def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
+    """The configuration with other values, by dotted name."""
+    for name, value in keys.items():
+        config = replace(config, name, value)
     return config
 
 
@@ -85,14 +92,15 @@ def build(case: Case, config: Config) -> tuple[Mesh, ParallelModel]:
 
 
 @contextlib.contextmanager
-def csv_file(case: Case, config: Config) -> Any:
-    """The case's CSV schedule as a file, for as long as the model is built."""
+def csv_file(case: Case, config: Config) -> Iterator[Config]:
+    """The configuration with the case's CSV schedule in a file, for as long as the model is built."""
     with tempfile.TemporaryDirectory() as folder:
         if case.csv:
-            path = config.parallelism.pipeline_parallel_schedule_csv = os.path.join(folder, "schedule.csv")
+            path = os.path.join(folder, "schedule.csv")
             with open(path, "w") as file:
                 file.write(case.csv)
-        yield
+            config = replace(config, "parallelism.pipeline_parallel_schedule_csv", path)
+        yield config
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -117,8 +125,7 @@ def local_batches(step: int, case: Case, mesh: Mesh, head_tail: bool) -> tuple[T
 
 def train(case: Case, references: Mapping[str, Weights], prepare: Callable[[ParallelModel], None] | None = None) -> Any:
     """The job of one rank: optimizer name -> Trained. prepare: changes the built model, to break it on purpose."""
-    config = build_config(case)
-    with csv_file(case, config):
+    with csv_file(case, build_config(case)) as config:
         mesh, model = build(case, config)
     if prepare:
         prepare(model)

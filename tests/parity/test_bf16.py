@@ -8,6 +8,7 @@ from parity.single import CLIP
 from parity.table import FSDP2, OP, PP2, TP2, schedule
 from ranks import Ranks
 
+from dtron.config import replace
 from dtron.mesh import Degrees
 from dtron.train.optimizer import scale_gradients, squared_gradient_norm
 
@@ -18,8 +19,7 @@ BAND = 0.005
 
 def _losses(case: Case, dtype: str) -> tuple[list[float], float, set[torch.dtype]]:
     """Losses of 30 steps on two batches in turn, how far the norms' weights moved from 1, dtypes kept."""
-    config = build_config(case)
-    config.training.mixed_precision_param = dtype
+    config = replace(build_config(case), "training.mixed_precision_param", dtype)
     mesh, model = build(case, config)
     named = list(model.named_parameters())
     parameters = [p for _, p in named]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity.layout import Case, build_config, problems, train
+from parity.layout import Case, build_config, problems, train, with_keys
 from parity.single import MODELS, OPTIMIZERS, off, plain_model, single_process
 from parity.table import CASES, LAYOUTS, REQUIRED, REQUIRED_LAYOUTS
 from ranks import Ranks
@@ -42,8 +42,9 @@ def test_cases_have_names_of_their_own_and_are_legal():
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
         config = build_config(case)
-        config.parallelism.gradient_reduce = "every_microbatch" if case.degrees.pp > 1 else "last_microbatch"
-        config.training.device = "cuda" if config.training.enable_cpu_offload else "cpu"
+        reduce = "every_microbatch" if case.degrees.pp > 1 else "last_microbatch"
+        device = "cuda" if config.training.enable_cpu_offload else "cpu"
+        config = with_keys(config, {"parallelism.gradient_reduce": reduce, "training.device": device})
         check_compatible(config)
 
 

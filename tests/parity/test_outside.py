@@ -8,7 +8,7 @@ import parity.outside as outside
 import pytest
 import torch
 import torch.distributed as dist
-from parity.layout import CPU, Weights, local
+from parity.layout import CPU, Weights, local, with_keys
 from ranks import Ranks
 from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaForCausalLM
@@ -25,19 +25,21 @@ MODEL = LlamaConfig(outside.VOCABULARY, 32, 4, 4, 2, 64)
 
 
 def _config(degrees: Degrees, shape: str) -> Config:
-    config = Config()
-    config.parallelism.pipeline_parallel_degree = degrees.pp
-    config.training.local_batch_size = outside.ROWS // degrees.dp
-    config.training.seq_len, config.training.steps = outside.SEQ, outside.STEPS
-    config.training.mixed_precision_param = "float32"
-    config.activation_checkpoint.mode = "none"
-    config.optimizer.lr, config.optimizer.eps = outside.PEAK, 1e-6
-    config.lr_scheduler.warmup_steps, config.lr_scheduler.min_lr_factor = outside.WARMUP, outside.FLOOR
-    if shape == "cosine":
-        config.lr_scheduler.decay_type = "cosine"
-    else:
-        config.lr_scheduler.decay_type, config.lr_scheduler.decay_ratio = "linear", 0.25
-    return config
+    keys = {
+        "parallelism.pipeline_parallel_degree": degrees.pp,
+        "training.local_batch_size": outside.ROWS // degrees.dp,
+        "training.seq_len": outside.SEQ,
+        "training.steps": outside.STEPS,
+        "training.mixed_precision_param": "float32",
+        "activation_checkpoint.mode": "none",
+        "optimizer.lr": outside.PEAK,
+        "optimizer.eps": 1e-6,
+        "lr_scheduler.warmup_steps": outside.WARMUP,
+        "lr_scheduler.min_lr_factor": outside.FLOOR,
+        "lr_scheduler.decay_type": "cosine" if shape == "cosine" else "linear",
+        "lr_scheduler.decay_ratio": None if shape == "cosine" else 0.25,
+    }
+    return with_keys(Config(), keys)
 
 
 def _train(degrees: Degrees, shape: str, weights: Weights) -> list[tuple[float, float, float]]:

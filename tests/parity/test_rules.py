@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 import dtron.parallel.compose as compose
 import dtron.parallel.pipeline as pipeline
 from dtron import compat, registry
+from dtron import config as dtron_config
 from dtron.errors import UserError
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
@@ -245,8 +246,7 @@ def test_trap_7_the_training_schedule_cannot_evaluate(name: str, ranks: Ranks):
 def _schedule_facts(name: str, model_name: str) -> dict[str, Any]:
     """What traps 3, 5 and 8 are about, read from a bf16 model under pipeline parallel."""
     case = Case(name, PP2, schedule(name), model_name)
-    config = build_config(case)
-    config.training.mixed_precision_param = "bfloat16"
+    config = dtron_config.replace(build_config(case), "training.mixed_precision_param", "bfloat16")
     mesh, model = build(case, config)
     assert model.pipeline
     model.loss.valid_tokens, (part,) = local_batches(0, case, mesh, True)

@@ -372,5 +372,5 @@ def test_size_of_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     [("folder", "/tmp"), ("folder", "../x"), ("file_prefix", "a/b"), ("file_prefix", "stack_"), ("file_prefix", "")],
 )
 def test_names_that_are_refused(key: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"comm.save_traces_{key} is "):
+    with pytest.raises(UserError, match=f"comm.save_traces_{key} = "):
         resolve(load(["--training.device", "cpu", f"--comm.save_traces_{key}", value]), 1)

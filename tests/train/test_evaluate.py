@@ -231,7 +231,7 @@ PP = "--pp 4 --parallelism.pipeline_parallel_schedule"
         (2, f"{CHECKPOINT} --cp 2 --training.seq_len 66", "training.seq_len 66 is not divisible by 4"),
         (4, f"{CHECKPOINT} {PP} 1F1B --validation.local_batch_size 3", "validation.local_batch_size 3 / .* = 3 micro"),
         (1, f"{CHECKPOINT} --validation.dataloader.prefetch_factor 2", "validation.dataloader.prefetch_factor = 2"),
-        (1, f"{CHECKPOINT} --validation.steps 0", "validation.steps is 0"),
+        (1, f"{CHECKPOINT} --validation.steps 0", "validation.steps = 0"),
     ],
 )  # fmt: skip
 def test_refused_before_there_is_a_group(world: int, arguments: str, message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from parity.layout import CPU, Case, build, build_config
+from parity.layout import CPU, Case, build, build_config, with_keys
 from parity.single import MODELS, SEQ, batch, plain_model
 from ranks import Ranks
 from torch import nn
@@ -53,13 +53,13 @@ def test_schedule_that_ends_before_the_run_stays_defined(decay_ratio: float | No
     ("arguments", "message"),
     [
         ("--lr_scheduler.total_steps 1 --lr_scheduler.warmup_steps 2", "warmup_steps 2 is more than its total_steps 1"),
-        ("--checkpoint.folder /tmp/shared", "checkpoint.folder is '/tmp/shared'; expected the name of a folder inside"),
+        ("--checkpoint.folder /tmp/shared", 'checkpoint.folder = "/tmp/shared": expected the name of a folder inside'),
         ("--metrics.save_tb_folder ../tb", "metrics.save_tb_folder"),
         ("--compile.enable --compile.backend inductr", "compile.backend 'inductr' is unknown to torch; known: "),
         ("--compile.enable --compile.components=", "compile.components is empty"),
         ("--checkpoint.exclude_from_loading lm_head.*", "exclude_from_loading has no effect without"),
         ("--profiling.enable_profiling --profiling.profile_freq 2", "profiling.profile_freq = 2"),
-        ("--model.rope_theta=-1", "model.rope_theta is -1.0; expected a positive number"),
+        ("--model.rope_theta=-1", "model.rope_theta = -1.0: expected a positive number"),
         ("--job.custom_import .relative", "cannot import '.relative'"),
     ],
 )  # fmt: skip
@@ -86,8 +86,7 @@ def _evaluate_other_size() -> list[float]:
     case = Case("pp2", Degrees(2), {"parallelism.pipeline_parallel_schedule": "GPipe"})
     losses = []
     for rows in (2, 8):
-        config = build_config(case)
-        config.validation.enable, config.validation.local_batch_size = True, rows
+        config = with_keys(build_config(case), {"validation.enable": True, "validation.local_batch_size": rows})
         mesh, model = build(case, config)
         tokens, labels = (t[:rows] for t in batch(0))
         model.loss.valid_tokens = torch.ones(())

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from dtron.cluster.preflight.guard import Guard
 from dtron.cluster.preflight.machine import answer_clock, ask_clock, disk_write, sees, write_marker
 from dtron.cluster.preflight.measure import OPS, Meter, dimensions
 from dtron.cluster.preflight.report import SCHEMA, assemble_dimensions, assemble_ranks, table, warnings_of
-from dtron.config import Config, HelpRequested, load
+from dtron.config import Config, HelpRequested, load, replace
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh, resolve_degrees
 from dtron.ranks.failure import exit_when_interrupted, exit_with_message, exit_with_traceback, tell_torchrun
@@ -31,8 +31,6 @@ from dtron.train.folder import saves
 from dtron.train.resolve import choose_device_type, resolve
 
 __all__ = ["Crew", "Plan", "main", "measure", "meet"]
-
-log = logging.getLogger(__name__)
 
 START_S = 60.0  # longest wait for ranks that are still starting, if --timeout is not longer
 DISK_S = 2.0
@@ -117,7 +115,7 @@ def _plan(given: argparse.Namespace) -> tuple[Config, Plan]:
     else:
         degrees, device_type = resolve_degrees(config.parallelism, size), choose_device_type(config)
     limit = int(max(START_S, given.timeout)) + 60
-    config = replace(config, comm=replace(config.comm, init_timeout_seconds=limit, trace_buf_size=0))
+    config = replace(replace(config, "comm.init_timeout_seconds", limit), "comm.trace_buf_size", 0)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device_type == "cuda":
         check_gpu(local_rank)
@@ -281,8 +279,7 @@ def _conclude(
             head = {"schema": SCHEMA, "unix_s": time.time(), "took_s": time.monotonic() - began, "world": world.size}
             figures = {**head, **told, "warnings": found, **figures}
             Path(given.out).write_text(json.dumps(figures, indent=1) + "\n")
-            log.info(table(figures))
-            log.info(f"figures: {given.out}")
+            print(f"{table(figures)}\nfigures: {given.out}", flush=True)  # the result, not a line of a log
         told = guard.tell("end", told)
     if told["error"]:
         wait_until_all_know(world)

@@ -155,7 +155,7 @@ def _value(path: Path, name: str, value: Any, where: str) -> Any:
     """The value in its key's own type; a base as a path that is there."""
     if name != "base":
         value = checked(KEYS[name], value, str(path))
-        if KEYS[name].lacks and value != KEYS[name].default:
+        if KEYS[name].unsupported and value != KEYS[name].default:
             raise UserError(not_supported(KEYS[name], value, str(path)))
         return value
     if not isinstance(value, str) or not value:

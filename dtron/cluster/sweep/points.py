@@ -1,9 +1,5 @@
 """The points of a sweep: each a whole configuration, checked for its ranks before anything runs."""
 
-import dataclasses
-import functools
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +7,8 @@ from typing import Any, Literal
 import torch
 
 from dtron.cluster.sweep.file import DEGREES, SweepFile, assignments
-from dtron.config import Config, flatten, load
+from dtron.config import Config, changed_keys, digest, flatten, load, replace
 from dtron.config.cli import SHORT_FORMS
-from dtron.config.keys import KEYS
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.spec import meta_model
@@ -28,14 +23,14 @@ QUIET = {
     "validation.enable": False,
     SHORT_FORMS["dp"]: -1,  # the ranks that the other degrees leave
 }
-# Keys without a bearing on what a point is: they name places and texts.
-PLACES = ("job.config_file", "job.dump_folder", "job.control_folder", "job.description", "job.cache_folder")
-# Keys that leave the losses as they are: dtron promises the same on every layout.
-SAME_LOSS = (
-    "job.", "metrics.", "profiling.", "parallelism.", "activation_checkpoint.", "compile.", "comm.", "validation.",
-    "checkpoint.enable", "training.local_batch_size", "training.global_batch_size", "training.dataloader",
-    "training.enable_cpu_offload", "training.gc_freq", "optimizer.implementation",
-)  # fmt: skip
+# Keys that name files, folders and texts: they make no point another one.
+PATHS_AND_TEXTS = (
+    "job.config_file",
+    "job.dump_folder",
+    "job.control_folder",
+    "job.description",
+    "job.cache_folder",
+)
 
 
 @dataclass(frozen=True)
@@ -103,20 +98,17 @@ def _point(file: SweepFile, settings: dict[str, Any], device_type: Literal["cpu"
     name, batch = _name(config, degrees), config.training.global_batch_size
     if pruned:
         return Point(name, config, settings, degrees, batch, pruned=pruned)
-    same = {key: value for key, value in flatten(config).items() if not key.startswith(SAME_LOSS)}
+    same = changed_keys(config, ("losses", "training", "dimensions"))
     parameters = sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters())
-    return Point(name, config, settings, degrees, batch, parameters, _digest([batch, _changed(same)]))
+    return Point(name, config, settings, degrees, batch, parameters, digest([batch, same]))
 
 
 def _explicit(config: Config, degrees: Degrees) -> Config:
     """The shard degree and the global batch in numbers: two ways to say the same are one point."""
-    t, p = config.training, config.parallelism
+    t = config.training
     batch = t.local_batch_size * degrees.dp if t.global_batch_size == -1 else t.global_batch_size
-    return dataclasses.replace(
-        config,
-        training=dataclasses.replace(t, global_batch_size=batch),
-        parallelism=dataclasses.replace(p, data_parallel_shard_degree=degrees.dp_shard),
-    )
+    config = replace(config, "training.global_batch_size", batch)
+    return replace(config, "parallelism.data_parallel_shard_degree", degrees.dp_shard)
 
 
 def _asked(config: Config) -> Degrees:
@@ -134,8 +126,7 @@ def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
         values["lr_scheduler.total_steps"] = max(config.training.steps, config.lr_scheduler.warmup_steps)
     for name, value in (values | given).items():
         if name != "base":
-            *sections, leaf = name.split(".")
-            setattr(functools.reduce(getattr, sections, config), leaf, value)
+            config = replace(config, name, value)
     return config
 
 
@@ -144,14 +135,5 @@ def _name(config: Config, degrees: Degrees) -> str:
     ac, layout = config.activation_checkpoint, str(degrees).replace(" x ", "-").replace("_", "").replace(" ", "")
     recompute = f"selective{ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     readable = f"{config.model.flavor}-{layout}-local{config.training.local_batch_size}-{recompute}"
-    settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
-    return f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', readable)}-{_digest(_changed(settings))}"
-
-
-def _changed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those that are not the default: a key that a later version adds makes no point another one."""
-    return {key: value for key, value in settings.items() if value != KEYS[key].default}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=vars).encode()).hexdigest()[:8]
+    settings = {key: value for key, value in changed_keys(config).items() if key not in PATHS_AND_TEXTS}
+    return f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', readable)}-{digest(settings)}"
