@@ -93,8 +93,8 @@ class ParallelModel:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
-        """This rank's share of a batch's loss, without gradients."""
-        with self._loss_context():
+        """This rank's share of a batch's loss, without gradients and in eval mode: dropout is off."""
+        with self._eval_mode(), self._loss_context():
             if self.pipeline:
                 loss = self.pipeline.evaluate(tokens, labels, *places)
             else:
@@ -102,6 +102,16 @@ class ParallelModel:
         for part in self.parts:
             free_gathered_weights(part)
         return loss
+
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        for part in self.parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                part.train()
 
     def finish_gradients(self) -> None:
         """After a step's last backward: sum the gradients of the two copies of a tied matrix."""
