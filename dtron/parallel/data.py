@@ -26,6 +26,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from dtron.models.spec import layers_of
+
 __all__ = ["apply_data_parallel", "free_gathered_weights", "reduce_gradients_now"]
 
 
@@ -43,7 +45,7 @@ def apply_data_parallel(
     before, after = _units_outside_layers(model)
     if before:
         shard(before, reshard_after_forward)
-    for block in model.layers.values():
+    for block in layers_of(model).values():
         shard(block, reshard_after_forward)
     if after:
         shard(after, False)  # their backward comes at once

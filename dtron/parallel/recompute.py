@@ -55,18 +55,20 @@ def _selective_contexts(recomputed: frozenset[int]) -> Any:
     seen: Counter[bool] = Counter()
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = op in _KEPT and not _dropout(op, args, kwargs)
+        keep = op in _KEPT and not _has_dropout(op, args, kwargs)
         if op in _MATMULS:
             keep = seen[ctx.is_recompute] not in recomputed
             seen[ctx.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
-def _dropout(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The dropout of an attention operation. Kept, it would draw nothing again and shift what is drawn after it."""
+def _has_dropout(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention operation has dropout. If it were kept, the recomputation would not draw its random numbers
+    again, and what draws after it would get them.
+    """
     schema = getattr(op, "_schema", None)  # flex_attention has none, and no dropout
     names = [argument.name for argument in schema.arguments] if schema else []
     given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-    return given.get("dropout_p", 0.0)
+    return bool(given.get("dropout_p"))
