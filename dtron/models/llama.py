@@ -141,7 +141,7 @@ class Attention(nn.Module):
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None) -> Tensor:  # x [B, S, E]
-        # The number of heads is read from the projection: under tensor parallel it is this rank's share.
+        # The number of heads is read from the projection: under tensor parallel it is this rank's number.
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, H, D]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]

@@ -63,7 +63,7 @@ def apply_data_parallel(
 
 
 def _units_outside_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The children with parameters that come before and after `layers`; none where the two share a parameter."""
+    """The children with parameters before and after `layers`; no units where the two groups share a parameter."""
     children = list(model.named_children())
     at = [name for name, _ in children].index("layers")
     before, after = (
@@ -75,7 +75,7 @@ def _units_outside_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Mo
 
 
 def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -> None:
-    """Set before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only."""
+    """Call before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(every_microbatch or last)
     model.set_requires_all_reduce(last)
@@ -83,7 +83,7 @@ def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -
 
 
 def free_gathered_weights(model: nn.Module) -> None:
-    """Set after a forward without backward, which frees them: else the next forward would use the weights of before."""
+    """Call after a forward without a backward, which would free them: the next one must not use outdated weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -51,7 +51,7 @@ def apply_recompute(block: nn.Module, index: int, mode: str, option: str) -> nn.
 
 
 def _selective_contexts(recomputed: frozenset[int]) -> Any:
-    """The contexts of one forward and its recomputation: matmuls are told apart by their order in the block."""
+    """The contexts of one forward and its recomputation: matmuls are identified by their order in the block."""
     seen: Counter[bool] = Counter()
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
