@@ -124,7 +124,7 @@ def _rope(hf: dict[str, Any], file: Path | str) -> dict[str, Any]:
             int(rope["original_max_position_embeddings"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: the llama3 rope scaling lacks or misstates {error}") from None
+        raise UserError(f"{file}: the llama3 rope scaling has a missing or invalid field: {error}") from None
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

@@ -1,16 +1,15 @@
 """Initial weights as a pure function of (seed, parameter name, row): the same on every layout.
 
 A tensor is cut into blocks of whole rows and each block has its own generator, seeded by a hash of
-(seed, name, block). A rank makes the blocks that hold its rows and no others: at 405B on 16,384
-ranks that is the rank's own share, times the tensor-parallel degree for the two matrices split by
-columns, and at most two blocks more a tensor. CPU and CUDA generators differ, so weights agree
+(seed, name, block). A rank generates the blocks that hold its rows and no others: at 405B on 16,384
+ranks that is the rank's own shard, times the tensor-parallel degree for the two matrices split by
+columns, and at most two more blocks per tensor. CPU and CUDA generators differ, so weights agree
 across layouts of one device type.
 """
 
 import fnmatch
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,11 +20,9 @@ __all__ = ["initial_rows", "llama_init_std"]
 
 BLOCK_ELEMENTS = 2**18  # large enough that seeding costs nothing, small enough that a shard wastes little
 
-InitStd = Callable[[str, LlamaConfig], float | None]
-
 
 def llama_init_std(name: str, config: LlamaConfig) -> float | None:
-    """Standard deviation of a parameter's initial values; None: all ones (the norms). Biases begin at 0.
+    """Standard deviation of a parameter's initial values; None: all ones (the norms). Biases are 0.
 
     Projections into the residual stream are scaled by 1/sqrt(2 n_layers) (GPT-2, section 2.3).
     """

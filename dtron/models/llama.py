@@ -5,7 +5,7 @@ outside: a child that is None is skipped (a pipeline stage keeps its own childre
 positions are an argument (a context-parallel rank holds a part of the sequence).
 Parameter names and the rotary layout are those of Hugging Face's LlamaForCausalLM without the
 `model.` prefix, so weights need no permutation. Sources: Touvron et al. 2023 (arXiv 2302.13971),
-Su et al. 2021 (RoPE, arXiv 2104.09864), Dubey et al. 2024 (arXiv 2407.21783); of the flags, the Qwen
+Su et al. 2021 (RoPE, arXiv 2104.09864), Dubey et al. 2024 (arXiv 2407.21783); for the flags, the Qwen
 team 2024 (Qwen2, arXiv 2407.10671) and 2025 (Qwen3, arXiv 2505.09388).
 
 Shape letters: B sequences, S tokens, E hidden size, H query heads, K key/value heads, D head size.
@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-__all__ = ["CausalAttention", "Llama", "LlamaConfig", "RopeScaling", "document_mask", "rope_frequencies"]
+__all__ = [
+    "AttentionMask",
+    "CausalAttention",
+    "Llama",
+    "LlamaConfig",
+    "RopeScaling",
+    "document_mask",
+    "rope_frequencies",
+]
+
+AttentionMask = Tensor | BlockMask  # from document_mask
 
 
 @dataclass(frozen=True)
@@ -44,13 +54,13 @@ class LlamaConfig:
     n_heads: int
     n_kv_heads: int
     ffn_dim: int
-    head_dim: int | None = None  # dim / n_heads where not given
+    head_dim: int | None = None  # dim / n_heads by default
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2's
-    qk_norm: bool = False  # Qwen3's: queries and keys normalised head by head
+    qk_norm: bool = False  # Qwen3's: queries and keys normalised per head
     init_std: float = 0.02
 
     @property
@@ -59,9 +69,9 @@ class LlamaConfig:
 
 
 def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
-    """Rotary angular frequencies, radians a token: [D/2] in fp32."""
+    """Rotary angular frequencies, in radians per token: [D/2] in fp32."""
     d = config.head_size
-    freq = config.rope_theta ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    freq = config.rope_theta ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)  # [D/2]
     if (s := config.rope_scaling) is None:
         return freq
     # Wavelengths beyond the trained context are stretched by `factor`, short ones kept, those between blended.
@@ -78,41 +88,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @cache
 def _compiled(function: Any) -> Any:
-    """FlexAttention and its masks are only fast, and only lean, when compiled."""
+    """FlexAttention and its masks are fast, and use little memory, only when compiled."""
     return torch.compile(function)
 
 
-def document_mask(documents: Tensor, positions: Tensor, keys: Tensor) -> Tensor | BlockMask:
+def document_mask(document_start: Tensor, positions: Tensor, keys: Tensor) -> AttentionMask:
     """Who may attend to whom: a token to those of its own document, up to itself.
 
-    documents, positions: [B, Sq] of the tokens that ask; keys: [B, 2, Sk], the same two of those asked.
+    document_start, positions: [B, Sq] of the queries' tokens; keys: [B, 2, Sk], the same two of the keys' tokens.
     Returns, on CPU, bool [B, 1, Sq, Sk] for scaled_dot_product_attention; on CUDA FlexAttention's block-sparse
-    mask, with which what lies between documents is not computed (Dong et al. 2024, arXiv 2412.05496).
+    mask, with which blocks between different documents are not computed (Dong et al. 2024, arXiv 2412.05496).
     """
-    their_documents, their_positions = keys.unbind(1)
-    if not documents.is_cuda:
-        same = documents[:, :, None] == their_documents[:, None]
-        return (same & (positions[:, :, None] >= their_positions[:, None]))[:, None]
+    key_start, key_positions = keys.unbind(1)  # [B, Sk] each
+    if not document_start.is_cuda:
+        same_document = document_start[:, :, None] == key_start[:, None]  # [B, Sq, Sk]
+        return (same_document & (positions[:, :, None] >= key_positions[:, None]))[:, None]  # [B, 1, Sq, Sk]
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (documents[b, q] == their_documents[b, k]) & (positions[b, q] >= their_positions[b, k])
+        return (document_start[b, q] == key_start[b, k]) & (positions[b, q] >= key_positions[b, k])
 
-    sizes = documents.size(0), None, documents.size(1), keys.size(2)
-    return _compiled(create_block_mask)(allowed, *sizes, documents.device)
+    sizes = document_start.size(0), None, document_start.size(1), keys.size(2)
+    block_mask: BlockMask = _compiled(create_block_mask)(allowed, *sizes, document_start.device)
+    return block_mask
 
 
 class CausalAttention(nn.Module):
-    """softmax(QK^T / sqrt(D)) V with a causal mask, or that of the documents.
+    """softmax(QK^T / sqrt(D)) V with a causal mask, or a document mask.
 
     A module, so that context parallel can wrap just this.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """q [B, H, S, D], k and v [B, K, S, D], mask from document_mask -> [B, H, S, D]."""
         grouped = q.size(1) != k.size(1)
         if isinstance(mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
-            return attend(q, k, v, block_mask=mask, enable_gqa=grouped)
+            out: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=grouped)
+            return out
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -128,16 +140,17 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps) if c.qk_norm else None
         self.core = CausalAttention()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
-        # The number of heads is read from the projection: under tensor parallel it is this rank's share.
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None) -> Tensor:  # x [B, S, E]
+        # The number of heads is read from the projection: under tensor parallel it is this rank's number.
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, H, D]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, D]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))  # [B, S, E]
+        return projected
 
 
 class FeedForward(nn.Module):
@@ -149,8 +162,9 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
         self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, E]
+        projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return projected
 
 
 class Block(nn.Module):
@@ -161,9 +175,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = FeedForward(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None = None) -> Tensor:
+        """x [B, S, E], cos and sin [B, S, 1, D/2], mask from document_mask -> [B, S, E]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Llama(nn.Module):
@@ -180,25 +196,28 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, keys: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, positions: Tensor | None = None, document_start: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Token ids [B, S] (or a stage's hidden states [B, S, E]) -> logits [B, S, V] (or hidden states).
 
-        positions: [B, S] places of the tokens in their sequence; 0..S-1 where not given.
-        documents: [B, S] the place in the sequence where each token's document begins. Where given, attention
-        stays inside a document and positions restart with it.
-        keys: [B, 2, Sk] documents and positions of the tokens attended to, where they are not those of x.
+        positions: [B, S] of the tokens in their sequence; 0..S-1 where not given.
+        document_start: [B, S] the position at which each token's document starts. Where given, attention stays inside
+        a document and the rotary embedding counts from its start.
+        keys: [B, 2, Sk] document_start and positions of the keys' tokens, where they are not those of x.
         """
         if positions is None:
             positions = torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
         mask = None
-        if documents is not None:
-            mask = document_mask(documents, positions, torch.stack((documents, positions), 1) if keys is None else keys)
-            positions = positions - documents
+        if document_start is not None:
+            keys = torch.stack((document_start, positions), 1) if keys is None else keys
+            mask = document_mask(document_start, positions, keys)
+            positions = positions - document_start
         angle = positions[..., None, None].float() * rope_frequencies(self.config, positions.device)  # [B, S, 1, D/2]
         cos, sin = angle.cos(), angle.sin()
-        h = x if self.embed_tokens is None else self.embed_tokens(x)
+        h: Tensor = x if self.embed_tokens is None else self.embed_tokens(x)  # [B, S, E]
         for block in self.layers.values():
             h = block(h, cos, sin, mask)
         h = h if self.norm is None else self.norm(h)
-        return h if self.lm_head is None else self.lm_head(h)
+        h = h if self.lm_head is None else self.lm_head(h)  # [B, S, V]
+        return h

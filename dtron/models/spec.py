@@ -1,46 +1,73 @@
 """What the trainer must know of a model besides its code: the seam for models from outside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-__all__ = ["ModelSpec", "meta_model"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel.style import ParallelStyle
+
+__all__ = ["ModelConfig", "ModelSpec", "layers_of", "meta_model"]
+
+
+class ModelConfig(Protocol):
+    """The dimensions of a model that dtron reads, of any family: a frozen dataclass with these fields and its own."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model family.
+    """A model family. The functions take the family's own config, one of `flavors` with the overrides applied.
 
-    flavors: name -> config, a frozen dataclass with at least vocab_size, dim, n_layers, n_heads and n_kv_heads.
+    flavors: name -> config.
     build: config -> module. Its children are, in this order, those before the layers, `layers` (an
-        nn.ModuleDict keyed "0", "1", ...) and those after; forward(x, positions) skips children that are None and
-        takes token ids or, on a later pipeline stage, hidden states. No buffers: they would not survive meta.
+        nn.ModuleDict keyed "0", "1", ...) and those after; forward(x, positions) calls each, skips children that are
+        None and takes token ids or, on a later pipeline stage, hidden states. A child's weights are gathered when it is
+        called, so no other may use them, except as the same nn.Parameter. No buffers: they would not survive meta.
     init_std: (parameter name, config) -> standard deviation of its initial values; None: ones.
-    attention_flops: (config, seq_len) -> FLOPs a token of one layer's attention, forward and backward.
+    attention_flops: (config, seq_len) -> FLOPs per token of one layer's attention, forward and backward.
+    tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
+    document_masks: whether forward also takes document_start and keys, as Llama's does.
     hf_config: config -> the object of a Hugging Face config.json; None: such a model cannot be exported. Its
         parameters then have the names of Hugging Face's, without `model.` before those of the body.
-    document_masks: whether forward also takes documents and keys, as Llama's does.
-    tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
     """
 
-    flavors: dict[str, Any]
+    flavors: Mapping[str, ModelConfig]
     build: Callable[[Any], nn.Module]
     init_std: Callable[[str, Any], float | None]
     attention_flops: Callable[[Any, float], float]
-    tensor_plan: Callable[[bool], dict[str, Any]] | None = None
+    tensor_plan: Callable[[bool], Mapping[str, "ParallelStyle"]] | None = None
     document_masks: bool = False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
 
 
-def meta_model(spec: ModelSpec, model_config: Any) -> nn.Module:
+def meta_model(spec: ModelSpec, model_config: ModelConfig) -> nn.Module:
     """The whole model without memory. ValueError if it has buffers."""
     with torch.device("meta"):
         model = spec.build(model_config)
     if names := [name for name, _ in model.named_buffers()]:
         raise ValueError(
-            f"the model has buffers ({', '.join(names)}); compute them in forward, meta loses their values"
+            f"the model has buffers ({', '.join(names)}), whose values are lost on the meta device; compute them in "
+            "forward"
         )
     return model
+
+
+def layers_of(model: nn.Module) -> nn.ModuleDict:
+    """The blocks of a model or a stage, by their number in the whole model."""
+    layers = model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleDict)
+    return layers

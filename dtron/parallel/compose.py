@@ -23,7 +23,7 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
-from dtron.models.spec import ModelSpec, meta_model
+from dtron.models.spec import ModelConfig, ModelSpec, layers_of, meta_model
 from dtron.parallel.context import apply_context_parallel, apply_gathered_attention
 from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
 from dtron.parallel.materialize import initialize
@@ -80,7 +80,7 @@ class ParallelModel:
     def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor, last: bool) -> Tensor:
         """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
 
-        places: positions, and under document masks documents and keys, as `Llama.forward` has them.
+        places: positions, and under document masks document_start and keys, as `Llama.forward` takes them.
         last: the step's last batch.
         """
         with self._loss_context():
@@ -88,13 +88,13 @@ class ParallelModel:
                 return self.pipeline.forward_backward(tokens, labels, *places)
             reduce_gradients_now(self.parts[0], self.every_microbatch, last)
             loss = self.loss(self.parts[0](tokens, *places), labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         return plain_loss(loss)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
-        """This rank's share of a batch's loss, without gradients."""
-        with self._loss_context():
+        """This rank's share of a batch's loss, without gradients and in eval mode: dropout is off."""
+        with self._eval_mode(), self._loss_context():
             if self.pipeline:
                 loss = self.pipeline.evaluate(tokens, labels, *places)
             else:
@@ -102,6 +102,16 @@ class ParallelModel:
         for part in self.parts:
             free_gathered_weights(part)
         return loss
+
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        for part in self.parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                part.train()
 
     def finish_gradients(self) -> None:
         """After a step's last backward: sum the gradients of the two copies of a tied matrix."""
@@ -114,17 +124,18 @@ class ParallelModel:
         return loss_parallel() if self.sharded_loss else contextlib.nullcontext()
 
 
-def stage_plan(spec: ModelSpec, model_config: Any, config: Config) -> StagePlan:
-    """The pipeline split of a whole model by FLOPs a token; the look-up costs none."""
+def stage_plan(spec: ModelSpec, model_config: ModelConfig, config: Config) -> StagePlan:
+    """The pipeline split of a whole model by FLOPs per token; the look-up costs none."""
     model = meta_model(spec, model_config)
-    block = next(iter(model.layers.values()))  # type: ignore[operator,union-attr]
+    layers = layers_of(model)
+    block = next(iter(layers.values()))
     attention = spec.attention_flops(model_config, config.training.seq_len)
-    head = 6 * (matmul_parameters(model) - len(model.layers) * matmul_parameters(block))  # type: ignore[arg-type]
+    head = 6 * (matmul_parameters(model) - len(layers) * matmul_parameters(block))
     return plan_stages(config.parallelism, model, 6 * matmul_parameters(block) + attention, head, 0.0)
 
 
 def parallelize(
-    spec: ModelSpec, model_config: Any, config: Config, mesh: Mesh, device: torch.device,
+    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, device: torch.device,
     token_loss: Callable[[Tensor, Tensor], Tensor], converters: list[Converter],
 ) -> ParallelModel:  # fmt: skip
     """Build this rank's part of the model on `device` with its initial weights."""
@@ -174,11 +185,12 @@ def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Me
     wrap = partial(apply_recompute, mode=recompute.mode, option=recompute.selective_ac_option)
     by_operation = recompute.mode == "selective" and recompute.selective_ac_option == "op"
     compiled = config.compile.enable and "model" in config.compile.components
-    for name, block in part.layers.items():  # type: ignore[operator,union-attr]
+    layers = layers_of(part)
+    for name, block in layers.items():
         block = wrap(block, int(name)) if by_operation else block
         if compiled:
             block.compile(fullgraph=True, backend=config.compile.backend)
-        part.layers[name] = block if by_operation else wrap(block, int(name))  # type: ignore[operator,index,assignment]
+        layers[name] = block if by_operation else wrap(block, int(name))
     reshard = p.fsdp_reshard_after_forward == "always" or (
         p.fsdp_reshard_after_forward == "default" and mesh.degrees.pp == 1
     )

@@ -1,22 +1,22 @@
 """Context parallel: each sequence split over the `cp` ranks, attention by a causal ring.
 
 Only attention needs the other ranks' tokens. Keys and values (the K/V heads, never expanded to the query
-heads) travel: gathered once ("allgather") or passed from rank to rank ("alltoall"), while each rank
+heads) are communicated: gathered once ("allgather") or passed from rank to rank ("alltoall"), while each rank
 keeps its queries (Liu et al. 2023, arXiv 2310.01889). With contiguous parts the last rank would do most
 of the work of a causal mask, so the sequence is cut into 2*cp chunks and rank r holds chunks r and
 2*cp-1-r ("headtail"): every rank then does the same work.
 
-The ring is torch's own. It was measured against a ring of custom operators on torch 2.13: both equal
+The ring is torch's own. It was compared with a ring of custom operators on torch 2.13: both equal
 one process in loss, gradients and weights under fullgraph compile, selective recompute, tensor and pipeline
 parallel, with either rotation; torch's has tested handlers for the CUDA flash, efficient and cudnn
 kernels, and is 40 lines here instead of 160, so it stays.
 
-It knows the causal mask only. With document masks the keys and values are gathered once a layer, in rank order, and
+It knows the causal mask only. With document masks the keys and values are gathered once per layer, in rank order, and
 the rank's queries attend to them under their part of the mask; the gradients are reduce-scattered back.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
-from dtron.models.llama import CausalAttention
+from dtron.models.llama import AttentionMask, CausalAttention
 
 __all__ = [
     "apply_context_parallel",
@@ -41,7 +41,7 @@ _SEQUENCE = 2  # dimension of q, k, v [B, heads, S, D]
 
 
 def apply_context_parallel(model: nn.Module, cp: DeviceMesh, rotate_method: str, head_tail: bool) -> None:
-    """Make every CausalAttention in `model` attend over the whole sequence of which it is given a part."""
+    """Make every CausalAttention in `model`, which is given a part of the sequence, attend to all of it."""
     compat.enable_ring_attention(rotate_method, head_tail)
     for module in model.modules():
         if isinstance(module, CausalAttention):
@@ -55,20 +55,22 @@ def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
             module.forward = partial(_attend_to_all, module.forward, cp)  # type: ignore[method-assign]
 
 
-def _attend_to_all(attend: Any, cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    k, v = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()
+def _attend_to_all(
+    attend: Callable[..., Tensor], cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask
+) -> Tensor:
+    k, v = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()  # [B, K, S, D] each, of the sequence
     return attend(q, k, v, mask)
 
 
 def gathered_positions(seq_len: int, size: int, head_tail: bool) -> Tensor:
-    """Global positions [S] of the tokens in the order in which gathered keys and values lie: rank after rank."""
+    """Global positions [S] of the tokens in the order of gathered keys and values: rank after rank."""
     return torch.cat([local_positions(seq_len, rank, size, head_tail) for rank in range(size)])
 
 
 def local_positions(seq_len: int, rank: int, size: int, head_tail: bool = True) -> Tensor:
     """Global positions [S / size] of the tokens that context rank `rank` of `size` holds, in its order.
 
-    They index the batch and feed the rotary embedding, which wants the place in the whole sequence.
+    They index the batch and are what the rotary embedding needs: positions in the whole sequence.
     """
     positions = torch.arange(seq_len)
     if not head_tail or size == 1:
@@ -78,7 +80,7 @@ def local_positions(seq_len: int, rank: int, size: int, head_tail: bool = True) 
 
 
 def check_sequence(c: Config, d: Degrees) -> None:
-    """Context parallel cuts each sequence into equal chunks, sequence parallel cuts a rank's part by tp once more."""
+    """UserError unless context parallel cuts sequences into equal chunks, and sequence parallel each rank's part."""
     chunks = 2 * d.cp if c.parallelism.context_parallel_load_balancer else d.cp
     v = c.validation
     lengths = {} if v.only and v.seq_len else {"training.seq_len": c.training.seq_len}
@@ -87,7 +89,8 @@ def check_sequence(c: Config, d: Degrees) -> None:
     for key, length in lengths.items():
         if d.cp > 1 and length % chunks:
             raise UserError(
-                f"{key} {length} is not divisible by {chunks} (2 x cp for head-tail, cp else); cp is {d.cp}"
+                f"{key} {length} is not divisible by {chunks}, that is context_parallel_degree {d.cp}, or twice that "
+                "with the head-tail load balancer"
             )
         if length // d.cp % d.tp:
             raise UserError(

@@ -1,13 +1,17 @@
 """Data parallel: FSDP2, HSDP and plain replication through one call, `fully_shard`.
 
 Each block is a unit: its weights are gathered just before use, its gradients reduce-scattered just
-after (Zhao et al. 2023, arXiv 2304.11277). The mesh decides the kind: dp_shard_cp alone is FSDP;
+after (Zhao et al. 2023, arXiv 2304.11277). So are the modules before the blocks, for a Llama the embedding, and those
+after, [norm, head]; together they would stay gathered for the whole step (2.1 GB for Llama 3 8B in bf16) and be
+reduced at its end. Where the two share a parameter (tied embeddings) they stay together, in the root's unit.
+
+The mesh decides the kind: dp_shard_cp alone is FSDP;
 with dp_replicate it is HSDP, and with a shard degree of 1 plain data parallel. It is applied on meshes
 of size 1 too, so that mixed precision and every parameter's mesh are the same on one rank as on a thousand.
 
 The loss is already divided by the tokens of the global batch, so gradients are summed, never averaged.
 
-Which ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054) a setting is, and what a rank holds, in bytes a
+Which ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054) a setting is, and what a rank holds, in bytes per
 parameter with bf16 compute, fp32 state and N shards; weights from forward to backward, gradients between microbatches:
 
 | fsdp_reshard_after_forward | gradient_reduce  | ZeRO | weights | gradients | AdamW |
@@ -22,6 +26,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from dtron.models.spec import layers_of
+
 __all__ = ["apply_data_parallel", "free_gathered_weights", "reduce_gradients_now"]
 
 
@@ -33,20 +39,43 @@ def apply_data_parallel(
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
 
-    def shard(module: nn.Module, reshard: bool) -> None:
+    def shard(module: nn.Module | list[nn.Module], reshard: bool) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy, reshard_after_forward=reshard)
 
-    for block in model.layers.values():  # type: ignore[operator,union-attr]
+    before, after = _units_outside_layers(model)
+    if before:
+        shard(before, reshard_after_forward)
+    for block in layers_of(model).values():
         shard(block, reshard_after_forward)
-    shard(model, False)  # the root's weights are needed by the first and the last operation alike
+    if after:
+        shard(after, False)  # their backward comes at once
+    shard(model, False)
+    for module in before:
+        assert isinstance(module, FSDPModule)
+        # Nothing to gather ahead in the backward. By default it would be what ran before: after an evaluation, or in a
+        # second microbatch, that is the head.
+        module.set_modules_to_backward_prefetch([module])
+        module.set_unshard_in_backward(not all(isinstance(m, nn.Embedding) for m in before))  # a look-up needs none
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
+def _units_outside_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The children with parameters before and after `layers`; no units where the two groups share a parameter."""
+    children = list(model.named_children())
+    at = [name for name, _ in children].index("layers")
+    before, after = (
+        [module for _, module in part if any(True for _ in module.parameters())]
+        for part in (children[:at], children[at + 1 :])
+    )
+    ids = [{id(p) for module in part for p in module.parameters()} for part in (before, after)]
+    return (before, after) if ids[0].isdisjoint(ids[1]) else ([], [])
+
+
 def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -> None:
-    """Set before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only."""
+    """Call before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(every_microbatch or last)
     model.set_requires_all_reduce(last)
@@ -54,7 +83,7 @@ def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -
 
 
 def free_gathered_weights(model: nn.Module) -> None:
-    """Set after a forward without backward, which frees them: else the next forward would use the weights of before."""
+    """Call after a forward without a backward, which would free them: the next one must not use outdated weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""Meta parameters -> initial values, each rank making no more than its shards need."""
+"""Meta parameters -> initial values; each rank generates no more than its shards need."""
 
 from collections.abc import Callable, Iterable
 
@@ -20,19 +20,19 @@ def initialize(parameters: Iterable[tuple[str, nn.Parameter]], std: Callable[[st
             continue
         rows, columns = _held(p, 0), _held(p, 1)
         first, last = (int(rows[0]), int(rows[-1]) + 1) if rows is not None else (0, p.shape[0])
-        # A shard's rows are one run: tensor parallel cuts first and FSDP within its cut.
+        # A shard's rows are contiguous: tensor parallel splits first and FSDP splits its part.
         values = initial_rows(name, p.shape, first, last, std(name), seed, local.device)
         local.copy_(values if columns is None else values.index_select(1, columns.to(values.device)))
 
 
 def _held(p: nn.Parameter, dim: int) -> Tensor | None:
-    """Indices along `dim` that this rank's shard holds; None: all. Found by sharding an index vector the same way."""
-    if not isinstance(p, DTensor) or not any(getattr(place, "dim", None) == dim for place in p.placements):
+    """Indices along `dim` in this rank's shard; None: all. Found by sharding an index vector the same way."""
+    if not isinstance(p, DTensor) or not any(getattr(placement, "dim", None) == dim for placement in p.placements):
         return None
     mesh = p.device_mesh
     same = [
-        (place if dim == 0 else Shard(0)) if getattr(place, "dim", None) == dim else Replicate()
-        for place in p.placements
+        (placement if dim == 0 else Shard(0)) if getattr(placement, "dim", None) == dim else Replicate()
+        for placement in p.placements
     ]
     index = torch.arange(p.shape[dim], device=mesh.device_type)
     return distribute_tensor(index, mesh, same, src_data_rank=None).to_local().cpu()

@@ -22,11 +22,12 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from dtron import compat
 from dtron.config.sections import Parallelism
+from dtron.models.spec import layers_of
 from dtron.parallel.schedules import schedule_stages
 
 __all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "split_by_cost"]
 
-PLACES = ("positions", "documents", "keys")  # arguments of the model that every stage is given, in their order
+PLACES = ("positions", "document_start", "keys")  # arguments of the model that every stage is given, in their order
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class StagePlan:
 
 def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: float, embed_cost: float) -> StagePlan:
     """Split a whole meta model. Costs are in any one unit, FLOPs a token for example."""
-    layers = list(model.layers)  # type: ignore[arg-type]
+    layers = list(layers_of(model))
     of_rank, rows = schedule_stages(p, len(layers))
     n_stages = sum(len(stages) for stages in of_rank)
     if p.module_fqns_per_model_part:
@@ -102,9 +103,10 @@ def keep_modules(model: nn.Module, names: Sequence[str]) -> nn.Module:
         if name != "layers" and name not in names:
             setattr(model, name, None)
     kept = {name.removeprefix("layers.") for name in names if name.startswith("layers.")}
-    for index in list(model.layers):  # type: ignore[arg-type]
+    layers = layers_of(model)
+    for index in list(layers):
         if index not in kept:
-            del model.layers[index]  # type: ignore[operator,union-attr,arg-type]
+            del layers[index]
     return model
 
 
@@ -137,7 +139,7 @@ class Pipeline:
                 return compat.CsvSchedule(stages, microbatches, plan.rows, loss_fn=loss_fn, scale_grads=False)
             cls = get_schedule_class(p.pipeline_parallel_schedule)
             single = issubclass(cls, PipelineScheduleSingle)
-            return cls(stages[0] if single else stages, microbatches, loss_fn=loss_fn, scale_grads=False)  # type: ignore[arg-type]
+            return cls(stages[0] if single else stages, microbatches, loss_fn=loss_fn, scale_grads=False)
 
         self._train, self._evaluate = make(microbatches[0]), make(microbatches[1])
         compat.keep_forward_only(self._evaluate)

@@ -1,10 +1,14 @@
 """Activation recomputation: what the backward computes again instead of keeping in memory.
 
-full: a block keeps its input only (Chen et al. 2016, arXiv 1604.06174). every n-th: the same for one
-block in n. by operation: a block keeps the results that are dear to make, matmuls, attention and
-reduce-scatters, and recomputes the cheap rest. Of the matmuls, `o` and `down` are recomputed all the same: their
-results are summed into the residual stream, so nothing else needs them in the backward,
-and with tensor parallel what follows them, the reduce-scatter, is kept.
+full: a block keeps its input only (Chen et al. 2016, arXiv 1604.06174). every n-th: the same for one block in n.
+by operation: a block keeps the results that are expensive to compute, those of matmuls, attention and
+reduce-scatters, and recomputes the cheap rest. Of the matmuls, `o` and `down` are not kept: their
+results are added to the residual stream, so nothing else needs them in the backward, and with tensor parallel
+what follows them, the reduce-scatter, is kept.
+
+The state of the random number generators is restored for every recomputation, whatever the model: a model from
+outside, or one that a converter changed, may draw random numbers anywhere (dropout, for example), and a recomputation
+that draws other ones gives wrong gradients silently. It costs microseconds per block.
 """
 
 from collections import Counter
@@ -19,7 +23,7 @@ from dtron import compat
 
 __all__ = ["apply_recompute"]
 
-_MATMUL = torch.ops.aten.mm.default
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}  # of an nn.Linear without and with a bias
 _KEPT = {
     compat.cpu_flash_attention,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -32,26 +36,39 @@ _RECOMPUTED_MATMULS = ("o_proj", "down_proj")
 
 
 def apply_recompute(block: nn.Module, index: int, mode: str, option: str) -> nn.Module:
-    """`block`, or a wrapper that recomputes it; index: the block's place, mode and option: [activation_checkpoint]."""
+    """`block`, or a wrapper that recomputes it; index: of the block in the model; mode, option: of the configuration.
+
+    They are activation_checkpoint.mode and activation_checkpoint.selective_ac_option.
+    """
     if mode == "selective" and option == "op":
         linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
         recomputed = frozenset(i for i, name in enumerate(linears) if name.endswith(_RECOMPUTED_MATMULS))
         contexts = partial(_selective_contexts, recomputed)
-        return compat.checkpoint_wrapper(block, preserve_rng_state=False, context_fn=contexts)
+        return compat.checkpoint_wrapper(block, preserve_rng_state=True, context_fn=contexts)
     if mode == "full" or (mode == "selective" and index % int(option) == 0):
-        return compat.checkpoint_wrapper(block, preserve_rng_state=False)
+        return compat.checkpoint_wrapper(block, preserve_rng_state=True)
     return block
 
 
 def _selective_contexts(recomputed: frozenset[int]) -> Any:
-    """The contexts of one forward and its recomputation: matmuls are told apart by their order in the block."""
+    """The contexts of one forward and its recomputation: matmuls are identified by their order in the block."""
     seen: Counter[bool] = Counter()
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = op in _KEPT
-        if op is _MATMUL:
+        keep = op in _KEPT and not _has_dropout(op, args, kwargs)
+        if op in _MATMULS:
             keep = seen[ctx.is_recompute] not in recomputed
             seen[ctx.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+
+
+def _has_dropout(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention operation has dropout. If it were kept, the recomputation would not draw its random numbers
+    again, and what draws after it would get them.
+    """
+    schema = getattr(op, "_schema", None)  # flex_attention has none, and no dropout
+    names = [argument.name for argument in schema.arguments] if schema else []
+    given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("dropout_p"))

@@ -2,14 +2,14 @@
 
 Between blocks the activations are sharded along the sequence (Shard(1)), so that norms and residuals
 are computed once (Korthikanti et al. 2022, arXiv 2205.05198). Attention and feed-forward gather the
-sequence, split heads and columns, and reduce-scatter back. The embedding holds a share of the
-vocabulary's rows, and so does the head: logits leave sharded along the vocabulary and
+sequence, split heads and columns, and reduce-scatter back. The embedding and the head are sharded along the
+vocabulary's rows: logits leave sharded along the vocabulary and
 `loss_parallel` computes the cross-entropy without gathering them.
 """
 
 import fnmatch
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
-from dtron.models.spec import ModelSpec
+from dtron.models.spec import ModelConfig, ModelSpec
 
 __all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "check_tensor", "llama_plan", "tied_parameters"]
 
@@ -36,33 +36,32 @@ SEQUENCE, VOCABULARY = Shard(1), Shard(-1)
 
 
 class VocabParallelEmbedding(ParallelStyle):
-    """Rows of the vocabulary sharded; each rank looks up its own and the sums are reduce-scattered along the sequence.
+    """Sharded along the vocabulary; each rank looks up its own rows, the sum is reduce-scattered along the sequence.
 
     Unlike RowwiseParallel, whose gradient is a replicated full-vocabulary matrix (7.8 GiB instead of
     1 at 405B with tp 8), the gradient here is that of the rank's own rows. The output is a plain, finished tensor:
-    an asynchronous one loses its history on entering a compiled block (torch 2.13), and with FSDP the
+    an asynchronous one loses its autograd history on entering a compiled block (torch 2.13), and with FSDP the
     embedding's gradient would be silently zero.
     """
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         weight = distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None)  # type: ignore[arg-type]
         module.weight = nn.Parameter(weight)
-        module.forward = partial(self._look_up, module, mesh)  # type: ignore[method-assign]
+        module.forward = partial(self._look_up, module, mesh)
         return module
 
     @staticmethod
     def _look_up(module: nn.Module, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
-        rows = module.weight.to_local()  # type: ignore[union-attr,operator]
-        local = tokens - mesh.get_local_rank() * rows.size(0)
+        rows = module.weight.to_local()  # type: ignore[union-attr,operator]  # [V / tp, E]
+        local = tokens - mesh.get_local_rank() * rows.size(0)  # [B, S]
         mine = (local >= 0) & (local < rows.size(0))
-        out = F.embedding(local.clamp(0, rows.size(0) - 1), rows) * mine.unsqueeze(-1)
-        return (
-            DTensor.from_local(out, mesh, [Partial()], run_check=False).redistribute(placements=[SEQUENCE]).to_local()
-        )
+        out = F.embedding(local.clamp(0, rows.size(0) - 1), rows) * mine.unsqueeze(-1)  # [B, S, E], to be summed
+        partial_sums = DTensor.from_local(out, mesh, [Partial()], run_check=False)
+        return partial_sums.redistribute(placements=[SEQUENCE]).to_local()  # [B, S / tp, E]
 
 
-def llama_plan(loss_parallel: bool) -> dict[str, Any]:
-    """Module names (with wildcards) -> styles for dtron.models.llama; those that fit nothing are left out."""
+def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
+    """Module names (with wildcards) -> styles for dtron.models.llama; those that match nothing are ignored."""
     gather = partial(PrepareModuleInput, input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
     head_layout = VOCABULARY if loss_parallel else Replicate()
     return {
@@ -74,7 +73,7 @@ def llama_plan(loss_parallel: bool) -> dict[str, Any]:
         "layers.*.self_attn.q_proj": ColwiseParallel(),
         "layers.*.self_attn.k_proj": ColwiseParallel(),
         "layers.*.self_attn.v_proj": ColwiseParallel(),
-        # Of the heads [B, S, H, D]: each rank normalises its own, and the weights' gradients are summed.
+        # Of the heads [B, S, H, D]: each rank normalises its own, and the gradients of the weights are summed.
         "layers.*.self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "layers.*.self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),
@@ -90,10 +89,10 @@ def llama_plan(loss_parallel: bool) -> dict[str, Any]:
     }
 
 
-def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: dict[str, Any]) -> None:
+def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
     """Shard a meta model's parameters by `plan`; tied weights stay tied. No parameter may be left out.
 
-    A parameter outside the plan would be a plain tensor beside sharded ones, with a gradient of this
+    A parameter outside the plan would be a plain tensor next to sharded ones, with the gradient of this
     rank's part of the sequence only: silently wrong, hence the error.
     """
     tied = tied_parameters(model)
@@ -105,14 +104,14 @@ def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: dict[str, Any]
         raise ValueError(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
 
 
-def _present(model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
-    """The entries of the plan that fit a module of this model and pipeline stage."""
+def _present(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The entries of the plan that match a module of this model or pipeline stage."""
     names = [name for name, _ in model.named_modules()]
     return {pattern: style for pattern, style in plan.items() if fnmatch.filter(names, pattern)}
 
 
 def tied_parameters(model: nn.Module) -> list[tuple[str, str]]:
-    """Pairs of names of one and the same parameter."""
+    """Pairs of names of the same parameter."""
     first: dict[int, str] = {}
     pairs = []
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -127,13 +126,15 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(model.get_submodule(module), leaf, parameter)
 
 
-def check_tensor(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
+def check_tensor(c: Config, spec: ModelSpec, m: ModelConfig, d: Degrees) -> None:
+    """UserError unless the model has a tensor-parallel plan and the degree divides what the plan splits."""
     if d.tp == 1:
         return
     if spec.tensor_plan is None:
         raise UserError(f"model.name {c.model.name} has no tensor-parallel plan; set tensor_parallel_degree 1")
     sizes = {"n_heads": m.n_heads, "n_kv_heads": m.n_kv_heads, "vocab_size": m.vocab_size}
-    sizes |= {"ffn_dim": m.ffn_dim} if hasattr(m, "ffn_dim") else {}
+    if ffn_dim := getattr(m, "ffn_dim", None):
+        sizes["ffn_dim"] = ffn_dim
     for name, size in sizes.items():
         if size % d.tp:
             raise UserError(

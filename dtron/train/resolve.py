@@ -128,7 +128,7 @@ def _model(c: Config) -> tuple[ModelSpec, Any]:
     """The family and the flavor's dimensions with the overrides applied."""
     spec: ModelSpec = registry.look_up("model", c.model.name, "model.name")
     if c.model.hf_config_path:
-        model_config = from_hf_config(c.model.hf_config_path)
+        model_config: Any = from_hf_config(c.model.hf_config_path)
     elif c.model.flavor in spec.flavors:
         model_config = spec.flavors[c.model.flavor]
     else:

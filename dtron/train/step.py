@@ -100,10 +100,11 @@ class Step:
         return stats
 
     def _seed_random(self, step: int) -> None:
-        """Random numbers of a step, as dropout takes them, are a function of (seed, step, place in the mesh).
+        """Random numbers of a step, which dropout draws for example, are a function of (seed, step, mesh coordinates).
 
-        So nothing of them is saved, and a resume draws what the uninterrupted run would have. The ranks of one tensor
-        parallel group draw alike.
+        So nothing of them is saved, and a resume draws what the uninterrupted run would have. Every rank draws
+        differently: those of one tensor-parallel group hold different parts of the sequence and different heads.
         """
-        key = f"{self.config.debug.seed} {step} {self.mesh.dp_rank} {self.mesh.cp_rank} {self.mesh.pp_rank}"
+        m = self.mesh
+        key = f"{self.config.debug.seed} {step} {m.dp_rank} {m.cp_rank} {m.pp_rank} {m.tp_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)

@@ -29,7 +29,7 @@ def size(tensors: list[Any]) -> int:
 
 def block_parameters(model: torch.nn.Module) -> list[Any]:
     """FSDP's own record of each parameter of the blocks."""
-    blocks = [m for name, m in model.named_modules() if isinstance(m, FSDPModule) and name]
+    blocks = [m for name, m in model.named_modules() if isinstance(m, FSDPModule) and "layers." in name]
     return [p for block in blocks for p in block._get_fsdp_state()._fsdp_param_group.fsdp_params]  # type: ignore[attr-defined]
 
 
@@ -46,7 +46,7 @@ def gradients(model: torch.nn.Module) -> int:
 
 
 def measure(reshard: str, reduce: str) -> tuple[float, float, float]:
-    """Bytes a parameter of the blocks on this rank: weights after a forward, gradients after it, AdamW's state."""
+    """Bytes per parameter of the blocks on this rank: weights after a forward, gradients after it, AdamW's state."""
     keys = {
         "training.mixed_precision_param": "bfloat16",
         "parallelism.fsdp_reshard_after_forward": reshard,

@@ -156,8 +156,8 @@ def flops(config: LlamaConfig, seq_len: int) -> float:
     return flops_per_token(model, config.n_layers, attention_flops_per_token(config, seq_len))
 
 
-def test_flops_a_token():
-    """Llama-3-8B at 8,192 tokens: 57.9 GF a token with full attention (6 N + 12 L h s)."""
+def test_flops_per_token():
+    """Llama-3-8B at 8,192 tokens: 57.9 GFLOPs per token with full attention (6 N + 12 L h s)."""
     assert flops(FAMILIES["llama3"]["8B"], 8192) == pytest.approx(57.9e9, rel=1e-3)
     assert flops(BASE, 64) == flops(replace(BASE, tie_embeddings=True), 64)  # the head counts, tied or not
 
@@ -209,7 +209,7 @@ def test_older_files_and_absent_fields(tmp_path: Path):
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' cannot be represented"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "lacks or misstates 'low_freq_factor'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "missing or invalid field: 'low_freq_factor'"),
         ({"hidden_size": "absent"}, "hidden_size missing"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers missing or not a whole number above 0"),
     ],

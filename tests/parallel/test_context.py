@@ -1,4 +1,4 @@
-"""The ring's traffic: which collectives each rotation makes, and how many bytes of keys and values travel."""
+"""The ring's traffic: which collectives each rotation makes, and how many bytes of keys and values are sent."""
 
 from collections import Counter
 from typing import Any
@@ -53,13 +53,13 @@ def test_each_rotation_makes_its_own_collectives(degrees: Degrees, ranks: Ranks)
     gather, gather_back, _ = ranks.run(degrees.world, _collectives, Case("", degrees))[0]
     pass_on, pass_back, _ = ranks.run(degrees.world, _collectives, Case("", degrees, ALLTOALL))[0]
     name = "all_to_all_single"
-    assert (gather[name], pass_on[name]) == (0, layers * hops)  # K and V travel as one buffer
+    assert (gather[name], pass_on[name]) == (0, layers * hops)  # K and V are sent as one buffer
     assert gather["all_gather_into_tensor"] == layers
     assert pass_on["all_gather_into_tensor"] == 0
     assert pass_back[name] > gather_back[name]
 
 
-def test_keys_and_values_travel_unexpanded(ranks: Ranks):
+def test_keys_and_values_are_sent_unexpanded(ranks: Ranks):
     """Both rotations send 2 (K and V) x the K/V heads, half as many as the query heads here."""
     c = MODELS["small"]
     assert c.n_heads == 2 * c.n_kv_heads

@@ -1,4 +1,4 @@
-"""Initial weights: one function of names, whatever the layout, and no rank makes much more than it holds."""
+"""Initial weights: a function of names, whatever the layout; no rank generates much more than it holds."""
 
 from collections import Counter
 from typing import Any
@@ -59,7 +59,7 @@ def test_names_and_seeds_give_different_weights():
 
 
 def test_any_rows_are_those_of_the_whole():
-    with patch.object(init, "BLOCK_ELEMENTS", 12):  # 3 rows a block
+    with patch.object(init, "BLOCK_ELEMENTS", 12):  # 3 rows per block
         whole = init.initial_rows("w", torch.Size([11, 4]), 0, 11, 0.5, 0, torch.device("cpu"))
         for first in range(11):
             for last in range(first, 12):

@@ -7,7 +7,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from dtron.mesh import Degrees
 
-MICROBATCHES, UNITS = 2, 5  # four blocks and the root are sharded each
+MICROBATCHES, UNITS = 2, 6  # the embedding, four blocks, and the last norm with the head
 
 
 def _count(mode: str) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, documents, off
+from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, document_starts, off
 from ranks import kept
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -117,9 +117,9 @@ def local_batches(step: int, case: Case, mesh: Mesh, head_tail: bool) -> tuple[T
     pairs = zip(tokens[mine].chunk(case.batches), labels[mine].chunk(case.batches), strict=True)
     parts = [(x[:, positions], y[:, positions], positions.expand(len(x), -1)) for x, y in pairs]
     if case.masked:
-        begins = documents(step)[mine].chunk(case.batches)
-        keys = [torch.stack((d[:, everywhere], everywhere.expand(len(d), -1)), 1) for d in begins]
-        parts = [(*part, d[:, positions], k) for part, d, k in zip(parts, begins, keys, strict=True)]
+        starts = document_starts(step)[mine].chunk(case.batches)
+        keys = [torch.stack((d[:, everywhere], everywhere.expand(len(d), -1)), 1) for d in starts]
+        parts = [(*part, d[:, positions], k) for part, d, k in zip(parts, starts, keys, strict=True)]
     return (labels != -100).sum().float(), parts
 
 

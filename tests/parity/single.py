@@ -57,8 +57,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1], labels
 
 
-def documents(step: int) -> Tensor:
-    """Where each token's document begins [ROWS, SEQ]: rows of one document, of many, and of documents of one token."""
+def document_starts(step: int) -> Tensor:
+    """document_start of a step, [ROWS, SEQ]: rows of one document, of many, and of documents of one token."""
     g = torch.Generator().manual_seed(200 + step)
     begins = torch.rand(ROWS, SEQ, generator=g) < torch.linspace(0, 0.5, ROWS)[:, None]
     return torch.where(begins, torch.arange(SEQ), 0).cummax(1).values
@@ -84,12 +84,10 @@ def single_process(model_name: str, optimizer_name: str, microbatches: int = 1, 
         valid = (labels != -100).sum()
         optimizer.zero_grad()
         losses.append(0.0)
-        begins = documents(step).chunk(microbatches) if masked else [None] * microbatches
-        for x, y, d in zip(tokens.chunk(microbatches), labels.chunk(microbatches), begins, strict=True):
-            loss = (
-                F.cross_entropy(model(x, documents=d).flatten(0, 1), y.flatten(), ignore_index=-100, reduction="sum")
-                / valid
-            )
+        starts = document_starts(step).chunk(microbatches) if masked else [None] * microbatches
+        for x, y, d in zip(tokens.chunk(microbatches), labels.chunk(microbatches), starts, strict=True):
+            logits = model(x, document_start=d).flatten(0, 1)
+            loss = F.cross_entropy(logits, y.flatten(), ignore_index=-100, reduction="sum") / valid
             loss.backward()
             losses[-1] += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())

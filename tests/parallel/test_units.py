@@ -1,0 +1,127 @@
+"""What FSDP gathers together, and when: never the whole of what lies outside the blocks for the whole step."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from parity.layout import Case, build, build_config, local_batches
+from parity.single import MODELS
+from parity.table import ALWAYS, FSDP2, FSDP2_TP2, NEVER, PP2_FSDP2
+from ranks import Ranks
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import CommDebugMode
+
+from dtron import registry
+from dtron.mesh import Degrees
+
+LAYERS = MODELS["small"].n_layers
+EMBEDDING, HEAD = {"embed_tokens"}, {"norm", "lm_head"}
+
+
+@dataclass
+class Step:
+    """What is gathered within each block's forward and backward and at the loss; all-gathers until then and after."""
+
+    forward: dict[int, set[str]] = field(default_factory=dict)
+    at_loss: set[str] = field(default_factory=set)
+    backward: dict[int, set[str]] = field(default_factory=dict)
+    head_is_reduced: bool = False  # in the backward of the first block
+    gathers: tuple[int, int] = (0, 0)
+    left: set[str] = field(default_factory=set)  # after the step
+    left_by_evaluation: set[str] = field(default_factory=set)
+
+
+def gathered(part: nn.Module) -> set[str]:
+    """Children and layers of which a whole parameter is in memory, by FSDP's own record."""
+    names = set()
+    for module in part.modules():
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group):  # type: ignore[attr-defined]
+            whole = [p for p in group.fsdp_params if p.sharded_state.name == "UNSHARDED"]
+            names |= {".".join(p._param_fqn.split(".")[: 2 if "layers" in p._param_fqn else 1]) for p in whole}
+    return names
+
+
+def count(comm: CommDebugMode) -> int:
+    """All-gathers by FSDP, which calls c10d, unlike tensor parallel."""
+    calls: Counter[str] = Counter({str(op): n for op, n in comm.get_comm_counts().items()})
+    return sum(n for op, n in calls.items() if "c10d." in op and "allgather" in op)
+
+
+def watch(case: Case) -> Step:
+    """The last forward and backward of a step without pipeline parallel, after an evaluation."""
+    mesh, model = build(case, build_config(case))
+    part, seen = model.parts[0], Step()
+    model.loss.valid_tokens, (*before, batch) = local_batches(0, case, mesh, True)
+    for earlier in before:
+        model.forward_backward(*earlier, last=False)
+    model.evaluate(*batch)
+    seen.left_by_evaluation = gathered(part)
+
+    def loss(logits: Any, labels: Any) -> Any:
+        seen.at_loss, seen.gathers = gathered(part), (count(comm), 0)
+        return registry.cross_entropy(logits, labels)
+
+    def see_backward(i: int) -> None:
+        seen.backward[i] = gathered(part)
+        seen.head_is_reduced = part.get_parameter("lm_head.weight").grad is not None
+
+    for i, block in enumerate(part.layers.values()):  # type: ignore[operator,union-attr]
+        block.mlp.register_forward_hook(lambda *_, i=i: seen.forward.update({i: gathered(part)}))
+        block.mlp.register_full_backward_hook(lambda *_, i=i: see_backward(i))
+    model.loss.token_loss = loss
+    with CommDebugMode() as comm:
+        model.forward_backward(*batch, last=True)
+    seen.gathers = seen.gathers[0], count(comm) - seen.gathers[0]
+    seen.left = gathered(part)
+    return seen
+
+
+@pytest.mark.parametrize(("degrees", "batches"), [(FSDP2, 1), (FSDP2, 2), (FSDP2_TP2, 1)], ids=str)
+def test_embedding_and_head_are_gathered_when_they_are_used(degrees: Degrees, batches: int, ranks: Ranks):
+    for seen in ranks.run(degrees.world, watch, Case("", degrees, ALWAYS, batches=batches)):
+        assert seen.forward == {i: {f"layers.{i}"} for i in range(LAYERS)}
+        assert seen.at_loss == HEAD
+        assert seen.backward == seen.forward  # what is gathered ahead does not count until it is waited for
+        assert seen.head_is_reduced
+        assert seen.gathers == (LAYERS + 2, LAYERS)  # the backward of a look-up needs no weights
+        assert seen.left == seen.left_by_evaluation == set()
+
+
+def test_without_resharding_all_is_gathered_once(ranks: Ranks):
+    for seen in ranks.run(2, watch, Case("", FSDP2, NEVER)):
+        assert seen.at_loss == EMBEDDING | HEAD | {f"layers.{i}" for i in range(LAYERS)}
+        assert seen.gathers == (LAYERS + 2, 0)
+        assert seen.left == seen.left_by_evaluation == set()
+
+
+def test_tied_embedding_and_head_stay_in_one_unit(ranks: Ranks):
+    for seen in ranks.run(2, watch, Case("", FSDP2, ALWAYS, "tied")):
+        assert all(EMBEDDING | {"norm"} <= names for names in (*seen.forward.values(), seen.at_loss))
+        assert seen.gathers == (LAYERS + 1, LAYERS)
+        assert seen.left == seen.left_by_evaluation == set()
+
+
+def units(part: nn.Module) -> list[list[str]]:
+    """What each FSDP unit outside the blocks owns the parameters of, the root left out."""
+    modules = [module for module in part.children() if isinstance(module, FSDPModule)]
+    groups = {module._get_fsdp_state(): module._get_fsdp_state()._fsdp_param_group for module in modules}  # type: ignore[attr-defined]
+    return [sorted({p._param_fqn.split(".")[0] for p in group.fsdp_params}) for group in groups.values()]
+
+
+def stage_units(case: Case) -> tuple[list[list[str]], set[str]]:
+    """This rank's units, and what is gathered after a step of the schedule and an evaluation."""
+    mesh, model = build(case, build_config(case))
+    model.loss.valid_tokens, (batch,) = local_batches(0, case, mesh, True)
+    model.forward_backward(*batch, last=True)
+    model.evaluate(*batch)
+    (part,) = model.parts
+    return units(part), gathered(part)
+
+
+@pytest.mark.parametrize("model", ["small", "tied"])
+def test_a_stage_has_the_units_it_holds(model: str, ranks: Ranks):
+    """On stages of their own, tied matrices are copies, so they are units of their own too."""
+    first, _, last, _ = ranks.run(4, stage_units, Case("", PP2_FSDP2, model=model))
+    assert first == ([["embed_tokens"]], set()) and last == ([["lm_head", "norm"]], set())
