@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
+from torch.distributed.pipelining import _utils as pipelining_utils
 from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
@@ -32,6 +32,7 @@ __all__ = [
     "CsvSchedule",
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
+    "Stage",
     "all_gather",
     "all_gather_single",
     "another_connection",
@@ -53,6 +54,7 @@ __all__ = [
     "skip_update_where",
     "stages_of_rank",
     "start_flight_recorder",
+    "start_without_messages",
     "unfinished_collectives",
     "warn_about_torch_version",
 ]
@@ -150,12 +152,64 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-# --- pipelining, 2.13; waits for public custom schedules and a public evaluation of every schedule.
+# --- pipeline stages, 2.11 and 2.13; waits for a start without messages where every stage was given its shapes.
+
+
+class Stage(PipelineStage):
+    """A pipeline stage that is given the shape of the hidden states, or runs the model once to learn it.
+
+    hidden: on meta, what a stage passes to the next. Then nothing is run or sent before the first microbatch. None: the
+    stages run one microbatch and send each other the shapes and dtypes they see.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, index: int, n_stages: int, device: torch.device, group: dist.ProcessGroup,
+        hidden: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        # 2.13 takes from requires_grad whether a gradient comes back; with False, the ranks wait for each other.
+        example = None if hidden is None else hidden.detach().requires_grad_()
+        # Of the first stage's input and the last stage's output torch uses only the number.
+        super().__init__(module, index, n_stages, device, input_args=example, output_args=example, group=group)
+        self._hidden = hidden
+        if hidden is not None and hasattr(pipelining_utils, "InferenceMode"):  # 2.13
+            self._inference_mode = pipelining_utils.InferenceMode.STATIC
+            self._runtime_validate = False  # checks the two that are only counted, too
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Sent into a buffer of another dtype or size, hidden states would become NaN or end the process."""
+        output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        expected = self._hidden
+        if expected is not None and not self.is_last:
+            if (output.dtype, output.shape) != (expected.dtype, expected.shape):
+                raise ValueError(
+                    f"stage {self.stage_index} returns {output.dtype} {tuple(output.shape)}, but the next one expects "
+                    f"{expected.dtype} {tuple(expected.shape)}; register the model with a ModelSpec whose "
+                    "standard_hidden_states is False"
+                )
+        return output
+
+    def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
+        """2.11 only, whose check is of the last stage's output too."""
+        if self._hidden is None:
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """2.11 only: messages that open connections. A rank cannot send to itself with gloo, and needs not."""
+        messages = super()._get_init_p2p_neighbors_ops() if self._hidden is None else []
+        return [message for message in messages if message.group_peer != self.group_rank]
+
+
+def start_without_messages(schedule: Any) -> None:
+    """Leave out 2.13's vote of all stages on whether they were given shapes; 2.11 has none."""
+    schedule._warmup_p2p = lambda *args: None
+
+
+# --- pipeline schedules, 2.11 and 2.13; waits for public custom schedules and a public evaluation of every schedule.
 
 
 def stages_of_rank(pp: int, n_stages: int, v_shape: bool) -> list[tuple[int, ...]]:
     """Stage indices of each pipeline rank: round robin, or (r, 2*pp-1-r) for the V-shaped schedules."""
-    mapping = generate_rank_to_stage_mapping(pp, n_stages, "v" if v_shape else "loop")
+    mapping = pipelining_utils.generate_rank_to_stage_mapping(pp, n_stages, "v" if v_shape else "loop")
     return [tuple(mapping[rank]) for rank in range(pp)]
 
 
@@ -191,10 +245,10 @@ def csv_actions(rows: Sequence[Sequence[str]]) -> list[list[tuple[int, str, int]
 
 
 class CsvSchedule(_PipelineScheduleRuntime):
-    """A schedule whose compute actions are rows of cells, one row a pipeline rank."""
+    """A schedule whose compute actions are rows of cells, one row per pipeline rank."""
 
     def __init__(
-        self, stages: list[PipelineStage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any
+        self, stages: list[Stage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any
     ) -> None:
         super().__init__(stages, n_microbatches, **kwargs)
         self.pipeline_order = {

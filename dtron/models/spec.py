@@ -19,10 +19,12 @@ class ModelSpec:
         nn.ModuleDict keyed "0", "1", ...) and those after; forward(x, positions) skips children that are None and
         takes token ids or, on a later pipeline stage, hidden states. No buffers: they would not survive meta.
     init_std: (parameter name, config) -> standard deviation of its initial values; None: ones.
-    attention_flops: (config, seq_len) -> FLOPs a token of one layer's attention, forward and backward.
+    attention_flops: (config, seq_len) -> FLOPs per token of one layer's attention, forward and backward.
     hf_config: config -> the object of a Hugging Face config.json; None: such a model cannot be exported. Its
         parameters then have the names of Hugging Face's, without `model.` before those of the body.
     document_masks: whether forward also takes documents and keys, as Llama's does.
+    standard_hidden_states: whether a layer's output is [B, S / cp / tp, dim] in training.mixed_precision_param. Pipeline
+        stages then know what they receive; else they run the model once before the first step and exchange shapes.
     tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
     """
 
@@ -33,6 +35,7 @@ class ModelSpec:
     tensor_plan: Callable[[bool], dict[str, Any]] | None = None
     document_masks: bool = False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
+    standard_hidden_states: bool = False
 
 
 def meta_model(spec: ModelSpec, model_config: Any) -> nn.Module:

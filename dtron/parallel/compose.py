@@ -60,7 +60,7 @@ class TokenMean:
 class ParallelModel:
     """This rank's part of the model, ready to train.
 
-    parts: one module without pipeline parallel, one a stage with it. aliases: names of second copies
+    parts: one module without pipeline parallel, one per stage with it. aliases: names of second copies
     of tied parameters -> the first name, by which they are initialised and saved.
     """
 
@@ -77,28 +77,28 @@ class ParallelModel:
             for name, p in part.named_parameters():
                 yield compat.clean_name(name), p
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor, last: bool) -> Tensor:
+    def forward_backward(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor, last: bool) -> Tensor:
         """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
 
-        places: positions, and under document masks documents and keys, as `Llama.forward` has them.
+        extra_inputs: positions, and under document masks documents and keys, as `Llama.forward` has them.
         last: the step's last batch.
         """
         with self._loss_context():
             if self.pipeline:
-                return self.pipeline.forward_backward(tokens, labels, *places)
+                return self.pipeline.forward_backward(tokens, labels, *extra_inputs)
             reduce_gradients_now(self.parts[0], self.every_microbatch, last)
-            loss = self.loss(self.parts[0](tokens, *places), labels)
+            loss = self.loss(self.parts[0](tokens, *extra_inputs), labels)
             loss.backward()
         return plain_loss(loss)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor) -> Tensor:
         """This rank's share of a batch's loss, without gradients."""
         with self._loss_context():
             if self.pipeline:
-                loss = self.pipeline.evaluate(tokens, labels, *places)
+                loss = self.pipeline.evaluate(tokens, labels, *extra_inputs)
             else:
-                loss = plain_loss(self.loss(self.parts[0](tokens, *places), labels))
+                loss = plain_loss(self.loss(self.parts[0](tokens, *extra_inputs), labels))
         for part in self.parts:
             free_gathered_weights(part)
         return loss
@@ -115,7 +115,7 @@ class ParallelModel:
 
 
 def stage_plan(spec: ModelSpec, model_config: Any, config: Config) -> StagePlan:
-    """The pipeline split of a whole model by FLOPs a token; the look-up costs none."""
+    """The pipeline split of a whole model by FLOPs per token; the look-up costs none."""
     model = meta_model(spec, model_config)
     block = next(iter(model.layers.values()))  # type: ignore[operator,union-attr]
     attention = spec.attention_flops(model_config, config.training.seq_len)
@@ -150,11 +150,23 @@ def parallelize(
     evaluated = config.validation.local_batch_size if config.validation.enable else config.training.local_batch_size
     sizes = (evaluated if config.validation.only else config.training.local_batch_size, evaluated)
     microbatches = (sizes[0] // p.pipeline_parallel_microbatch_size, sizes[1] // p.pipeline_parallel_microbatch_size)
-    pipeline = Pipeline(parts, plan, p, mesh.pp, microbatches, device, loss) if plan else None
+    hidden = _hidden_states(spec, model_config, config, mesh)
+    pipeline = Pipeline(parts, plan, p, mesh.pp, microbatches, device, loss, hidden) if plan else None
     model = ParallelModel(parts, pipeline, loss, aliases, p.gradient_reduce == "every_microbatch", sharded_loss)
     canonical = ((aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
     initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)
     return model
+
+
+def _hidden_states(spec: ModelSpec, model_config: Any, config: Config, mesh: Mesh) -> tuple[Tensor, Tensor] | None:
+    """What stages pass to each other, on meta, in training and in evaluation; None where the model alone knows."""
+    if not spec.standard_hidden_states:
+        return None
+    rows, dtype = config.parallelism.pipeline_parallel_microbatch_size, config.training.mixed_precision_param
+    lengths = config.training.seq_len, config.validation.seq_len or config.training.seq_len
+    shapes = [(rows, length // mesh.degrees.cp // mesh.degrees.tp, model_config.dim) for length in lengths]
+    train, evaluate = (torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape in shapes)
+    return train, evaluate
 
 
 def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Mesh, sharded_loss: bool) -> nn.Module:
