@@ -60,15 +60,15 @@ __all__ = [
 ]
 
 OLDEST, NEWEST = (2, 11), (2, 13)
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 OWN_TIMEOUT = "checkpoint"  # description of the groups whose members may wait long for each other
 
 
 def warn_about_torch_version() -> str | None:
     """A line to print when the installed torch is outside the claimed range 2.11 to 2.13."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if OLDEST <= (major, minor) <= NEWEST:
+    if OLDEST <= TORCH <= NEWEST:
         return None
-    age = "newer than" if (major, minor) > NEWEST else "older than"
+    age = "newer than" if TORCH > NEWEST else "older than"
     return f"warning: torch {torch.__version__} is {age} the versions dtron was checked on (2.11 to 2.13)"
 
 
