@@ -66,27 +66,19 @@ def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: 
 
 
 def split_by_cost(n_layers: int, n_stages: int, block: float, first: float, last: float) -> list[int]:
-    """Layers of each stage so that the dearest stage is as cheap as can be; `first`, `last`: extra cost of the ends.
+    """Layers per stage, at least one, that minimise the cost of the bottleneck stage.
 
-    Every stage gets at least one layer. Among equals, the sum of squares is least.
+    block: cost of a layer. first, last: what the first and the last stage cost besides.
     """
-    inner = max(0, n_stages - 2)
-    if n_stages == 1:
-        return [n_layers]
-    best: tuple[float, float] | None = None
-    chosen: list[int] = []
-    for head in range(1, n_layers - inner):
-        for tail in range(1, n_layers - inner - head + 1):
-            rest = n_layers - head - tail
-            if (rest == 0) != (inner == 0):
-                continue
-            quotient, left = divmod(rest, inner) if inner else (0, 0)
-            middle = [quotient + (i < left) for i in range(inner)]
-            costs = [first + head * block, *(count * block for count in middle), last + tail * block]
-            score = (max(costs), sum(cost * cost for cost in costs))
-            if best is None or score < best:
-                best, chosen = score, [head, *middle, tail]
-    return chosen
+    counts, extra = [1] * n_stages, [0.0] * n_stages
+    extra[0] += first
+    extra[-1] += last
+    # Layers cost the same, so giving each to the cheapest stage is optimal. Where costs are equal, the first stage is
+    # the last to get one: it keeps the activations of the most microbatches.
+    order = [*range(1, n_stages), 0]
+    for _ in range(n_layers - n_stages):
+        counts[min(order, key=lambda stage: counts[stage] * block + extra[stage])] += 1
+    return counts
 
 
 def _outer_modules(model: nn.Module) -> tuple[list[str], list[str]]:
