@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
+from torch.distributed.pipelining import _utils as pipelining_utils
 from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
@@ -32,6 +32,7 @@ __all__ = [
     "CsvSchedule",
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
+    "Stage",
     "all_gather",
     "all_gather_single",
     "another_connection",
@@ -53,20 +54,21 @@ __all__ = [
     "skip_update_where",
     "stages_of_rank",
     "start_flight_recorder",
+    "start_without_messages",
     "unfinished_collectives",
     "warn_about_torch_version",
 ]
 
 OLDEST, NEWEST = (2, 11), (2, 13)
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 OWN_TIMEOUT = "checkpoint"  # description of the groups whose members may wait long for each other
 
 
 def warn_about_torch_version() -> str | None:
     """A warning when the installed torch is outside the claimed range 2.11 to 2.13."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if OLDEST <= (major, minor) <= NEWEST:
+    if OLDEST <= TORCH <= NEWEST:
         return None
-    age = "newer than" if (major, minor) > NEWEST else "older than"
+    age = "newer than" if TORCH > NEWEST else "older than"
     return f"torch {torch.__version__} is {age} the versions dtron was checked on (2.11 to 2.13)"
 
 
@@ -104,7 +106,7 @@ def _register_cpu_ring() -> None:
     shard = Shard(_SEQUENCE)
     register_sharding(cpu_flash_attention)(lambda *args, **kwargs: [([shard] * 2, [shard] * 3)])
     register_sharding(_CPU_BACKWARD)(lambda *args, **kwargs: [([shard] * 3, [shard] * 6)])
-    handlers: dict[Any, Any] = cp_impl.custom_ops  # type: ignore[assignment]
+    handlers: dict[Any, Any] = cp_impl.custom_ops
     handlers[cpu_flash_attention] = handlers[_CPU_BACKWARD] = _cpu_ring
 
 
@@ -142,7 +144,8 @@ _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all
 
 def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
     """Every rank's tensor joined along `dim` in the order of the ranks; gradients are summed and scattered back."""
-    return _gather(tensor, dim, mesh)
+    gathered: torch.Tensor = _gather(tensor, dim, mesh)
+    return gathered
 
 
 # --- an all-gather without one, under its public name of 2.13; the other is that of 2.11 and 2.12, deprecated since.
@@ -150,12 +153,66 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-# --- pipelining, 2.13; waits for public custom schedules and a public evaluation of every schedule.
+# --- pipeline stages, 2.11 and 2.13; waits for a start without messages where every stage was given its shapes.
+
+
+class Stage(PipelineStage):
+    """A pipeline stage that is given the shape of the hidden states, or runs the model once to learn it.
+
+    hidden: on meta, what a stage passes to the next. Then nothing is run or sent before the first microbatch. None: the
+    stages run one microbatch and send each other the shapes and dtypes they see.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, index: int, n_stages: int, device: torch.device, group: dist.ProcessGroup,
+        hidden: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        # 2.13 takes from requires_grad whether a gradient comes back; with False, the ranks wait for each other.
+        example = None if hidden is None else hidden.detach().requires_grad_()
+        # Of the first stage's input and the last stage's output torch uses only the number.
+        super().__init__(module, index, n_stages, device, input_args=example, output_args=example, group=group)
+        self._hidden = hidden
+        if hidden is not None and hasattr(pipelining_utils, "InferenceMode"):  # 2.13
+            self._inference_mode = pipelining_utils.InferenceMode.STATIC
+            self._runtime_validate = False  # checks the two that are only counted, too
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """Sent into a buffer of another dtype or size, hidden states would become NaN or end the process."""
+        output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        expected = self._hidden
+        as_expected = (
+            self.is_last or expected is None or (output.dtype, output.shape) == (expected.dtype, expected.shape)
+        )
+        if expected is not None and not as_expected:
+            raise ValueError(
+                f"stage {self.stage_index} returns {output.dtype} {tuple(output.shape)}, but the next one expects "
+                f"{expected.dtype} {tuple(expected.shape)}; register the model with a ModelSpec whose "
+                "standard_hidden_states is False"
+            )
+        return output
+
+    def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
+        """2.11 only, whose check is of the last stage's output too."""
+        if self._hidden is None:
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """2.11 only: messages that open connections. A rank cannot send to itself with gloo, and needs not."""
+        messages = super()._get_init_p2p_neighbors_ops() if self._hidden is None else []
+        return [message for message in messages if message.group_peer != self.group_rank]
+
+
+def start_without_messages(schedule: Any) -> None:
+    """Leave out 2.13's vote of all stages on whether they were given shapes; 2.11 has none."""
+    schedule._warmup_p2p = lambda *args: None
+
+
+# --- pipeline schedules, 2.11 and 2.13; waits for public custom schedules and a public evaluation of every schedule.
 
 
 def stages_of_rank(pp: int, n_stages: int, v_shape: bool) -> list[tuple[int, ...]]:
     """Stage indices of each pipeline rank: round robin, or (r, 2*pp-1-r) for the V-shaped schedules."""
-    mapping = generate_rank_to_stage_mapping(pp, n_stages, "v" if v_shape else "loop")
+    mapping = pipelining_utils.generate_rank_to_stage_mapping(pp, n_stages, "v" if v_shape else "loop")
     return [tuple(mapping[rank]) for rank in range(pp)]
 
 
@@ -191,12 +248,10 @@ def csv_actions(rows: Sequence[Sequence[str]]) -> list[list[tuple[int, str, int]
 
 
 class CsvSchedule(_PipelineScheduleRuntime):
-    """A schedule whose compute actions are rows of cells, one row a pipeline rank."""
+    """A schedule whose compute actions are rows of cells, one row per pipeline rank."""
 
-    def __init__(
-        self, stages: list[PipelineStage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any
-    ) -> None:
-        super().__init__(stages, n_microbatches, **kwargs)
+    def __init__(self, stages: list[Stage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any) -> None:
+        super().__init__(stages, n_microbatches, **kwargs)  # type: ignore[no-untyped-call]
         self.pipeline_order = {
             rank: [_Action.from_str(cell.strip()) for cell in row if cell.strip()] for rank, row in enumerate(rows)
         }
@@ -235,7 +290,7 @@ def set_timeout(seconds: int) -> None:
 
 def copy_of_dtensor(like: DTensor, shard: torch.Tensor) -> DTensor:
     """`like` with another shard in place of its own."""
-    return DTensor(shard, like._spec, requires_grad=False)
+    return DTensor(shard, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 # --- steps that change nothing, 2.11 and 2.13: what torch.amp.GradScaler asks of an optimizer; waits for a public way.
@@ -309,7 +364,7 @@ def group_ranks(name: str) -> list[int]:
     return next((dist.get_process_group_ranks(group) for group in groups), [])
 
 
-def another_connection(store: dist.Store) -> dist.Store:
+def another_connection(store: Any) -> Any:
     """The same store for another thread: a client is locked while one of its requests waits. Waits for a public one."""
     clone = getattr(store, "clone", None)
     return clone() if clone else store

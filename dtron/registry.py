@@ -57,7 +57,7 @@ def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
     "model": {
-        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan, True, to_hf_config)
+        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan, True, to_hf_config, True)
         for name, flavors in FAMILIES.items()
     },
     "dataset": {"stdlib": stdlib},

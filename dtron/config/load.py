@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dtron.config.cli import parse_arguments
 from dtron.config.keys import KEYS, SECTIONS, Setting, checked, not_supported, suggestion
@@ -19,6 +19,8 @@ from dtron.config.toml import parse_file, toml_value
 from dtron.errors import UserError
 
 __all__ = ["changed_keys", "digest", "flatten", "load", "replace", "to_toml"]
+
+Section = TypeVar("Section")  # the whole configuration, or a section of it
 
 
 def load(argv: list[str]) -> Config:
@@ -103,14 +105,12 @@ def to_toml(config: Config) -> str:
     return "\n\n".join([f"# resolved from {source} and the command line", *blocks]) + "\n"
 
 
-def replace(config: Config, name: str, value: Any) -> Config:
+def replace(config: Section, name: str, value: Any) -> Section:
     """A copy of the configuration with another value of the key with this dotted name."""
-    *sections, leaf = name.split(".")
-    path = [config, *(functools.reduce(getattr, sections[: i + 1], config) for i in range(len(sections)))]
-    changed: Any = dataclasses.replace(path.pop(), **{leaf: value})
-    for section, parent in zip(reversed(sections), reversed(path), strict=True):
-        changed = dataclasses.replace(parent, **{section: changed})
-    return changed
+    head, _, rest = name.partition(".")
+    if rest:
+        value = replace(getattr(config, head), rest, value)
+    return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
 
 
 def changed_keys(config: Config, changes: Collection[Changes] | None = None) -> dict[str, Any]:

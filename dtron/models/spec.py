@@ -43,6 +43,8 @@ class ModelSpec:
     document_masks: whether forward also takes document_start and keys, as Llama's does.
     hf_config: config -> the object of a Hugging Face config.json; None: such a model cannot be exported. Its
         parameters then have the names of Hugging Face's, without `model.` before those of the body.
+    standard_hidden_states: whether a layer's output is [B, S / cp / tp, dim] in training.mixed_precision_param; then
+        pipeline stages know what they receive; else they run once before the first step and exchange shapes.
     """
 
     flavors: Mapping[str, ModelConfig]
@@ -52,6 +54,7 @@ class ModelSpec:
     tensor_plan: Callable[[bool], Mapping[str, "ParallelStyle"]] | None = None
     document_masks: bool = False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
+    standard_hidden_states: bool = False
 
 
 def meta_model(spec: ModelSpec, model_config: ModelConfig) -> nn.Module:

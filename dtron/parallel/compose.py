@@ -31,7 +31,7 @@ from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_los
 from dtron.parallel.recompute import apply_recompute
 from dtron.parallel.tensor import apply_tensor_parallel, tied_parameters
 
-__all__ = ["ParallelModel", "TokenMean", "parallelize", "stage_plan"]
+__all__ = ["MetaParts", "ParallelModel", "TokenMean", "materialize", "parallelize", "stage_plan", "wrap_on_meta"]
 
 Converter = Callable[[nn.Module, Config], nn.Module]
 
@@ -60,7 +60,7 @@ class TokenMean:
 class ParallelModel:
     """This rank's part of the model, ready to train.
 
-    parts: one module without pipeline parallel, one a stage with it. aliases: names of second copies
+    parts: one module without pipeline parallel, one per stage with it. aliases: names of second copies
     of tied parameters -> the first name, by which they are initialised and saved.
     """
 
@@ -77,28 +77,28 @@ class ParallelModel:
             for name, p in part.named_parameters():
                 yield compat.clean_name(name), p
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor, last: bool) -> Tensor:
+    def forward_backward(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor, last: bool) -> Tensor:
         """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
 
-        places: positions, and under document masks document_start and keys, as `Llama.forward` takes them.
+        extra_inputs: positions, and under document masks document_start and keys, as `Llama.forward` takes them.
         last: the step's last batch.
         """
         with self._loss_context():
             if self.pipeline:
-                return self.pipeline.forward_backward(tokens, labels, *places)
+                return self.pipeline.forward_backward(tokens, labels, *extra_inputs)
             reduce_gradients_now(self.parts[0], self.every_microbatch, last)
-            loss = self.loss(self.parts[0](tokens, *places), labels)
+            loss = self.loss(self.parts[0](tokens, *extra_inputs), labels)
             loss.backward()  # type: ignore[no-untyped-call]
         return plain_loss(loss)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor) -> Tensor:
         """This rank's share of a batch's loss, without gradients and in eval mode: dropout is off."""
         with self._eval_mode(), self._loss_context():
             if self.pipeline:
-                loss = self.pipeline.evaluate(tokens, labels, *places)
+                loss = self.pipeline.evaluate(tokens, labels, *extra_inputs)
             else:
-                loss = plain_loss(self.loss(self.parts[0](tokens, *places), labels))
+                loss = plain_loss(self.loss(self.parts[0](tokens, *extra_inputs), labels))
         for part in self.parts:
             free_gathered_weights(part)
         return loss
@@ -134,38 +134,86 @@ def stage_plan(spec: ModelSpec, model_config: ModelConfig, config: Config) -> St
     return plan_stages(config.parallelism, model, 6 * matmul_parameters(block) + attention, head, 0.0)
 
 
+@dataclass(frozen=True)
+class MetaParts:
+    """This rank's part of a model, wrapped for the layout and without memory; plan: None without pipeline parallel."""
+
+    spec: ModelSpec
+    model_config: ModelConfig
+    config: Config
+    mesh: Mesh
+    parts: list[nn.Module]
+    plan: StagePlan | None
+    aliases: dict[str, str]
+
+    @property
+    def sharded_loss(self) -> bool:
+        """Whether the logits stay sharded over the vocabulary."""
+        return self.mesh.degrees.tp > 1 and not self.config.parallelism.disable_loss_parallel
+
+
 def parallelize(
     spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, device: torch.device,
     token_loss: Callable[[Tensor, Tensor], Tensor], converters: list[Converter],
 ) -> ParallelModel:  # fmt: skip
     """Build this rank's part of the model on `device` with its initial weights."""
-    p = config.parallelism
-    sharded_loss = mesh.degrees.tp > 1 and not p.disable_loss_parallel
+    model = materialize(wrap_on_meta(spec, model_config, config, mesh, converters), device, token_loss)
+    canonical = ((model.aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
+    initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)
+    return model
+
+
+def wrap_on_meta(
+    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, converters: list[Converter]
+) -> MetaParts:
+    """Everything up to FSDP, on meta: no memory is taken and no message sent."""
     if config.compile.enable:
         compat.compile_without_autograd_cache()
-    if config.compile.enable and "loss" in config.compile.components:
-        token_loss = torch.compile(token_loss, backend=config.compile.backend, fullgraph=True)
-    loss = TokenMean(token_loss, device)
     aliases = {copy: first for first, copy in tied_parameters(meta_model(spec, model_config))}
     plan = stage_plan(spec, model_config, config) if mesh.degrees.pp > 1 else None
-    parts = []
+    parts: list[nn.Module] = []
+    meta = MetaParts(spec, model_config, config, mesh, parts, plan, aliases)
     for stage in plan.of_rank[mesh.pp_rank] if plan else (None,):
         part = meta_model(spec, model_config)
         if plan and stage is not None:
             part = keep_modules(part, plan.modules[stage])
         for converter in converters:
             part = converter(part, config)
-        parts.append(_parallelize_part(part, spec, config, mesh, sharded_loss))
-    for part in parts:
+        parts.append(_parallelize_part(part, spec, config, mesh, meta.sharded_loss))
+    return meta
+
+
+def materialize(meta: MetaParts, device: torch.device, token_loss: Callable[[Tensor, Tensor], Tensor]) -> ParallelModel:
+    """Give the parts memory on `device`, of undefined content, and a pipeline where there is one. Done once."""
+    config, p, mesh = meta.config, meta.config.parallelism, meta.mesh
+    if config.compile.enable and "loss" in config.compile.components:
+        token_loss = torch.compile(token_loss, backend=config.compile.backend, fullgraph=True)
+    loss = TokenMean(token_loss, device)
+    for part in meta.parts:
         part.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
-    evaluated = config.validation.local_batch_size if config.validation.enable else config.training.local_batch_size
-    sizes = (evaluated if config.validation.only else config.training.local_batch_size, evaluated)
-    microbatches = (sizes[0] // p.pipeline_parallel_microbatch_size, sizes[1] // p.pipeline_parallel_microbatch_size)
-    pipeline = Pipeline(parts, plan, p, mesh.pp, microbatches, device, loss) if plan else None
-    model = ParallelModel(parts, pipeline, loss, aliases, p.gradient_reduce == "every_microbatch", sharded_loss)
-    canonical = ((aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
-    initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)
-    return model
+    pipeline = None
+    if meta.plan:
+        evaluated = config.validation.local_batch_size if config.validation.enable else config.training.local_batch_size
+        trained = evaluated if config.validation.only else config.training.local_batch_size
+        size = p.pipeline_parallel_microbatch_size
+        microbatches = trained // size, evaluated // size
+        hidden = _hidden_states(meta.spec, meta.model_config, config, mesh)
+        pipeline = Pipeline(meta.parts, meta.plan, p, mesh.pp, microbatches, device, loss, hidden)
+    every_microbatch = p.gradient_reduce == "every_microbatch"
+    return ParallelModel(meta.parts, pipeline, loss, meta.aliases, every_microbatch, meta.sharded_loss)
+
+
+def _hidden_states(
+    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh
+) -> tuple[Tensor, Tensor] | None:
+    """What stages pass to each other, on meta, in training and in evaluation; None where the model alone knows."""
+    if not spec.standard_hidden_states:
+        return None
+    rows, dtype = config.parallelism.pipeline_parallel_microbatch_size, config.training.mixed_precision_param
+    lengths = config.training.seq_len, config.validation.seq_len or config.training.seq_len
+    shapes = [(rows, length // mesh.degrees.cp // mesh.degrees.tp, model_config.dim) for length in lengths]
+    train, evaluate = (torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape in shapes)
+    return train, evaluate
 
 
 def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Mesh, sharded_loss: bool) -> nn.Module:

@@ -4,9 +4,10 @@ A stage is the whole meta model with the other stages' children removed, so para
 those of the model. Rules that make torch's silent traps impossible:
 gradients are never rescaled (`scale_grads=False`: the loss is already divided by the tokens of the
 global batch); evaluation has stages and a schedule of its own (the training schedule's `eval()` drops
-accumulated gradients under FSDP, and V-shaped ones have none); shapes and dtypes are found by
-running the stages once, never declared; receives are never deferred; a tied matrix has a copy on
-the first and on the last stage, whose gradients are summed before clipping.
+accumulated gradients under FSDP, and V-shaped ones have none); the dtype of receive buffers is the compute
+dtype of mixed precision, and each stage's output is held against it, or it is found by running the stages
+once; receives are never deferred; a tied matrix has a copy on the first and on the last stage, whose
+gradients are summed before clipping.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from dtron import compat
@@ -27,7 +27,8 @@ from dtron.parallel.schedules import schedule_stages
 
 __all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "split_by_cost"]
 
-PLACES = ("positions", "document_start", "keys")  # arguments of the model that every stage is given, in their order
+# Arguments of the model that every stage is given, in their order.
+EXTRA_INPUTS = ("positions", "document_start", "keys")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class StagePlan:
 
 
 def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: float, embed_cost: float) -> StagePlan:
-    """Split a whole meta model. Costs are in any one unit, FLOPs a token for example."""
+    """Split a whole meta model. Costs are in any one unit, FLOPs per token for example."""
     layers = list(layers_of(model))
     of_rank, rows = schedule_stages(p, len(layers))
     n_stages = sum(len(stages) for stages in of_rank)
@@ -67,27 +68,19 @@ def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: 
 
 
 def split_by_cost(n_layers: int, n_stages: int, block: float, first: float, last: float) -> list[int]:
-    """Layers of each stage so that the dearest stage is as cheap as can be; `first`, `last`: extra cost of the ends.
+    """Layers per stage, at least one, that minimise the cost of the bottleneck stage.
 
-    Every stage gets at least one layer. Among equals, the sum of squares is least.
+    block: cost of a layer. first, last: what the first and the last stage cost besides.
     """
-    inner = max(0, n_stages - 2)
-    if n_stages == 1:
-        return [n_layers]
-    best: tuple[float, float] | None = None
-    chosen: list[int] = []
-    for head in range(1, n_layers - inner):
-        for tail in range(1, n_layers - inner - head + 1):
-            rest = n_layers - head - tail
-            if (rest == 0) != (inner == 0):
-                continue
-            quotient, left = divmod(rest, inner) if inner else (0, 0)
-            middle = [quotient + (i < left) for i in range(inner)]
-            costs = [first + head * block, *(count * block for count in middle), last + tail * block]
-            score = (max(costs), sum(cost * cost for cost in costs))
-            if best is None or score < best:
-                best, chosen = score, [head, *middle, tail]
-    return chosen
+    counts, extra = [1] * n_stages, [0.0] * n_stages
+    extra[0] += first
+    extra[-1] += last
+    # Layers cost the same, so giving each to the cheapest stage is optimal. Where costs are equal, the first stage is
+    # the last to get one: it keeps the activations of the most microbatches.
+    order = [*range(1, n_stages), 0]
+    for _ in range(n_layers - n_stages):
+        counts[min(order, key=lambda stage: counts[stage] * block + extra[stage])] += 1
+    return counts
 
 
 def _outer_modules(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -118,21 +111,23 @@ LossFn = Callable[[Any, Tensor], Tensor]
 class Pipeline:
     """This rank's stages of one model and the schedules that train and evaluate them.
 
-    microbatches: how many make a training batch, and how many an evaluation batch.
+    microbatches: how many make a training batch, and how many an evaluation batch. hidden: for the same two, on meta,
+    what a stage passes to the next for one microbatch; None: the stages find out by messages, in a first run.
     """
 
     def __init__(
         self, parts: Sequence[nn.Module], plan: StagePlan, p: Parallelism, pp: DeviceMesh,
         microbatches: tuple[int, int], device: torch.device, loss_fn: LossFn,
+        hidden: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.indices = plan.of_rank[pp.get_local_rank()]
         self.has_first, self.has_last = 0 in self.indices, plan.n_stages - 1 in self.indices
         self._ends = [next(r for r, s in enumerate(plan.of_rank) if end in s) for end in (0, plan.n_stages - 1)]
         self._group = pp.get_group()
 
-        def make(microbatches: int) -> Any:
+        def make(microbatches: int, hidden: Tensor | None) -> Any:
             stages = [
-                PipelineStage(part, index, plan.n_stages, device, group=self._group)
+                compat.Stage(part, index, plan.n_stages, device, self._group, hidden)
                 for part, index in zip(parts, self.indices, strict=True)
             ]
             if plan.rows:
@@ -141,31 +136,42 @@ class Pipeline:
             single = issubclass(cls, PipelineScheduleSingle)
             return cls(stages[0] if single else stages, microbatches, loss_fn=loss_fn, scale_grads=False)
 
-        self._train, self._evaluate = make(microbatches[0]), make(microbatches[1])
+        self._train, self._evaluate = map(make, microbatches, hidden or (None, None))
         compat.keep_forward_only(self._evaluate)
+        if hidden:
+            compat.start_without_messages(self._train)
+            compat.start_without_messages(self._evaluate)
+            # NCCL's communicator of the group, which batched messages need: it is made by all ranks at once, and a
+            # schedule's batches need not be of all ranks.
+            dist.all_reduce(torch.zeros((), device=device), group=self._group)
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
+    def forward_backward(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor) -> Tensor:
         """Add the gradients of tokens [B, S], in microbatches; returns the loss, on ranks without the last stage 0.
 
-        places [B, ...]: the model's further arguments, positions first.
+        extra_inputs [B, ...]: the model's further arguments, as `EXTRA_INPUTS` names them.
         """
         losses: list[Tensor] = []
-        self._run(self._train.step, tokens, labels, places, losses)
+        self._run(self._train.step, tokens, labels, extra_inputs, losses)
         return self._sum(losses, tokens.device)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, *places: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor) -> Tensor:
         """The summed loss of a batch without gradients; leaves accumulated gradients alone."""
         losses: list[Tensor] = []
-        self._run(self._evaluate.eval, tokens, labels, places, losses)
+        self._run(self._evaluate.eval, tokens, labels, extra_inputs, losses)
         return self._sum(losses, tokens.device)
 
     def _run(
-        self, run: Callable[..., Any], tokens: Tensor, labels: Tensor, places: tuple[Tensor, ...], losses: list[Tensor]
+        self,
+        run: Callable[..., Any],
+        tokens: Tensor,
+        labels: Tensor,
+        extra_inputs: tuple[Tensor, ...],
+        losses: list[Tensor],
     ) -> None:
         inputs = (tokens,) if self.has_first else ()
         target = labels if self.has_last else None
-        named = dict(zip(PLACES, places, strict=False))
+        named = dict(zip(EXTRA_INPUTS, extra_inputs, strict=False))
         run(*inputs, target=target, losses=losses if self.has_last else None, return_outputs=False, **named)
 
     @staticmethod

@@ -1,9 +1,10 @@
-"""Pipeline schedules: what each of torch's asks for, schedules from a CSV file, and what is checked of both.
+"""Pipeline schedules: what each of torch's requires, schedules from a CSV file, and the checks of both.
 
 Everything here is known before any process group is made.
 """
 
 import csv
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,10 @@ __all__ = ["SCHEDULES", "ScheduleKind", "check_pipeline", "read_schedule", "sche
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """What a schedule asks for: see `SCHEDULES`."""
+    """What a schedule requires: see `SCHEDULES`."""
 
-    multi: bool = False  # several stages a rank
-    v_shape: bool = False  # exactly two a rank: r and 2*pp-1-r
+    multi: bool = False  # several stages per rank
+    v_shape: bool = False  # exactly two per rank: r and 2*pp-1-r
     zero_bubble: bool = False  # splits the backward in two
     at_least_stages: bool = False  # n_microbatches >= stages
     in_rounds: bool = False  # n_microbatches divisible by max(1, n_microbatches // pp)
@@ -55,19 +56,22 @@ def schedule_stages(p: Parallelism, n_layers: int) -> tuple[list[tuple[int, ...]
 
 
 def read_schedule(path: str, pp: int) -> list[list[str]]:
-    """The rows of a CSV schedule, one a pipeline rank, checked cell by cell."""
+    """The rows of a CSV schedule, one per pipeline rank, checked cell by cell."""
     try:
         with open(path, newline="") as file:
             rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     except OSError as error:
         raise UserError(f"parallelism.pipeline_parallel_schedule_csv: cannot read {path}: {error.strerror}") from None
     if len(rows) != pp:
-        raise UserError(f"{path} has {len(rows)} rows; expected one a pipeline rank, {pp}")
+        raise UserError(
+            f"{path} has {len(rows)} rows; expected {pp}, one per pipeline rank: "
+            "change the file or parallelism.pipeline_parallel_degree"
+        )
     try:
         actions = compat.csv_actions(rows)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"{path}: {error}; a cell is STAGE ACTION MICROBATCH, for example 0F3, 1B0, 2I1 or 2W1"
+            f"{path}: {error}; write each cell as STAGE ACTION MICROBATCH, for example 0F3, 1B0, 2I1 or 2W1"
         ) from None
     _check_schedule(path, actions)
     return rows
@@ -81,16 +85,21 @@ def _check_schedule(path: str, actions: list[list[tuple[int, str, int]]]) -> Non
         for stage, kind, microbatch in row:
             owners.setdefault(stage, set()).add(rank)
             if (stage, microbatch) in done.setdefault(kind, set()):
-                raise UserError(f"{path}: {stage}{kind}{microbatch} stands twice")
+                raise UserError(f"{path}: {stage}{kind}{microbatch} appears twice; remove one of the two")
             done[kind].add((stage, microbatch))
     if sorted(owners) != list(range(len(owners))) or any(len(ranks) > 1 for ranks in owners.values()):
-        raise UserError(f"{path}: stages are {sorted(owners)}; expected 0, 1, 2, ..., each on one row only")
-    microbatches = {m for _, m in done["F"]}
-    whole = {(stage, m) for stage in owners for m in microbatches}
-    if done["F"] != whole or done["B"] | done["I"] != whole or done["B"] & done["I"] or done["I"] != done["W"]:
         raise UserError(
-            f"{path}: every microbatch needs F and either B or both I and W at each of {len(owners)} stages"
+            f"{path}: stages are {sorted(owners)}; expected 0, 1, 2, ..., each on one row only: "
+            "renumber them, or move all cells of a stage to one row"
         )
+    microbatches = {m for kind in "FBIW" for _, m in done[kind]}
+    for stage, m in itertools.product(sorted(owners), sorted(microbatches)):
+        kinds = "".join(kind for kind in "FBIW" if (stage, m) in done[kind])
+        if kinds not in ("FB", "FIW"):
+            raise UserError(
+                f"{path}: for microbatch {m}, stage {stage} has {', '.join(kinds) or 'no action'}; "
+                "every microbatch needs F and either B or both I and W at each stage"
+            )
 
 
 # --- constraints
@@ -106,13 +115,16 @@ def check_pipeline(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
     elif p.pipeline_parallel_layers_per_stage and (n_stages != -(-m.n_layers // p.pipeline_parallel_layers_per_stage)):
         raise UserError(
             f"{m.n_layers} layers in stages of {p.pipeline_parallel_layers_per_stage} make "
-            f"{-(-m.n_layers // p.pipeline_parallel_layers_per_stage)} stages, no multiple of pp {d.pp}; "
-            "change pipeline_parallel_layers_per_stage"
+            f"{-(-m.n_layers // p.pipeline_parallel_layers_per_stage)} stages; expected a multiple of pp {d.pp}: "
+            "change parallelism.pipeline_parallel_layers_per_stage"
         )
     per_rank = n_stages // d.pp
     wanted = 2 if kind.v_shape else 1
     if rows is None and per_rank != wanted and (kind.v_shape or not kind.multi):
-        raise UserError(f"{name} takes exactly {wanted} stage(s) a rank; the split gives {per_rank}")
+        raise UserError(
+            f"{name} takes exactly {wanted} stage{'s' * (wanted > 1)} per rank, but the split gives {per_rank}; "
+            "change the split or the schedule"
+        )
     if n_stages > m.n_layers:
         raise UserError(
             f"{name} with pp {d.pp} makes {n_stages} stages, but the model has {m.n_layers} layers; lower pp"
@@ -130,17 +142,20 @@ def _check_microbatches(
     n, left = divmod(local, size)
     made = f"{key} {local} / pipeline_parallel_microbatch_size {size} = {n} microbatches"
     if left:
-        raise UserError(f"{key} {local} is not a multiple of pipeline_parallel_microbatch_size {size}")
+        raise UserError(f"{key} {local} is not a multiple of pipeline_parallel_microbatch_size {size}; change either")
     if rows is not None:
         written = len({cell.strip().split("F")[1] for cell in rows[0] if "F" in cell})
         if n != written:
-            raise UserError(f"{name} is written for {written} microbatches, but {made}")
+            raise UserError(f"{name} is written for {written} microbatches, but {made}; change either")
         return
     kind = SCHEDULES[name]
     if kind.at_least_stages and n < n_stages:
-        raise UserError(f"{name} needs at least {n_stages} microbatches (one a stage), but {made}")
+        raise UserError(f"{name} needs at least {n_stages} microbatches (one per stage), but {made}; raise {key}")
     if kind.in_rounds and n % max(1, n // pp):
-        raise UserError(f"{name} needs microbatches divisible into {max(1, n // pp)} equal rounds, but {made}")
+        raise UserError(
+            f"{name} needs microbatches divisible into {max(1, n // pp)} equal rounds, but {made}; "
+            f"multiples of {pp} are, so of {pp * size} for {key}"
+        )
 
 
 def _check_module_names(c: Config, spec: ModelSpec, m: Any, n_stages: int) -> None:
@@ -148,7 +163,7 @@ def _check_module_names(c: Config, spec: ModelSpec, m: Any, n_stages: int) -> No
     key = "parallelism.module_fqns_per_model_part"
     if len(parts) != n_stages:
         raise UserError(
-            f"{key} has {len(parts)} parts; expected a multiple of the schedule's pipeline ranks, here {n_stages}"
+            f"{key} has {len(parts)} parts; expected as many as there are stages, {n_stages}: a multiple of pp"
         )
     given = [name for part in parts for name in part]
     expected = []
@@ -156,7 +171,7 @@ def _check_module_names(c: Config, spec: ModelSpec, m: Any, n_stages: int) -> No
         expected += [f"layers.{i}" for i in range(m.n_layers)] if name == "layers" else [name]
     if given != expected:
         wrong = sorted(set(given) ^ set(expected))
-        reason = f"not in both: {', '.join(wrong)}" if wrong else "the order differs, or a name stands twice"
+        reason = f"not in both: {', '.join(wrong)}" if wrong else "the order differs, or a name is repeated"
         raise UserError(f"{key} must name every module once, in order ({expected[0]}, layers.0, ...); {reason}")
     if empty := [i for i, part in enumerate(parts) if not any(name.startswith("layers.") for name in part)]:
-        raise UserError(f"{key}: part {empty[0]} has no layer; every stage needs one")
+        raise UserError(f"{key}: part {empty[0]} has no layer; give each part at least one")

@@ -1,25 +1,38 @@
-"""The pipeline split and CSV schedules: pure functions of the model and the configuration."""
+"""The pipeline split, CSV schedules, and what a stage knows of its neighbours before the first microbatch."""
 
 import dataclasses
 import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
+from parity.layout import CPU, Case, build_config, csv_file, local, local_batches, with_keys
 from parity.single import MODELS
+from parity.table import CSV, PP2, PP2_FSDP2, PP2_TP2, QUARTERS, schedule
+from ranks import RankError, Ranks
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import dtron.parallel.compose as compose
 from dtron import registry
 from dtron.config.sections import Config, Parallelism, Training
 from dtron.errors import UserError
+from dtron.mesh import Degrees, Mesh
 from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama
 from dtron.models.spec import meta_model
-from dtron.parallel.compose import stage_plan
+from dtron.parallel.compose import ParallelModel, parallelize, stage_plan
 from dtron.parallel.pipeline import keep_modules, plan_stages, split_by_cost
 from dtron.parallel.schedules import read_schedule, schedule_stages
 
 
-def dearest(counts: list[int], block: float, first: float, last: float) -> float:
+def bottleneck(counts: list[int], block: float, first: float, last: float) -> float:
     costs = [count * block for count in counts]
     costs[0] += first
     costs[-1] += last
@@ -28,17 +41,17 @@ def dearest(counts: list[int], block: float, first: float, last: float) -> float
 
 @pytest.mark.parametrize("n_layers, n_stages", [(4, 2), (5, 2), (9, 3), (10, 4), (12, 5), (8, 8)])
 @pytest.mark.parametrize("first, last", [(0, 0), (0, 3.8), (1, 1), (2.5, 0.5)])
-def test_the_split_is_the_best_of_all(n_layers: int, n_stages: int, first: float, last: float):
+def test_the_split_minimises_the_bottleneck_stage(n_layers: int, n_stages: int, first: float, last: float):
     counts = split_by_cost(n_layers, n_stages, 1.0, first, last)
     assert sum(counts) == n_layers and len(counts) == n_stages and min(counts) >= 1
-    every = (
+    splits = (
         [b - a for a, b in itertools.pairwise((0, *cuts, n_layers))]
         for cuts in itertools.combinations(range(1, n_layers), n_stages - 1)
     )
-    assert dearest(counts, 1.0, first, last) == min(dearest(other, 1.0, first, last) for other in every)
+    assert bottleneck(counts, 1.0, first, last) == min(bottleneck(other, 1.0, first, last) for other in splits)
 
 
-def test_the_head_weighs():
+def test_the_head_counts():
     """Llama-3.2-1B: the head costs as much as 3.8 layers, so the last of 4 stages holds fewer."""
     config = Config(training=Training(seq_len=4096), parallelism=Parallelism(pipeline_parallel_degree=4))
     spec = registry.look_up("model", "llama3.2", "")
@@ -59,7 +72,7 @@ def test_less_layers_override_the_costs():
     assert [sum("layers" in name for name in part) for part in small(p).modules] == [6, 2]
 
 
-def test_layers_a_stage_and_module_names():
+def test_layers_per_stage_and_module_names():
     looped = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule="Interleaved1F1B")
     assert schedule_stages(looped, 8)[0] == [(0, 2), (1, 3)]
     single_layers = dataclasses.replace(looped, pipeline_parallel_layers_per_stage=1)
@@ -100,7 +113,7 @@ GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
         (GOOD + "2F0\n", "3 rows"),
         (GOOD.replace("1F1", "1X1"), "STAGE ACTION MICROBATCH"),
         (GOOD.replace("1F1", "hello"), "STAGE ACTION MICROBATCH"),
-        (GOOD.replace("0B1", "0B0"), "0B0 stands twice"),
+        (GOOD.replace("0B1", "0B0"), "0B0 appears twice"),
         (GOOD.replace(",1B1", ""), "every microbatch needs F"),
         (GOOD.replace(",1B1", ",1I1"), "every microbatch needs F"),
         (GOOD.replace("1F0", "0F5"), "on one row only"),
@@ -120,3 +133,84 @@ def test_a_csv_schedule_that_cannot_run_is_refused(text: str, said: str, tmp_pat
 def test_a_csv_schedule_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="cannot read"):
         read_schedule(str(tmp_path / "none.csv"), 2)
+
+
+# --- the shape of hidden states: given, or found by the stages
+
+
+def build(case: Case, given: bool, dtype: str = "bfloat16") -> tuple[ParallelModel, tuple[Tensor, ...]]:
+    """This rank's part of a model and a batch for it. given: the stages are given the shape of the hidden states."""
+    spec = replace(registry.look_up("model", "llama3", ""), standard_hidden_states=given)
+    with csv_file(case, with_keys(build_config(case), {"training.mixed_precision_param": dtype})) as config:
+        mesh = Mesh(case.degrees, "cpu")
+        model = parallelize(spec, MODELS[case.model], config, mesh, CPU, registry.cross_entropy, [])
+    model.loss.valid_tokens, (batch,) = local_batches(0, case, mesh, True)
+    return model, batch
+
+
+def results(case: Case, given: bool) -> dict[str, Any]:
+    """Losses and gradients of an evaluation and a training batch."""
+    model, batch = build(case, given)
+    losses = {"evaluated": model.evaluate(*batch).item(), "loss": model.forward_backward(*batch, last=True).item()}
+    return losses | {name: local(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("1F1B", PP2, schedule("1F1B")),
+        Case("Interleaved1F1B, tp", PP2_TP2, schedule("Interleaved1F1B")),
+        Case("ZBVZeroBubble, fsdp", PP2_FSDP2, schedule("ZBVZeroBubble")),
+        Case("DualPipeV", PP2, schedule("DualPipeV"), "tied"),
+        Case("csv", PP2, QUARTERS, csv=CSV),
+    ],
+    ids=lambda case: case.name,
+)
+def test_given_shapes_train_as_found_ones_do(case: Case, ranks: Ranks):
+    """In bf16, where a receive buffer of the wrong dtype would make NaN. Two stages on one rank too, also on 2.11."""
+    found, given = (ranks.run(case.degrees.world, results, case, given) for given in (False, True))
+    for one, other in zip(found, given, strict=True):
+        assert one.keys() == other.keys() and len(one) > 10
+        for name in one:
+            assert (one[name] == other[name]).all() if hasattr(one[name], "all") else one[name] == other[name], name
+
+
+def given_another_dtype(evaluate: bool) -> None:
+    hidden_states = compose._hidden_states
+
+    def wrong(*args: Any) -> Any:
+        return tuple(hidden.float() for hidden in hidden_states(*args))
+
+    with patch.object(compose, "_hidden_states", wrong):
+        model, batch = build(Case("1F1B", PP2), True)
+    model.evaluate(*batch) if evaluate else model.forward_backward(*batch, last=True)
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_hidden_states_of_another_dtype_than_given_are_refused(evaluate: bool, ranks: Ranks):
+    with pytest.raises(RankError, match=r"stage 0 returns torch.bfloat16 \(1, .*expects torch.float32 \(1, .*standard"):
+        ranks.run(2, given_another_dtype, evaluate)
+
+
+def messages_on_a_fake_group(rank: int, name: str) -> list[int]:
+    """Point-to-point messages of a first and a second step and two evaluations, with no other rank there."""
+    degrees = Degrees(pp=4, tp=2)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
+    counts = []
+    with patch.object(dist, "P2POp", side_effect=dist.P2POp) as messages:
+        model, batch = build(Case(name, degrees, schedule(name), "deep"), True)
+        for step in (model.forward_backward, model.forward_backward, model.evaluate, model.evaluate):
+            messages.reset_mock()
+            step(*batch, **({} if step == model.evaluate else {"last": True}))
+            counts.append(messages.call_count)
+    dist.destroy_process_group()
+    return counts
+
+
+@pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("rank", [0, 3, 7])
+def test_one_rank_alone_runs_a_step(rank: int, name: str):
+    """No message is needed to start: the first step sends what every step sends, as a dry run wants it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        first, second, evaluated, again = pool.submit(messages_on_a_fake_group, rank, name).result()
+    assert first == second > evaluated == again > 0

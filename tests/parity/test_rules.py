@@ -23,7 +23,7 @@ from parity.table import (
     compiled,
     schedule,
 )  # fmt: skip
-from ranks import Ranks
+from ranks import RankError, Ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -49,21 +49,20 @@ def broken(rule: Rule) -> Rule:
 
 
 def train_without(rule: str, case: Case, references: Any) -> Any:
-    """The matrix's job without a rule; the error's text where it raises."""
+    """The matrix's job without a rule."""
     with BROKEN[rule]():
-        try:
-            return train(case, references)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+        return train(case, references)
 
 
 def without(ranks: Ranks, rule: str, case: Case) -> list[str]:
-    """The differences from the single process, or the ranks' errors."""
+    """The differences from the single process, or the error of a rank."""
     expected = {"SGD": single_process(case.model, "SGD")}
     arrays = {"SGD": {n: w.numpy() for n, w in expected["SGD"].weights.items()}}
-    results = ranks.run(case.degrees.world, train_without, rule, case, arrays)
-    errors = [r for r in results if isinstance(r, str)]
-    return errors or problems(case, results, expected)
+    try:
+        results = ranks.run(case.degrees.world, train_without, rule, case, arrays)
+    except RankError as error:  # the others may wait for that rank: the pool has ended them
+        return [str(error)]
+    return problems(case, results, expected)
 
 
 # --- the ways to leave a rule out
@@ -209,13 +208,18 @@ SEEN = {
     "weights_gathered_again": (Case("fsdp2", FSDP2, evaluate=True), "evaluated loss"),
     "all_reduce_of_replicas_last": (Case("hsdp", HSDP), "norm"),
 }
+# What torch 2.13 asks for and 2.11 does not: 2.11 compiles an asynchronous input correctly.
+NOT_IN_2_11 = ("finished_embedding",)
 
 
 @pytest.mark.parametrize("rule", SEEN)
 def test_parity_fails_without(rule: str, ranks: Ranks):
     case, seen = SEEN[rule]
     found = without(ranks, rule, case)
-    assert any(seen in line for line in found), found
+    if rule in NOT_IN_2_11 and compat.TORCH < (2, 12):
+        assert found == []
+    else:
+        assert any(seen in line for line in found), found
 
 
 def test_the_breaking_harness_is_sound(ranks: Ranks):
@@ -236,7 +240,7 @@ def test_trap_6_scaled_gradients_are_wrong_with_accumulation(ranks: Ranks):
 
 @pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B"])
 def test_trap_7_the_training_schedule_cannot_evaluate(name: str, ranks: Ranks):
-    """V-shaped schedules, which hang, are left out here; the matrix evaluates under every schedule."""
+    """On torch 2.11 it raises. V-shaped schedules, which hang, are left out; the matrix evaluates under every one."""
     assert without(ranks, "own_evaluation_schedule", Case(name, PP2_FSDP2, schedule(name), evaluate=True))
 
 
