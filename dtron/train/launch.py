@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from dtron import compat
 from dtron.config import Config, HelpRequested, flatten, load, to_toml
-from dtron.errors import UserError
+from dtron.errors import UserError, quiet_broken_pipe
 from dtron.train.control import Control
 from dtron.train.setup import Setup, resolve
 from dtron.train.signals import StopRequest
@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None, trainer: "type[Trainer] | None" = None) 
         os._exit(0)
     except HelpRequested as help_text:
         if rank == 0:
-            print(help_text)
+            with quiet_broken_pipe():
+                print(help_text)
     except UserError as error:
         exit_with_message(rank, world, error, control)
     except BaseException as error:
