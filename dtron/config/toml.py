@@ -3,12 +3,17 @@
 import difflib
 import json
 import re
-import tomllib
+import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["parse_file", "toml_type", "toml_value"]
 
