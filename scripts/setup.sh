@@ -2,9 +2,9 @@
 # Makes .venv in this clone: the tested torch, then dtron (editable) with its tools, all pinned by constraints.txt.
 # With a version of torch as its argument, as in `scripts/setup.sh 2.11.0`, makes .venv-torch-2.11.0 with that one.
 #
-# Without an NVIDIA driver the CPU build of torch is taken wherever one can be had. With a driver, a torch 2.11 to
-# 2.13 that the machine's own python3 has (a container's, say) is used in .venv as it is. A finished environment makes
-# the next call instant; one that is incomplete, was moved or is older than the pins is made again.
+# Without an NVIDIA driver the CPU build of torch is installed where one is available. With a driver, .venv uses the
+# torch 2.11 to 2.13 that the machine's own python3 has (a container's, for example). A finished environment makes the
+# next call instant; one that is incomplete, was moved or is older than the pins is made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -48,10 +48,10 @@ install_torch() { # without its dependencies: they come with dtron's, under the 
     if [ "$kind" = cpu ] && [ "$(uname -s)" = Linux ]; then # elsewhere the plain build is the CPU build
         say "torch $torch, CPU build"
         if pip install --no-deps --retries 2 "torch==$torch+cpu" 2>/dev/null; then return; fi
-        say "the configured package indexes have none; asking download.pytorch.org"
+        say "the configured package indexes have none; trying download.pytorch.org"
         if pip install --no-deps --retries 0 --timeout 15 \
             --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" 2>/dev/null; then return; fi
-        say "the CPU build of torch $torch was not found: taking the default build, which may bring CUDA packages"
+        say "the CPU build of torch $torch was not found: installing the default build, which may bring CUDA packages"
     else
         say "torch $torch"
     fi
@@ -61,14 +61,14 @@ install_torch() { # without its dependencies: they come with dtron's, under the 
 kind=cpu
 if has_nvidia_driver; then kind=cuda; fi
 pins=$({ pwd; cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum)
-# A CUDA build serves a machine without a driver too (a cluster's login node), not the other way round.
+# A CUDA build also works on a machine without a driver (a cluster's login node); a CPU build finds no GPU.
 for made_for in cuda "$kind"; do
     if [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$pins $made_for" ]; then exit 0; fi
 done
 
 start=$SECONDS
 own=
-if [ "$kind" = cuda ]; then # the machine's python3 comes first: it is the one that may have a torch
+if [ "$kind" = cuda ]; then # the machine's python3 comes first: it may have a torch of its own
     python=$(find_python python3 python3.11 python3.12 python3.13 python3.10)
     if [ $# -eq 0 ]; then
         make_venv "$python" --system-site-packages
