@@ -62,12 +62,12 @@ OWN_TIMEOUT = "checkpoint"  # description of the groups whose members may wait l
 
 
 def warn_about_torch_version() -> str | None:
-    """A line to print when the installed torch is outside the claimed range 2.11 to 2.13."""
+    """A warning when the installed torch is outside the claimed range 2.11 to 2.13."""
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if OLDEST <= (major, minor) <= NEWEST:
         return None
     age = "newer than" if (major, minor) > NEWEST else "older than"
-    return f"warning: torch {torch.__version__} is {age} the versions dtron was checked on (2.11 to 2.13)"
+    return f"torch {torch.__version__} is {age} the versions dtron was checked on (2.11 to 2.13)"
 
 
 def clean_name(name: str) -> str:

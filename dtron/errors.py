@@ -12,7 +12,7 @@ class UserError(Exception):
     The message says what was given, what was expected and how to mend it; the front door prints
     it once, from rank 0, without a traceback, and exits non-zero.
 
-    kind: what `dtron.train.control` tells whoever may start the run again; a mistake would be the same again.
+    kind: what `dtron.ranks.control` tells whoever may start the run again; a mistake would be the same again.
     """
 
     kind = "mistake"

@@ -23,7 +23,10 @@ import torch.distributed.pipelining
 import torch.distributed.tensor.parallel
 from ranks import Ranks
 
+from dtron.ranks.logs import setup_logging
+
 torch.set_num_threads(1)
+setup_logging()
 
 POOL = pytest.StashKey[Ranks]()
 # Files that take minutes begin first, else one worker would be left alone with them at the end.

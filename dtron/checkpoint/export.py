@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf
 from dtron.checkpoint.files import ASSETS, WRITTEN
-from dtron.checkpoint.load import from_rank_0
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import reason
 from dtron.errors import UserError
+from dtron.ranks.agree import from_rank_0, raise_first_problem
 
 __all__ = ["FILE_BYTES", "ExportDtype", "assets_of", "check_out", "export", "replacing"]
 
@@ -133,10 +133,7 @@ def export(
                 )
                 break
             say(f"{number + 1} of {len(plan)} files written")
-        problems: list[str] = [""] * world
-        dist.all_gather_object(problems, problem)
-        if found := next(filter(None, problems), ""):
-            raise UserError(f"{checkpoint} could not be written to {out}: {found}")
+        raise_first_problem(problem, lambda found: f"{checkpoint} could not be written to {out}: {found}")
         from_rank_0(lambda: _finish(checkpoint, partial, plan))
 
 

@@ -24,6 +24,7 @@ from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import named_tensors
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
+from dtron.ranks.agree import from_all_ranks, from_rank_0, raise_first_problem, warn_on_rank_0
 
 __all__ = [
     "Kind",
@@ -31,7 +32,6 @@ __all__ = [
     "check_source",
     "find_good",
     "fitting_entries",
-    "from_rank_0",
     "kind_of",
     "load",
     "load_initial",
@@ -148,7 +148,7 @@ def resumable_steps(folder: Place) -> list[int]:
     return steps
 
 
-def find_good(folder: Place, load_step: int, keep: bool, say: Callable[[str], None]) -> Manifest | None:
+def find_good(folder: Place, load_step: int, keep: bool) -> Manifest | None:
     """On all ranks: the newest checkpoint in `folder` that is as it was written; None if there is none at all.
 
     One that is damaged is named, and the one before it is looked at; once a good one is found, the damaged ones are set
@@ -172,14 +172,15 @@ def find_good(folder: Place, load_step: int, keep: bool, say: Callable[[str], No
         except DamagedError as error:
             if load_step != -1:
                 raise
-            say(f"warning: {error}; going back to the checkpoint before it")
+            warn_on_rank_0(f"{error}; going back to the checkpoint before it")
             damaged.append(checkpoint)
             continue
         for checkpoint in [] if keep else damaged:
             target = from_rank_0(lambda: set_aside(checkpoint))  # noqa: B023 - called at once
-            say(f"warning: {checkpoint} is kept as {target.name}")
+            warn_on_rank_0(f"{checkpoint} is kept as {target.name}")
         return manifest
-    if damaged or from_rank_0(lambda: holds_checkpoints(folder) and not steps_in(folder)):
+    only_damaged: bool = from_rank_0(lambda: holds_checkpoints(folder) and not steps_in(folder))
+    if damaged or only_damaged:
         raise UserError(
             f"no checkpoint in {folder} is as it was written; nothing starts from scratch on its own: move the run "
             "folder away, or set another job.dump_folder"
@@ -209,8 +210,7 @@ def verify_on_all_ranks(checkpoint: Place) -> Manifest:
         mine: tuple[list[str], str] = find_damage(checkpoint, sorted(manifest.files.items())[rank::world]), ""
     except OSError as error:
         mine = [], f"rank {rank}: {error}"
-    found = [mine] * world
-    dist.all_gather_object(found, mine)
+    found = from_all_ranks(mine)
     if unread := [error for _, error in found if error]:
         raise UserError(f"{checkpoint} cannot be read ({unread[0]}); try again when the storage answers")
     if problems := [problem for part, _ in found for problem in part]:
@@ -293,27 +293,13 @@ def _check_fits(checkpoint: Place, reader: Any, tensors: dict[str, Tensor]) -> N
             problem = f"{name} is {list(saved[name].size)} there and {list(tensor.shape)} in this model"
         if problem:
             break
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if problem := next(filter(None, problems), ""):
-        raise UserError(
-            f"{checkpoint} does not fit this model: {problem}; change the model's dimensions, or leave the parameter "
-            "out by checkpoint.exclude_from_loading where it is an initial_load_path"
-        )
-
-
-def from_rank_0(what: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on all ranks, its UserError included: shared folders may show each machine something else."""
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [what()]
-        except (UserError, OSError) as error:
-            answer = [error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
+    raise_first_problem(
+        problem,
+        lambda found: (
+            f"{checkpoint} does not fit this model: {found}; change the model's dimensions, or leave the parameter out "
+            "by checkpoint.exclude_from_loading where it is an initial_load_path"
+        ),
+    )
 
 
 def _create_state(optimizers: list[torch.optim.Optimizer]) -> None:

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 
 from dtron import compat
-from dtron.checkpoint.files import MANIFEST, Manifest, Progress, delete_old, read_manifest
+from dtron.checkpoint.files import MANIFEST, Manifest, Progress, delete_old
 from dtron.checkpoint.place import Place
 from dtron.config.sections import Checkpoint
+from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 
 __all__ = ["Saved", "Saver", "named_tensors", "reason", "write_checkpoint"]
@@ -43,7 +44,7 @@ class Saved:
     save_s: float = 0.0
     bytes: int = 0
     error: str = ""
-    told: tuple[str, ...] = ()  # lines for the user
+    warnings: tuple[str, ...] = ()
 
 
 def named_tensors(
@@ -116,8 +117,8 @@ class Saver:
         (saved, future), self._pending = self._pending, None
         began = time.perf_counter()
         try:
-            saved.bytes, saved.save_s, told = future.result()
-            saved.told = tuple(told)
+            saved.bytes, saved.save_s, warnings = future.result()
+            saved.warnings = tuple(warnings)
         # Whatever went wrong, the training goes on and the user is told. DCP's own error is no Exception.
         except (Exception, CheckpointException) as error:
             saved.error = reason(error)
@@ -125,16 +126,18 @@ class Saver:
         return [saved]
 
     def _write(self, tensors: dict[str, Tensor], manifest: Manifest) -> tuple[int, float, list[str]]:
-        """On the background thread of every rank: (bytes in all, seconds, lines to tell)."""
+        """On the background thread of every rank: (bytes in all, seconds, warnings)."""
         began = time.perf_counter()
         self._copies.finish()
         final = self._folder / f"step-{manifest.progress.step}"
         write_checkpoint(final, tensors, manifest, self._assets, self._group)
-        told: list[str] = []
+        warnings: list[str] = []
         if dist.get_rank() == 0:
-            told = delete_old(self._folder, self._config.keep_latest_k, self._config.keep_every_n_steps)
-            manifest = read_manifest(final)
-        return sum(size for size, _ in manifest.files.values()), time.perf_counter() - began, told
+            try:
+                warnings = delete_old(self._folder, self._config.keep_latest_k, self._config.keep_every_n_steps)
+            except (OSError, UserError) as error:  # the new checkpoint is whole all the same
+                warnings = [f"old checkpoints in {self._folder} were not deleted: {error}"]
+        return sum(size for size, _ in manifest.files.values()), time.perf_counter() - began, warnings
 
 
 def write_checkpoint(

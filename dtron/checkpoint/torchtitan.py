@@ -18,16 +18,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from operator import or_
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtron.errors import UserError
+from dtron.ranks.agree import from_all_ranks
 
 __all__ = ["is_torchtitan", "load"]
 
@@ -79,7 +78,7 @@ def load(
     state = {_their_name(name, prefix): tensor for name, tensor in tensors.items()}
     second = {name: torch.empty_like(tensors[EMBEDDING]) for name in unused if EMBEDDING in tensors}
     dcp.load({**state, **second}, storage_reader=reader)
-    if unused and not all(_of_all_ranks(all(_equal(tensors[EMBEDDING], tensor) for tensor in second.values()))):
+    if unused and not all(from_all_ranks(all(_equal(tensors[EMBEDDING], tensor) for tensor in second.values()))):
         raise UserError(
             f"{where}: output.weight differs from tok_embeddings.weight, but the model's embeddings are tied; "
             f"{RIGHT_MODEL}, one whose embeddings are not"
@@ -106,7 +105,7 @@ def _check(
     pattern = re.compile(re.escape(prefix) + r"(tok_embeddings|layers\.\d+|norm|output)\.")
     weights = [name for name in shapes if pattern.match(name)]
     asked = {_their_name(name, prefix) for name in tensors}
-    answers = _of_all_ranks((first, sum(1 << i for i, name in enumerate(weights) if name in asked)))
+    answers = from_all_ranks((first, sum(1 << i for i, name in enumerate(weights) if name in asked)))
     if mistake := next((mistake for mistake, _ in answers if mistake), None):
         raise UserError(f"{where} does not fit this model: {mistake}")
     used = reduce(or_, (bits for _, bits in answers))
@@ -178,11 +177,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if isinstance(a, DTensor) and isinstance(b, DTensor):
         return torch.equal(a.to_local(), b.to_local())
     return torch.equal(a, b)
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    answers = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, value)
-    return answers

@@ -1,4 +1,4 @@
-"""How a run went, read from what it left: its control files (dtron/train/control.py) and its metrics.jsonl."""
+"""How a run went, read from what it left: its control files (dtron/ranks/control.py) and its metrics.jsonl."""
 
 import json
 from dataclasses import dataclass

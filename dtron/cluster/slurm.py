@@ -2,7 +2,7 @@
 
 outputs/slurm/NAME-DATE/   job.sbatch, config.toml (resolved), code/, git.json, git.diff, environment.json
                            job.json: the job's number, and how it was submitted
-                           control/: dtron/train/control.py; logs/: one a node and attempt; events.jsonl
+                           control/: dtron/ranks/control.py; logs/: one a node and attempt; events.jsonl
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dtron.cluster.secrets import find_secret
 from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
 from dtron.train.folder import saves
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 __all__ = ["FOLDER", "SlurmJob", "SlurmOptions", "add_options", "prepare", "render", "states", "submit", "time_limit_s"]
 

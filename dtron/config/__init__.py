@@ -1,7 +1,7 @@
 """A run's configuration: TOML and command line in, one checked, typed tree out."""
 
 from dtron.config.cli import HelpRequested, help_text
-from dtron.config.load import flatten, load, to_toml
+from dtron.config.load import flatten, load, replace, to_toml
 from dtron.config.sections import Config
 
-__all__ = ["Config", "HelpRequested", "flatten", "help_text", "load", "to_toml"]
+__all__ = ["Config", "HelpRequested", "flatten", "help_text", "load", "replace", "to_toml"]

@@ -4,6 +4,7 @@ Defaults < the file named by `base` < the file < the command line. Every value i
 it is given, so that an error names its file; what dtron lacks is refused after the overrides.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dtron.config.sections import Config
 from dtron.config.toml import parse_file, toml_value
 from dtron.errors import UserError
 
-__all__ = ["flatten", "load", "to_toml"]
+__all__ = ["flatten", "load", "replace", "to_toml"]
 
 
 def load(argv: list[str]) -> Config:
@@ -98,3 +99,13 @@ def to_toml(config: Config) -> str:
     blocks = ["\n".join([f"[{name}]", *lines]) for name, lines in sections.items() if lines]
     source = "none" if config.job.config_file is None else toml_value(config.job.config_file)
     return "\n\n".join([f"# resolved from {source} and the command line", *blocks]) + "\n"
+
+
+def replace(config: Config, name: str, value: Any) -> Config:
+    """A copy of the configuration with another value of the key with this dotted name."""
+    *sections, leaf = name.split(".")
+    path = [config, *(functools.reduce(getattr, sections[: i + 1], config) for i in range(len(sections)))]
+    changed: Any = dataclasses.replace(path.pop(), **{leaf: value})
+    for section, parent in zip(reversed(sections), reversed(path), strict=True):
+        changed = dataclasses.replace(parent, **{section: changed})
+    return changed

@@ -54,6 +54,9 @@ class Profiling:
 class Metrics:
     log_freq: int = key(10, "steps between logged rows; step 1 and the last step are always logged", minimum=1)
     enable_tensorboard: bool = key(True, "write TensorBoard events with a ready-made dashboard")
+    log_level: Literal["debug", "info", "warning", "error"] = key(
+        "info", "least level of what rank 0 logs to the console; the other ranks log from warning"
+    )
     disable_color_printing: bool = key(False, "plain console lines")
     save_tb_folder: str = key("tb", "folder of the TensorBoard events, inside the run folder")
     save_for_all_ranks: bool = key(False, "", lacks="metrics are reduced over all ranks and written once")

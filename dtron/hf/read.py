@@ -17,13 +17,12 @@ from dtron.checkpoint.load import Kind, kind_of, load_initial
 from dtron.checkpoint.place import Place
 from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
-from dtron.hf.opened import OpenedModel
 from dtron.models.hf import from_hf_config
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.parallel.compose import ParallelModel, TokenMean
 from dtron.registry import cross_entropy
 
-__all__ = ["Found", "find_model", "one_rank", "open_model"]
+__all__ = ["Found", "OpenedModel", "find_model", "one_rank", "open_model"]
 
 
 DOWNLOAD = "a model of the hub has to be downloaded first: hf download NAME --local-dir FOLDER"
@@ -37,6 +36,23 @@ class Found:
     kind: Kind
     assets: dict[str, bytes]
     config: LlamaConfig
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A whole model on one device, ready to be called.
+
+    encoder: None where no tokenizer lies beside the weights. stop_ids: tokens that end a text.
+    bos_id: the token that begins one, None where the files name none. max_positions: the longest sequence it was made
+    for, in tokens, None where not known. name: what was opened, for messages.
+    """
+
+    model: Llama
+    encoder: TextEncoder | None
+    stop_ids: list[int]
+    bos_id: int | None
+    max_positions: int | None
+    name: str
 
 
 def find_model(path: str) -> Found:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from dtron.hf.generate import SampleOptions
-    from dtron.hf.opened import OpenedModel
+    from dtron.hf.read import OpenedModel
 
 __all__ = ["add_arguments", "run", "sample", "stream_text"]
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["ModelSpec"]
+__all__ = ["ModelSpec", "meta_model"]
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,14 @@ class ModelSpec:
     tensor_plan: Callable[[bool], dict[str, Any]] | None = None
     document_masks: bool = False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
+
+
+def meta_model(spec: ModelSpec, model_config: Any) -> nn.Module:
+    """The whole model without memory. ValueError if it has buffers."""
+    with torch.device("meta"):
+        model = spec.build(model_config)
+    if names := [name for name, _ in model.named_buffers()]:
+        raise ValueError(
+            f"the model has buffers ({', '.join(names)}); compute them in forward, meta loses their values"
+        )
+    return model

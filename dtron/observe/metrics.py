@@ -7,6 +7,7 @@ keys: `_s` seconds, `_bytes` bytes, `mfu` a share (0.41 is 41%).
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from dtron.config.sections import Metrics
 from dtron.errors import UserError
 
 __all__ = ["LAYOUT", "TAGS", "MetricsWriter", "Tag", "last_row", "read_metrics", "tag_of"]
+
+log = logging.getLogger(__name__)
 
 
 class Tag(NamedTuple):
@@ -177,7 +180,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             if not self._failed:
-                print(f"warning: a row of metrics could not be written: {error}; the training goes on", flush=True)
+                log.warning("a row of metrics could not be written: %s; the training continues", error)
             self._failed = True
 
     def close(self) -> None:

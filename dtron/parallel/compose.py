@@ -23,7 +23,7 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
-from dtron.models.spec import ModelSpec
+from dtron.models.spec import ModelSpec, meta_model
 from dtron.parallel.context import apply_context_parallel, apply_gathered_attention
 from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
 from dtron.parallel.materialize import initialize
@@ -31,7 +31,7 @@ from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_los
 from dtron.parallel.recompute import apply_recompute
 from dtron.parallel.tensor import apply_tensor_parallel, tied_parameters
 
-__all__ = ["ParallelModel", "TokenMean", "meta_model", "parallelize", "stage_plan"]
+__all__ = ["ParallelModel", "TokenMean", "parallelize", "stage_plan"]
 
 Converter = Callable[[nn.Module, Config], nn.Module]
 
@@ -112,17 +112,6 @@ class ParallelModel:
 
     def _loss_context(self) -> contextlib.AbstractContextManager[Any]:
         return loss_parallel() if self.sharded_loss else contextlib.nullcontext()
-
-
-def meta_model(spec: ModelSpec, model_config: Any) -> nn.Module:
-    """The whole model without memory. ValueError if it has buffers."""
-    with torch.device("meta"):
-        model = spec.build(model_config)
-    if names := [name for name, _ in model.named_buffers()]:
-        raise ValueError(
-            f"the model has buffers ({', '.join(names)}); compute them in forward, meta loses their values"
-        )
-    return model
 
 
 def stage_plan(spec: ModelSpec, model_config: Any, config: Config) -> StagePlan:

@@ -24,9 +24,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtron import compat
+from dtron.config.sections import Config
+from dtron.errors import UserError
+from dtron.mesh import Degrees
 from dtron.models.llama import CausalAttention
 
-__all__ = ["apply_context_parallel", "apply_gathered_attention", "gathered_positions", "local_positions"]
+__all__ = [
+    "apply_context_parallel",
+    "apply_gathered_attention",
+    "check_sequence",
+    "gathered_positions",
+    "local_positions",
+]
 
 _SEQUENCE = 2  # dimension of q, k, v [B, heads, S, D]
 
@@ -66,3 +75,21 @@ def local_positions(seq_len: int, rank: int, size: int, head_tail: bool = True) 
         return positions.chunk(size)[rank]
     chunks = positions.chunk(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+
+
+def check_sequence(c: Config, d: Degrees) -> None:
+    """Context parallel cuts each sequence into equal chunks, sequence parallel cuts a rank's part by tp once more."""
+    chunks = 2 * d.cp if c.parallelism.context_parallel_load_balancer else d.cp
+    v = c.validation
+    lengths = {} if v.only and v.seq_len else {"training.seq_len": c.training.seq_len}
+    if v.enable and v.seq_len:
+        lengths["validation.seq_len"] = v.seq_len
+    for key, length in lengths.items():
+        if d.cp > 1 and length % chunks:
+            raise UserError(
+                f"{key} {length} is not divisible by {chunks} (2 x cp for head-tail, cp else); cp is {d.cp}"
+            )
+        if length // d.cp % d.tp:
+            raise UserError(
+                f"{key} {length} / cp {d.cp} = {length // d.cp} is not divisible by tensor_parallel_degree {d.tp}"
+            )

@@ -9,8 +9,6 @@ running the stages once, never declared; receives are never deferred; a tied mat
 the first and on the last stage, whose gradients are summed before clipping.
 """
 
-import csv
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,33 +22,11 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from dtron import compat
 from dtron.config.sections import Parallelism
-from dtron.errors import UserError
+from dtron.parallel.schedules import schedule_stages
 
-__all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "schedule_stages", "split_by_cost"]
+__all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "split_by_cost"]
 
 PLACES = ("positions", "documents", "keys")  # arguments of the model that every stage is given, in their order
-
-
-@dataclass(frozen=True)
-class ScheduleKind:
-    """What a schedule asks for: see `SCHEDULES`."""
-
-    multi: bool = False  # several stages a rank
-    v_shape: bool = False  # exactly two a rank: r and 2*pp-1-r
-    zero_bubble: bool = False  # splits the backward in two
-    at_least_stages: bool = False  # n_microbatches >= stages
-    in_rounds: bool = False  # n_microbatches divisible by max(1, n_microbatches // pp)
-
-
-SCHEDULES = {
-    "GPipe": ScheduleKind(),
-    "1F1B": ScheduleKind(at_least_stages=True),
-    "LoopedBFS": ScheduleKind(multi=True),
-    "Interleaved1F1B": ScheduleKind(multi=True, in_rounds=True),
-    "InterleavedZeroBubble": ScheduleKind(multi=True, in_rounds=True, zero_bubble=True),
-    "ZBVZeroBubble": ScheduleKind(multi=True, v_shape=True, zero_bubble=True),
-    "DualPipeV": ScheduleKind(multi=True, v_shape=True, zero_bubble=True, at_least_stages=True),
-}
 
 
 @dataclass(frozen=True)
@@ -67,21 +43,6 @@ class StagePlan:
 
 
 # --- the split
-
-
-def schedule_stages(p: Parallelism, n_layers: int) -> tuple[list[tuple[int, ...]], list[list[str]] | None]:
-    """Stage indices of every pipeline rank, and the rows of the CSV schedule if there is one."""
-    pp = p.pipeline_parallel_degree
-    if p.pipeline_parallel_schedule_csv:
-        rows = read_schedule(p.pipeline_parallel_schedule_csv, pp)
-        return [tuple(sorted({stage for stage, _, _ in row})) for row in compat.csv_actions(rows)], rows
-    kind = SCHEDULES[p.pipeline_parallel_schedule]
-    per_rank = 2 if kind.multi else 1
-    if p.module_fqns_per_model_part:
-        per_rank = max(1, len(p.module_fqns_per_model_part) // pp)
-    elif p.pipeline_parallel_layers_per_stage:
-        per_rank = max(1, math.ceil(n_layers / p.pipeline_parallel_layers_per_stage) // pp)
-    return compat.stages_of_rank(pp, pp * per_rank, kind.v_shape), None
 
 
 def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: float, embed_cost: float) -> StagePlan:
@@ -145,45 +106,6 @@ def keep_modules(model: nn.Module, names: Sequence[str]) -> nn.Module:
         if index not in kept:
             del model.layers[index]  # type: ignore[operator,union-attr,arg-type]
     return model
-
-
-def read_schedule(path: str, pp: int) -> list[list[str]]:
-    """The rows of a CSV schedule, one a pipeline rank, checked cell by cell."""
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except OSError as error:
-        raise UserError(f"parallelism.pipeline_parallel_schedule_csv: cannot read {path}: {error.strerror}") from None
-    if len(rows) != pp:
-        raise UserError(f"{path} has {len(rows)} rows; expected one a pipeline rank, {pp}")
-    try:
-        actions = compat.csv_actions(rows)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{path}: {error}; a cell is STAGE ACTION MICROBATCH, for example 0F3, 1B0, 2I1 or 2W1"
-        ) from None
-    _check_schedule(path, actions)
-    return rows
-
-
-def _check_schedule(path: str, actions: list[list[tuple[int, str, int]]]) -> None:
-    """Every stage on one rank, and every microbatch once forward and once backward through every stage."""
-    owners: dict[int, set[int]] = {}
-    done: dict[str, set[tuple[int, int]]] = {"F": set(), "B": set(), "I": set(), "W": set()}
-    for rank, row in enumerate(actions):
-        for stage, kind, microbatch in row:
-            owners.setdefault(stage, set()).add(rank)
-            if (stage, microbatch) in done.setdefault(kind, set()):
-                raise UserError(f"{path}: {stage}{kind}{microbatch} stands twice")
-            done[kind].add((stage, microbatch))
-    if sorted(owners) != list(range(len(owners))) or any(len(ranks) > 1 for ranks in owners.values()):
-        raise UserError(f"{path}: stages are {sorted(owners)}; expected 0, 1, 2, ..., each on one row only")
-    microbatches = {m for _, m in done["F"]}
-    whole = {(stage, m) for stage in owners for m in microbatches}
-    if done["F"] != whole or done["B"] | done["I"] != whole or done["B"] & done["I"] or done["I"] != done["W"]:
-        raise UserError(
-            f"{path}: every microbatch needs F and either B or both I and W at each of {len(owners)} stages"
-        )
 
 
 # --- the schedule

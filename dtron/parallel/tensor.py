@@ -25,7 +25,12 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-__all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "llama_plan", "tied_parameters"]
+from dtron.config.sections import Config
+from dtron.errors import UserError
+from dtron.mesh import Degrees
+from dtron.models.spec import ModelSpec
+
+__all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "check_tensor", "llama_plan", "tied_parameters"]
 
 SEQUENCE, VOCABULARY = Shard(1), Shard(-1)
 
@@ -120,3 +125,18 @@ def tied_parameters(model: nn.Module) -> list[tuple[str, str]]:
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, parameter)
+
+
+def check_tensor(c: Config, spec: ModelSpec, m: Any, d: Degrees) -> None:
+    if d.tp == 1:
+        return
+    if spec.tensor_plan is None:
+        raise UserError(f"model.name {c.model.name} has no tensor-parallel plan; set tensor_parallel_degree 1")
+    sizes = {"n_heads": m.n_heads, "n_kv_heads": m.n_kv_heads, "vocab_size": m.vocab_size}
+    sizes |= {"ffn_dim": m.ffn_dim} if hasattr(m, "ffn_dim") else {}
+    for name, size in sizes.items():
+        if size % d.tp:
+            raise UserError(
+                f"tensor_parallel_degree {d.tp} does not divide model.{name} {size}; "
+                f"degrees that do: {', '.join(str(t) for t in range(1, 129) if size % t == 0)}"
+            )

@@ -1,20 +1,17 @@
 """What lies beside the weights in a run's checkpoints, and makes each a model by itself: config.json, the tokenizer."""
 
-import fnmatch
 import json
 from pathlib import Path
 from typing import Any
 
 from dtron.checkpoint.export import assets_of
-from dtron.checkpoint.load import from_rank_0
 from dtron.checkpoint.place import Place
-from dtron.config import Config
-from dtron.data.tokenizer import TextEncoder, eos_token, read_tokenizer
+from dtron.data.tokenizer import TextEncoder, eos_token
 from dtron.errors import UserError
 from dtron.models.hf import hf_dimensions, read_hf_config
 from dtron.train.setup import Setup
 
-__all__ = ["check_vocabulary", "model_assets"]
+__all__ = ["encoder_of", "model_assets"]
 
 
 def model_assets(setup: Setup, source: Place | None, dataset: Any) -> dict[str, bytes]:
@@ -27,7 +24,7 @@ def model_assets(setup: Setup, source: Place | None, dataset: Any) -> dict[str, 
         return {}
     assets = _assets_of(source)
     old = json.loads(assets.get("config.json", b"{}"))
-    encoder = _encoder_of(dataset)
+    encoder = encoder_of(dataset)
     ids = {key: old.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     same_tokenizer = encoder is None or _has_tokenizer(assets, encoder)
     if encoder is not None and not same_tokenizer:
@@ -55,7 +52,7 @@ def _assets_of(source: Place | None) -> dict[str, bytes]:
         return {}
 
 
-def _encoder_of(dataset: Any) -> TextEncoder | None:
+def encoder_of(dataset: Any) -> TextEncoder | None:
     """The tokenizer of a dataset, where it has one."""
     if (encoder := getattr(dataset, "encoder", None)) is not None:
         return encoder
@@ -78,28 +75,3 @@ def _is_of(config: dict[str, Any], setup: Setup) -> bool:
         return hf_dimensions(config, "config.json") == setup.model_config
     except UserError:
         return False
-
-
-def check_vocabulary(config: Config, dataset: Any) -> None:
-    """UserError on all ranks if the initial weights were trained with a vocabulary that is not the data's."""
-    c = config.checkpoint
-    folder = Place.at(c.initial_load_path).local if c.initial_load_path else None
-    if folder is not None and not any(fnmatch.fnmatch("embed_tokens.weight", p) for p in c.exclude_from_loading):
-        from_rank_0(lambda: _compare_vocabularies(config, dataset, folder))
-
-
-def _compare_vocabularies(config: Config, dataset: Any, folder: Path) -> None:
-    encoder = _encoder_of(dataset)
-    if encoder is None or not any(folder.glob("tokenizer.*")):
-        return
-    theirs = read_tokenizer(str(folder), config.job.cache_folder, "checkpoint.initial_load_path").vocabulary
-    ours = encoder.vocabulary
-    if differ := sorted((id_, token) for token, id_ in theirs.items() ^ ours.items()):
-        id_ = differ[0][0]
-        spelt = [next((repr(token) for token, i in known.items() if i == id_), "nothing") for known in (ours, theirs)]
-        raise UserError(
-            f"the data was tokenized with another vocabulary than the weights in {folder} were trained with (id {id_} "
-            f"is {spelt[0]} in the data and {spelt[1]} there): prepare the data with --tokenizer {folder}, or set "
-            f"model.hf_assets_path = {folder} for data that is tokenized on the way; for new embeddings leave the old "
-            'ones out: checkpoint.exclude_from_loading = ["embed_tokens.*", "lm_head.*"]'
-        )

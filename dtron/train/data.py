@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from dtron.data.order import Mixture
 from dtron.data.stream import StreamedSource, StreamLoader, merge_states
 from dtron.errors import UserError
 from dtron.mesh import Degrees
-from dtron.train.launch import World
+from dtron.ranks.agree import from_all_ranks
+from dtron.ranks.world import World
+
+log = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 24 * 3600  # ranks wait for the one that tokenizes a validation set, which says how far it is
 
-__all__ = ["HeldOut", "RunData", "open_data", "open_held_out", "source_names"]
+__all__ = ["HeldOut", "RunData", "check_datasets", "open_data", "open_held_out", "source_names"]
 
 
 @dataclass
@@ -48,9 +52,7 @@ class RunData:
         """All ranks' places in the streamed sources, on every rank; empty where the count of samples is enough."""
         if not isinstance(self.loader, StreamLoader):
             return {}
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, self.loader.state())
-        return merge_states(states)
+        return merge_states(from_all_ranks(self.loader.state()))
 
 
 def open_data(
@@ -121,7 +123,7 @@ def _build(config: Config, section: Dataset, split: str, seq_len: int, vocab_siz
     data = None
     for turn in (True, False):
         if (world.local_rank == 0) == turn:
-            data = build(config, section, split, seq_len, vocab_size, world.say)
+            data = build(config, section, split, seq_len, vocab_size, log.info)
         dist.barrier()
     assert data is not None
     if data.vocab_size > vocab_size:
@@ -160,8 +162,7 @@ def _fingerprint(data: list[Any], mixture: Mixture) -> str:
 
 def _check_same_on_all_ranks(fingerprint: str, name: str, world: World) -> None:
     """UserError if ranks have different data under the same name."""
-    prints: list[str] = [""] * world.size
-    dist.all_gather_object(prints, fingerprint)
+    prints = from_all_ranks(fingerprint)
     if other := [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]:
         raise UserError(
             f"rank {other[0]} has other tokens of dataset {name} than rank 0 (another Python version, say); "
@@ -179,3 +180,34 @@ def _check_same_as_before(fingerprint: str, name: str, progress: Progress) -> No
             "it back, or start a run of its own"
         )
     progress.data_fingerprint = fingerprint
+
+
+# --- what the configuration may say
+
+# Keys that say which data.
+NAMED = ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")
+
+
+def check_datasets(c: Config) -> None:
+    """Every data set is known by name or place, and every key that names it takes effect."""
+    sections = {} if c.validation.only else _training_sources(c.training)
+    if c.validation.enable:
+        sections["validation"] = c.validation
+    for name, section in sections.items():
+        registry.find_dataset(section, f"{name}.dataset")
+        given = [key for key in NAMED[1:] if getattr(section, key)]
+        if section.dataset == "stdlib" and given:
+            raise UserError(
+                f"{name}.{given[0]} has no effect with dataset = stdlib; leave it out or name another dataset"
+            )
+
+
+def _training_sources(t: Training) -> dict[str, Dataset]:
+    """What is trained on, under the names that errors give it."""
+    if not t.mixture:
+        return {"training": t}
+    for key in NAMED:
+        if getattr(t, key) != getattr(Training(), key):
+            raise UserError(f"training.{key} has no effect beside training.mixture; leave one of them out")
+    Mixture([source.weight for source in t.mixture])
+    return {f"training.mixture[{i}]": source for i, source in enumerate(t.mixture)}

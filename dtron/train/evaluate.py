@@ -1,5 +1,6 @@
 """`train.py --validation.only`: the loss of a checkpoint on a validation set, on any layout; nothing is trained."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -10,21 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtron import compat, registry
-from dtron.checkpoint.load import check_source, from_rank_0
+from dtron.checkpoint.load import check_source
 from dtron.checkpoint.place import Place
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.observe.console import format_evaluation, human_seconds
 from dtron.parallel.compose import parallelize
-from dtron.train.assets import check_vocabulary
-from dtron.train.begin import load_weights
-from dtron.train.control import LONG_S
+from dtron.ranks.agree import from_rank_0
+from dtron.ranks.control import LONG_S
+from dtron.ranks.world import World
 from dtron.train.data import open_held_out
 from dtron.train.forward import mean_loss
-from dtron.train.launch import World
+from dtron.train.initial import check_vocabulary, load_weights
 from dtron.train.setup import Setup, describe
 
 __all__ = ["Evaluation", "Result"]
+
+log = logging.getLogger(__name__)
 
 PROGRESS_S = 10.0  # from one line of progress to the next
 
@@ -55,10 +58,10 @@ class Evaluation:
         self.device = setup.device(world.local_rank)
         assert c.checkpoint.initial_load_path is not None
         self.checkpoint = Place.at(c.checkpoint.initial_load_path)
-        world.control.begin(None)
-        world.control.alive("evaluating", LONG_S)
+        world.control.start_run(None)
+        world.control.heartbeat("evaluating", LONG_S)
         from_rank_0(lambda: check_source(self.checkpoint))
-        world.say(describe(setup, self.device))
+        log.info(describe(setup, self.device))
         self.mesh = Mesh(setup.degrees, setup.device_type)
         compat.set_timeout(c.comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
         vocab_size = setup.model_config.vocab_size
@@ -69,15 +72,13 @@ class Evaluation:
             registry.look_up("loss", c.training.loss, "training.loss"),
             [registry.look_up("converter", name, "model.converters") for name in c.model.converters],
         )  # fmt: skip
-        load_weights(setup, self.model, None, world)
+        load_weights(setup, self.model, None)
 
     def run(self) -> Result:
-        """Evaluate and tell. UserError on all ranks if the loss is not finite."""
+        """Evaluate and log the result. UserError on all ranks if the loss is not finite."""
         config, loader = self.setup.config, self.held_out.loader
         began = time.perf_counter()
-        progress = ProgressLines(
-            len(loader), self.world.say, lambda: compat.set_timeout(config.comm.train_timeout_seconds)
-        )
+        progress = ProgressLines(len(loader), lambda: compat.set_timeout(config.comm.train_timeout_seconds))
         loss, tokens = mean_loss(self.model, loader, config, self.mesh, self.device, progress)
         result = Result(loss, tokens, time.perf_counter() - began)
         what = config.validation.dataset_path or config.validation.dataset
@@ -86,7 +87,7 @@ class Evaluation:
                 f"the loss of {self.checkpoint} on {what} is {loss}: its weights are not finite, or what is computed "
                 "from them; training.mixed_precision_param = float32 tells whether it is the precision"
             )
-        self.world.say(format_evaluation(str(self.checkpoint), what, loss, result.perplexity, tokens, result.seconds))
+        log.info(format_evaluation(str(self.checkpoint), what, loss, result.perplexity, tokens, result.seconds))
         self.world.control.done(0)
         return result
 
@@ -94,8 +95,8 @@ class Evaluation:
 class ProgressLines:
     """A line about every 10 s. Called after each batch, on every rank; first_done: called after the first."""
 
-    def __init__(self, batches: int, say: Callable[[str], None], first_done: Callable[[], None]) -> None:
-        self._batches, self._say, self._first_done = batches, say, first_done
+    def __init__(self, batches: int, first_done: Callable[[], None]) -> None:
+        self._batches, self._first_done = batches, first_done
         self._done = self._told = 0
         self._next = 1
         self._since = time.perf_counter()
@@ -117,8 +118,8 @@ class ProgressLines:
             self._first_done()
         if seconds > PROGRESS_S / 2 and tokens:
             left_s = seconds / (self._done - self._told) * (self._batches - self._done)
-            self._say(
-                f"batch {self._done} of {self._batches}: loss so far {loss / tokens:.4f} nats a token; "
+            log.info(
+                f"batch {self._done} of {self._batches}: loss so far {loss / tokens:.4f} nats per token; "
                 f"{human_seconds(left_s)} left"
             )
         a_line = PROGRESS_S * (self._done - self._told) / max(seconds, 1e-6)  # batches

@@ -61,12 +61,12 @@ BEARING = ("training.", "parallelism.", "compile.", "activation_checkpoint.", "d
 
 @dataclasses.dataclass
 class RunFolder:
-    """A run's folder, and its number of this attempt; `resumes`: it holds checkpoints; `told`: a line for the user."""
+    """A run's folder and the number of this attempt. resumes: it holds checkpoints. message: a line for the user."""
 
     path: Path
     attempt: int
     resumes: bool
-    told: str = ""
+    message: str = ""
 
 
 def run_identity(config: Config, model_config: Any) -> str:

@@ -1,19 +1,17 @@
-"""What is decided on every step's loss and gradient norm, without waiting for the device: go on, skip the update, stop.
+"""What is decided on every step's loss and gradient norm, without waiting for the device: update, skip it, or stop.
 
 The numbers are equal on all ranks, so all ranks decide alike. The update itself is skipped on the device; the host
 reads on CPU at once, on CUDA one step later, what was decided.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dtron import compat
 from dtron.checkpoint.files import Progress
 from dtron.config.sections import Training
 from dtron.errors import UserError
+from dtron.ranks.agree import from_all_ranks, warn_on_rank_0
 
 __all__ = ["StepGuard"]
 
@@ -24,7 +22,7 @@ NONFINITE, SPIKE = 1.0, 2.0
 
 
 class StepGuard:
-    """`stop_asked`: some rank was asked to stop, known after `watch` or `finish`.
+    """`stop_requested`: some rank was asked to stop; known after `watch` or `finish`.
 
     UserError if steps are to be skipped and an optimizer cannot.
     """
@@ -35,14 +33,12 @@ class StepGuard:
         optimizers: list[torch.optim.Optimizer],
         progress: Progress,
         device: torch.device,
-        world_size: int,
-        say: Callable[[str], None],
     ) -> None:
         self._config, self._optimizers, self._progress = config, optimizers, progress
-        self._cuda, self._world_size, self._say = device.type == "cuda", world_size, say
+        self._cuda = device.type == "cuda"
         self._norm = torch.tensor([progress.norm_mean, progress.norm_weight], dtype=torch.float64, device=device)
         self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
-        self.stop_asked = False
+        self.stop_requested = False
         self._skips = [
             kind
             for kind, skipped in (
@@ -79,8 +75,8 @@ class StepGuard:
                 compat.skip_update_where(optimizer, found)
         return torch.stack((verdict, mean / weight))
 
-    def watch(self, step: int, stats: Tensor, share: Tensor) -> None:
-        """stats: [loss, norm, ranks asked to stop, verdict, mean norm] of `step`; share: this rank's part of the loss.
+    def watch(self, step: int, stats: Tensor, local_loss: Tensor) -> None:
+        """stats: [loss, norm, ranks asked to stop, verdict, mean norm] of `step`; local_loss: this rank's.
 
         Raises FloatingPointError where a verdict is to end the run: of this step on CPU, of the one before on CUDA.
         """
@@ -90,7 +86,7 @@ class StepGuard:
             stats = stats.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = (step, stats, share, event)
+        self._pending = (step, stats, local_loss, event)
         if not self._cuda:
             self.finish()
         elif previous is not None:
@@ -103,11 +99,11 @@ class StepGuard:
             self._read(*pending)
         self._progress.norm_mean, self._progress.norm_weight = self._norm.tolist()
 
-    def _read(self, step: int, stats: Tensor, share: Tensor, event: torch.cuda.Event | None) -> None:
+    def _read(self, step: int, stats: Tensor, local_loss: Tensor, event: torch.cuda.Event | None) -> None:
         if event is not None:
             event.synchronize()
         loss, norm, stop, verdict, mean = stats.tolist()
-        self.stop_asked |= stop > 0
+        self.stop_requested |= stop > 0
         progress = self._progress
         if verdict == 0:
             progress.skipped_in_a_row = 0
@@ -116,19 +112,18 @@ class StepGuard:
         if verdict == SPIKE:
             text += f"a spike, over training.spike_factor {self._config.spike_factor} times the running mean {mean:.4g}"
         else:
-            text += self._whose(share)
+            text += self._whose(local_loss)
         if verdict not in self._skips:
             key = "training.on_spike" if verdict == SPIKE else "training.on_nonfinite"
-            raise FloatingPointError(f"{text}; {key} = skip would go on without such steps")
+            raise FloatingPointError(f"{text}; {key} = skip would leave such steps out")
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(f"{text}; {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped")
-        self._say(f"warning: {text}; its update is skipped ({progress.skipped} so far)")
+        warn_on_rank_0(f"{text}; its update is skipped ({progress.skipped} so far)")
 
-    def _whose(self, share: Tensor) -> str:
-        finite: list[bool] = [True] * self._world_size
-        dist.all_gather_object(finite, bool(torch.isfinite(share)))
+    def _whose(self, local_loss: Tensor) -> str:
+        finite = from_all_ranks(bool(torch.isfinite(local_loss)))
         ranks = ", ".join(str(rank) for rank, good in enumerate(finite) if not good)
         if ranks:
             return f"the loss of rank {ranks} is not finite"

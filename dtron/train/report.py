@@ -1,6 +1,7 @@
-"""What a run tells: the clock of its steps, the console, metrics.jsonl, TensorBoard and the summary."""
+"""What a run reports: the clock of its steps, the console, metrics.jsonl, TensorBoard and the summary."""
 
 import contextlib
+import logging
 import math
 import os
 import shlex
@@ -8,23 +9,31 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dtron.checkpoint.save import Saved
-from dtron.config import Config, flatten
+from dtron.config import Config, flatten, to_toml
 from dtron.observe.console import EtaClock, format_step, format_summary, human_bytes, human_seconds, use_color
+from dtron.observe.device import device_name, peak_flops_per_s
 from dtron.observe.goodput import Ledger, process_start_s
 from dtron.observe.metrics import MetricsWriter, last_row, read_metrics
+from dtron.ranks.world import World
+from dtron.train.data import RunData
 from dtron.train.folder import write_config
-from dtron.train.launch import World
+from dtron.train.setup import Setup, describe, stages_of
+from dtron.train.start import ResumePoint
 
-__all__ = ["Report", "StepClock"]
+__all__ = ["Report", "StepClock", "start_report"]
+
+log = logging.getLogger(__name__)
 
 
 class StepClock:
-    """Seconds a step and seconds waiting for data, as means over the steps since the last reading; and their sums.
+    """Seconds per step and seconds waiting for data, as means over the steps since the last reading; and their sums.
 
     Wall time between readings, without pauses: on a GPU the single steps of a loop that runs ahead mean nothing.
     """
@@ -72,7 +81,7 @@ class StepClock:
         return statistics.median(saving) / statistics.median(self._usual_s)
 
     def read(self) -> tuple[float, float]:
-        """(seconds a step, of which waiting for data), and start over."""
+        """(seconds per step, of which waiting for data), and start over."""
         now = time.perf_counter()
         step_s = (now - self._since - self._paused_s) / self._steps
         data_s = self._data_s / self._steps
@@ -81,7 +90,7 @@ class StepClock:
 
 
 class Report:
-    """Writes on rank 0 only. flops: a token; peak: FLOP/s a GPU, or None; entropy: nats a token, or None.
+    """Writes on rank 0 only. flops: per token; peak: FLOP/s per GPU, or None; entropy: nats per token, or None.
 
     saved_ledger: what `account` gave for the checkpoint that is resumed.
     """
@@ -132,34 +141,35 @@ class Report:
         if self._writer:
             self._writer.log(row)
             left = self._eta.seconds_left(row["step"])
-            print(format_step(row, self._config.training.steps, left, self._color), flush=True)
+            log.info(format_step(row, self._config.training.steps, left, self._color))
 
     def validation(self, step: int, loss: float) -> None:
         row = {"step": step, "validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
         if self._writer:
             self._writer.log(row)
             beside = f" (unigram entropy of this set {self._entropy:.4f} nats)" if self._entropy else ""
-            print(f"step {step}: validation loss {loss:.4f} nats a token{beside}", flush=True)
+            log.info("step %d: validation loss %.4f nats per token%s", step, loss, beside)
 
     def saved(self, saved: Saved, failed_saves: int, slowdown: float | None) -> None:
         """A save is over: what it cost, or why it failed."""
         if not self._writer:
             return
-        for line in saved.told:
-            print(f"warning: {line}", flush=True)
+        for line in saved.warnings:
+            log.warning(line)
         if saved.error:
             self._writer.log({"step": saved.step, "failed_saves": failed_saves})
-            text = f"warning: the checkpoint of step {saved.step} could not be saved ({saved.error})"
-            print(f"{text}; those before it are untouched", flush=True)
+            log.warning(
+                "the checkpoint of step %d could not be saved (%s); those before it are untouched",
+                saved.step, saved.error,
+            )  # fmt: skip
             return
         row = {"step": saved.step, "checkpoint_stall_s": saved.stall_s, "checkpoint_save_s": saved.save_s}
         self._writer.log({**row, "checkpoint_bytes": saved.bytes, "checkpoint_slowdown": slowdown})
         beside = f", and its steps took {slowdown:.2f} x as long meanwhile" if slowdown else ""
-        print(
-            f"step {saved.step}: saved {human_bytes(saved.bytes)} in {human_seconds(saved.save_s)}; "
-            f"training stood still for {saved.stall_s:.3f}s{beside}",
-            flush=True,
-        )
+        log.info(
+            "step %d: saved %s in %s; training stalled for %.3fs%s",
+            saved.step, human_bytes(saved.bytes), human_seconds(saved.save_s), saved.stall_s, beside,
+        )  # fmt: skip
 
     def end(self, step: int, clock: StepClock) -> None:
         """Close the files and print the summary."""
@@ -169,10 +179,10 @@ class Report:
         self._writer.close()
         rows = read_metrics(self._folder / "metrics.jsonl")
         more = {"unigram_entropy": self._entropy, "flops_per_token": self._flops, "peak_flops": self._peak}
-        print(format_summary(rows, self._folder, self._resume_command(), **more), flush=True)
+        log.info(format_summary(rows, self._folder, self._resume_command(), **more))
 
     def _resume_command(self) -> str:
-        """The command line of this run; run again it goes on from the newest checkpoint."""
+        """The command line of this run; run again it resumes from the newest checkpoint."""
         if not self._config.checkpoint.enable:
             return "nothing: checkpoint.enable is false"
         if "LOCAL_WORLD_SIZE" not in os.environ:
@@ -180,3 +190,28 @@ class Report:
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes {nodes} RENDEZVOUS_OPTIONS"
         return f"torchrun {where} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(sys.argv)}"
+
+
+def start_report(
+    world: World, setup: Setup, config: Config, start: ResumePoint, data: RunData, device: torch.device,
+    flops_per_token: Callable[[float], float],
+) -> Report:  # fmt: skip
+    """Say what is about to be trained, on what and where, and open the report."""
+    c, name, flops = config.training, device_name(device), flops_per_token(config.training.seq_len)
+    forwards = c.global_batch_size // (c.local_batch_size * setup.degrees.dp)
+    log.info(
+        f"{describe(setup, device)}, {flops / 1e9:.3g} GFLOPs per token\n"
+        f"{c.global_batch_size} sequences of {c.seq_len} tokens per step, {forwards} forward(s) per rank\n"
+        f"outputs in {start.run_folder}"
+    )
+    if plan := stages_of(setup):
+        for rank, stages in enumerate(plan.of_rank):
+            parts = (f"{s} ({plan.modules[s][0]} to {plan.modules[s][-1]})" for s in stages)
+            log.info(f"pipeline rank {rank}: stage {', '.join(parts)}")
+    peak = peak_flops_per_s(name) if device.type == "cuda" else None
+    if device.type == "cuda" and peak is None:
+        log.info(f"the peak FLOP/s of {name} is not known here: MFU is left out")
+    held_out = data.held_out.dataset if data.held_out else None
+    entropy = getattr(held_out, "unigram_entropy", None) if world.rank == 0 else None
+    attempt, ledger = start.progress.attempt, start.progress.ledger
+    return Report(world, config, to_toml(config), start.run_folder, attempt, flops, peak, entropy, ledger)

@@ -25,7 +25,7 @@ from dtron.models import init  # noqa: E402
 from dtron.parallel import materialize  # noqa: E402
 from dtron.parallel.compose import parallelize  # noqa: E402
 from dtron.registry import cross_entropy  # noqa: E402
-from dtron.train.setup import resolve  # noqa: E402
+from dtron.train.resolve import resolve  # noqa: E402
 
 
 def main() -> None:

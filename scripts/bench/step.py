@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import gc
 import json
+import logging
 import os
 import shlex
 import statistics
@@ -37,15 +38,16 @@ from dtron import registry  # noqa: E402
 from dtron.config import Config, HelpRequested, load  # noqa: E402
 from dtron.data.loader import StepLoader  # noqa: E402
 from dtron.data.order import Mixture  # noqa: E402
-from dtron.errors import UserError  # noqa: E402
+from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
 from dtron.models.flops import flops_per_token  # noqa: E402
 from dtron.models.init import initial_rows  # noqa: E402
+from dtron.models.spec import meta_model  # noqa: E402
 from dtron.observe.device import max_memory_bytes, peak_flops_per_s, reset_max_memory  # noqa: E402
-from dtron.parallel.compose import meta_model  # noqa: E402
 from dtron.parallel.recompute import apply_recompute  # noqa: E402
-from dtron.train.launch import World  # noqa: E402
+from dtron.ranks.world import World  # noqa: E402
 from dtron.train.report import StepClock  # noqa: E402
-from dtron.train.setup import Setup, check_batch, resolve  # noqa: E402
+from dtron.train.resolve import check_batch, resolve  # noqa: E402
+from dtron.train.setup import Setup  # noqa: E402
 from dtron.train.trainer import Trainer  # noqa: E402
 
 Step = Callable[[], torch.Tensor]  # one optimizer step; returns the loss of the global batch
@@ -67,14 +69,6 @@ class RandomTokens:
         return text[:-1], text[1:]
 
 
-class QuietWorld(World):
-    """Says on stderr what a run says, so that stdout holds the result alone."""
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
-
-
 # --- the two contestants: a function that builds and returns a step
 
 
@@ -83,8 +77,8 @@ def dtron_step(setup: Setup, world: World) -> Step:
     trainer, clock = Trainer(setup, world), StepClock()
 
     def step() -> torch.Tensor:
-        stats, share = trainer.train_step(clock)
-        trainer.guard.watch(trainer.progress.step, stats, share)
+        stats, local_loss = trainer.train_step(clock)
+        trainer.step.guard.watch(trainer.progress.step, stats, local_loss)
         return stats[0]
 
     return step
@@ -260,14 +254,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 
 def start(setup: Setup) -> World:
     """Join torchrun's ranks, or be the only one."""
+    # On stderr, so that stdout holds the result alone.
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
     rank, size, local = (int(os.environ.get(key, d)) for key, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    logging.getLogger("dtron").setLevel(logging.WARNING if rank else logging.INFO)
     backend = "gloo"
     if setup.device_type == "cuda":
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return QuietWorld(rank, local, size, dist.HashStore())
+    return World(rank, local, size, dist.HashStore())
 
 
 def run(options: argparse.Namespace, setup: Setup, world: World) -> dict[str, Any]:
@@ -329,7 +326,8 @@ def main() -> None:
             result = json.dumps(run(options, setup, world), indent=1)
             dist.barrier()
     except HelpRequested as text:
-        print(text)
+        with quiet_broken_pipe():
+            print(text)
         return
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -12,7 +12,7 @@ import pytest
 import warm
 
 from dtron.config import load
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "scripts" / "bench" / "README.md").read_text()

@@ -26,14 +26,14 @@ from dtron.cluster.preflight import measure as preflight_measure
 from dtron.cluster.preflight import report as preflight_report
 from dtron.cluster.preflight import stages as preflight_stages
 from dtron.cluster.preflight.facts import EQUAL, code_hash, compare, facts, machines
-from dtron.cluster.preflight.guard import Guard, Place, stands_still
+from dtron.cluster.preflight.guard import Guard, RankState, stalled
 from dtron.cluster.preflight.measure import Meter, Spent, Timer, bus_factor, dimensions, link_rounds
 from dtron.cluster.preflight.report import SCHEMA, SLOW_LINK, assemble_dimensions, reference, table, warnings_of
 from dtron.cluster.preflight.stages import Crew, Plan, measure, meet
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
-from dtron.train.launch import World
+from dtron.ranks.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -393,17 +393,17 @@ def test_other_commands_take_no_keys(capsys: Any) -> None:
 
 def test_who_keeps_whom_waiting() -> None:
     hosts = ["n1", "n2", "n3", "n4"]
-    done, inside = Place("all_reduce in tp", [0, 1], waits=True), Place("all_reduce in tp", [2, 3])
-    assert stands_still("it took long", {0: done, 1: done, 2: inside, 3: inside}, hosts).splitlines() == [
+    done, inside = RankState("all_reduce in tp", [0, 1], waits=True), RankState("all_reduce in tp", [2, 3])
+    assert stalled("it took long", {0: done, 1: done, 2: inside, 3: inside}, hosts).splitlines() == [
         "preflight: it took long",
         "all_reduce in tp of ranks 2-3 (n3, n4) does not end",
         "look at the network between their machines",
     ]
-    assert stands_still("x", {0: done, 1: done, 2: inside, 3: None}, hosts).splitlines()[1:] == [
+    assert stalled("x", {0: done, 1: done, 2: inside, 3: None}, hosts).splitlines()[1:] == [
         "rank 3 (n4) did not answer: not started, stopped, gone, or cut off from rank 0's machine",
         "all_reduce in tp of ranks 2-3 (n3, n4) does not end on rank 2 (n3)",
     ]
-    assert stands_still("x", {0: done, 1: Place("matmul")}, []).splitlines()[1:] == ["rank 1: still at matmul"]
+    assert stalled("x", {0: done, 1: RankState("matmul")}, []).splitlines()[1:] == ["rank 1: still at matmul"]
 
 
 def hang(rank: int, port: int, folder: Path, how: str) -> None:

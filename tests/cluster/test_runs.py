@@ -21,7 +21,7 @@ def test_nothing_and_half_a_file_are_no_outcome(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
-    write(tmp_path / "HEARTBEAT", {"phase": "training", "step": 5, "within_s": 60, "run_folder": str(tmp_path / "r")})
+    write(tmp_path / "HEARTBEAT", {"phase": "training", "step": 5, "deadline_s": 60, "run_folder": str(tmp_path / "r")})
     assert (read_outcome(tmp_path).state, read_outcome(tmp_path).step) == ("running", 5)
     rows: list[dict[str, Any]] = [
         {"step": 1, "attempt": 1, "loss": 9.0, "tokens_per_s": 1.0, "step_s": 90.0, "goodput": 0.0},

@@ -228,7 +228,7 @@ class FakeJob:
         self._end, self.stopped, self.seconds = end, False, 1.0
         run = folder / f"run-{attempt}"
         run.mkdir()
-        beat = {"phase": "training", "step": 3, "within_s": 60.0, "run_folder": str(run), "unix_s": time.time()}
+        beat = {"phase": "training", "step": 3, "deadline_s": 60.0, "run_folder": str(run), "unix_s": time.time()}
         for name, row in files.items():
             if name == "metrics":
                 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in row))
@@ -352,7 +352,7 @@ def test_a_changed_list_keeps_what_is_measured(write: Any, tmp_path: Path) -> No
 
 def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
     points = points_of(write(TP))
-    late = {"HEARTBEAT": {"unix_s": time.time() - 500, "within_s": 60.0}}
+    late = {"HEARTBEAT": {"unix_s": time.time() - 500, "deadline_s": 60.0}}
     failed = {"kind": "mistake", "message": "stopped by a signal after step 3, and nothing was saved"}
     runner = FakeRunner(
         {1: ({"HEARTBEAT": {}}, None), 2: (late, None), 4: ({"HEARTBEAT": {}, "FAILED": failed}, End())}

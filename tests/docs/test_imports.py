@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports from its own floor and from those before it.
 FLOORS = [
     {"config", "mesh", "models"},
+    {"ranks"},
     {"parallel"},
     {"data", "checkpoint", "observe"},
     {"registry"},

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dtron.config.keys import KEYS
-from dtron.config.legal import as_markdown
-from dtron.parallel.pipeline import SCHEDULES, read_schedule
+from dtron.parallel.incompatible import as_markdown
+from dtron.parallel.schedules import SCHEDULES, read_schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "scripts" / "bench" / "README.md"])
@@ -17,7 +17,7 @@ PARALLELISM = (ROOT / "docs" / "parallelism.md").read_text()
 def test_composition_is_the_table_that_the_checks_read() -> None:
     page = (ROOT / "docs" / "composition.md").read_text()
     assert page.endswith("\n\n" + as_markdown()), (
-        "docs/composition.md is out of date: its table is dtron.config.legal.as_markdown()"
+        "docs/composition.md is out of date: its table is dtron.parallel.incompatible.as_markdown()"
     )
 
 

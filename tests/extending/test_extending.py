@@ -17,8 +17,8 @@ from dtron import registry
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
-from dtron.train.launch import World
-from dtron.train.setup import resolve
+from dtron.ranks.world import World
+from dtron.train.resolve import resolve
 from dtron.train.trainer import Trainer
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()

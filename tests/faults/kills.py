@@ -28,8 +28,8 @@ from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saver, _LocalWriter
 from dtron.config import load
 from dtron.observe.metrics import read_metrics
-from dtron.train.launch import World
-from dtron.train.setup import resolve
+from dtron.ranks.world import World
+from dtron.train.resolve import resolve
 from dtron.train.trainer import Trainer
 
 __all__ = ["LAYOUTS", "Killed", "Plan", "Run", "draw_plans", "table"]

@@ -16,7 +16,7 @@ from dtron.checkpoint import save
 from dtron.checkpoint.files import MANIFEST
 from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saver
-from dtron.train import begin, report, trainer
+from dtron.train import report, start, trainer
 from dtron.train.folder import DRAFT
 from dtron.train.guard import StepGuard
 from dtron.train.trainer import Trainer
@@ -122,14 +122,14 @@ WRITER = save._LocalWriter
 MOMENTS: dict[str, list[Moment]] = {
     "start": [
         before(dist, "init_process_group"),
-        before(trainer, "begin"),
-        after(begin, "choose_run_folder", rank_0=True),
-        after(begin, "check_writable"),
-        before(begin, "clean", rank_0=True),
-        after(trainer, "begin"),
-        before(trainer, "load_begun"),
+        before(trainer, "start_run"),
+        after(start, "choose_run_folder", rank_0=True),
+        after(start, "check_writable"),
+        before(start, "clean", rank_0=True),
+        after(trainer, "start_run"),
+        before(trainer, "load_start"),
         after(FileSystemReader, "read_data"),
-        after(trainer, "load_begun"),
+        after(trainer, "load_start"),
         before(report, "write_config", rank_0=True),
         before(Path, "rename", rank_0=True, when=draft),
         before(report, "MetricsWriter", rank_0=True),

@@ -23,8 +23,8 @@ from warm import Warm, ranks_of  # noqa: E402
 from dtron.checkpoint.files import find_damage, read_manifest, steps_in  # noqa: E402
 from dtron.checkpoint.place import Place  # noqa: E402
 from dtron.observe.metrics import read_metrics  # noqa: E402
-from dtron.train import launch  # noqa: E402
-from dtron.train.launch import World  # noqa: E402
+from dtron.ranks import failure  # noqa: E402
+from dtron.ranks.world import World  # noqa: E402
 
 BACK_S = 30  # from a kill to the next finished step
 EPS = CONFIG.replace("lr = 3e-3", "lr = 1e-3\neps = 1e-4  # see tests/parity/single.py")
@@ -165,7 +165,7 @@ def fail(told_to_stop: bool) -> None:
     world.stop.arm()
     if told_to_stop:
         os.kill(os.getpid(), signal.SIGTERM)
-    launch.exit_with_traceback(1, world, RuntimeError("connection closed by peer"))
+    failure.exit_with_traceback(1, world, RuntimeError("connection closed by peer"))
 
 
 @pytest.mark.parametrize("told_to_stop", [True, False])

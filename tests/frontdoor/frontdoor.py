@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,12 @@ def torchrun(
 
 
 def _read(folder: Path, rank: int, name: str) -> str:
-    return "".join(path.read_text() for path in folder.glob(f"logs/*/attempt_0/{rank}/{name}"))
+    return without_times("".join(path.read_text() for path in folder.glob(f"logs/*/attempt_0/{rank}/{name}")))
+
+
+def without_times(log: str) -> str:
+    """Lines of the log without the time stamp that each begins with where nobody looks at a terminal."""
+    return re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", log)
 
 
 def _end(process: Any) -> None:

@@ -11,7 +11,7 @@ from warm import Warm
 
 from dtron.config import load
 from dtron.errors import UserError
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 # llama3 debugmodel: 6 layers, 8 heads, 4 key/value heads, vocabulary 4096.
 TINY = '[training]\ndevice = "cpu"\nseq_len = 64\n'

@@ -17,7 +17,7 @@ from dtron.config import load
 from dtron.data.tokenizer import train_bpe
 from dtron.errors import UserError
 from dtron.hf.read import open_model
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "a model that cannot leave is a toy's"] * 40
 OWN_DATA = CONFIG.replace('dataset = "uneven"', 'dataset = "data"').replace("vocab_size = 64", "vocab_size = 320")

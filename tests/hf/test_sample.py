@@ -19,7 +19,7 @@ from dtron.data.tokenizer import TextEncoder, train_bpe
 from dtron.errors import UserError
 from dtron.hf import sample as command
 from dtron.hf.generate import CachedAttention, CachedModel, SampleOptions, filter_logits, generate
-from dtron.hf.opened import OpenedModel
+from dtron.hf.read import OpenedModel
 from dtron.hf.sample import sample, stream_text
 from dtron.models.llama import CausalAttention, Llama, LlamaConfig, RopeScaling
 
@@ -460,7 +460,7 @@ for name in ("prepare", "sample"):
 assert "torch" not in sys.modules
 import types, torch
 from dtron.data.tokenizer import read_tokenizer
-from dtron.hf.opened import OpenedModel
+from dtron.hf.read import OpenedModel
 from dtron.models.llama import Llama, LlamaConfig
 def open_model(path, device, dtype):
     model = Llama(LlamaConfig(300, 32, 1, 4, 2, 64)).to(device, dtype)

@@ -24,7 +24,8 @@ from dtron.checkpoint.place import Place
 from dtron.mesh import Mesh
 from dtron.models.hf import to_hf_config
 from dtron.models.llama import LlamaConfig
-from dtron.parallel.compose import ParallelModel, meta_model, parallelize
+from dtron.models.spec import meta_model
+from dtron.parallel.compose import ParallelModel, parallelize
 
 CASES = [
     Case("one tied", ONE, model="tied"),

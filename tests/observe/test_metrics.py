@@ -249,4 +249,4 @@ def test_a_full_disk_costs_rows_and_not_the_training(tmp_path: Path, capsys: pyt
         metrics.log({**ROW, "step": step})
     metrics.close()
     (line,) = capsys.readouterr().out.splitlines()
-    assert "could not be written" in line and "No space left on device" in line and "the training goes on" in line
+    assert "could not be written" in line and "No space left on device" in line and "the training continues" in line

@@ -12,8 +12,10 @@ from dtron.config.sections import Config, Parallelism
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama
-from dtron.parallel.compose import meta_model, stage_plan
-from dtron.parallel.pipeline import keep_modules, plan_stages, read_schedule, schedule_stages, split_by_cost
+from dtron.models.spec import meta_model
+from dtron.parallel.compose import stage_plan
+from dtron.parallel.pipeline import keep_modules, plan_stages, split_by_cost
+from dtron.parallel.schedules import read_schedule, schedule_stages
 
 
 def dearest(counts: list[int], block: float, first: float, last: float) -> float:

@@ -7,7 +7,7 @@ from parity.single import MODELS, OPTIMIZERS, off, plain_model, single_process
 from parity.table import CASES, LAYOUTS, REQUIRED, REQUIRED_LAYOUTS
 from ranks import Ranks
 
-from dtron.config.legal import check_legal
+from dtron.parallel.incompatible import check_compatible
 
 # Cases of the same degrees in a row: they share a world, and what torch has worked out in it.
 DEGREES = list(dict.fromkeys(case.degrees for case in CASES))
@@ -44,7 +44,7 @@ def test_cases_have_names_of_their_own_and_are_legal():
         config = build_config(case)
         config.parallelism.gradient_reduce = "every_microbatch" if case.degrees.pp > 1 else "last_microbatch"
         config.training.device = "cuda" if config.training.enable_cpu_offload else "cpu"
-        check_legal(config)
+        check_compatible(config)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -32,8 +32,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 import dtron.parallel.compose as compose
 import dtron.parallel.pipeline as pipeline
 from dtron import compat, registry
-from dtron.config.legal import check_legal
 from dtron.errors import UserError
+from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
 from dtron.train.optimizer import squared_gradient_norm
 
@@ -226,7 +226,7 @@ def test_trap_1_zero_bubble_with_freed_weights_is_wrong_and_refused(name: str, r
     case = Case(name, PP2_FSDP2, {**schedule(name), **ALWAYS})
     assert without(ranks, "nothing", case)
     with pytest.raises(UserError, match="reshard"):
-        check_legal(build_config(case))
+        check_compatible(build_config(case))
 
 
 def test_trap_6_scaled_gradients_are_wrong_with_accumulation(ranks: Ranks):

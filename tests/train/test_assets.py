@@ -16,8 +16,10 @@ from dtron.checkpoint.place import Place
 from dtron.config import load
 from dtron.data.tokenizer import TextEncoder, train_bpe
 from dtron.models.hf import hf_dimensions
-from dtron.train.assets import check_vocabulary, model_assets
-from dtron.train.setup import Setup, resolve
+from dtron.train.assets import model_assets
+from dtron.train.initial import check_vocabulary
+from dtron.train.resolve import resolve
+from dtron.train.setup import Setup
 
 TEXT = ["the quick brown fox jumps over the lazy dog"] * 40
 SIZES = "--model.dim 64 --model.n_layers 2 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 96"

@@ -24,8 +24,8 @@ from dtron.data.sources import SourceSpec, open_source
 from dtron.data.tokenizer import read_tokenizer, train_bpe
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
-from dtron.train.launch import World
-from dtron.train.setup import resolve
+from dtron.ranks.world import World
+from dtron.train.resolve import resolve
 from dtron.train.trainer import Trainer
 
 G, S = 8, 32

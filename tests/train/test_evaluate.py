@@ -21,7 +21,7 @@ from dtron.registry import cross_entropy
 from dtron.train import evaluate
 from dtron.train.evaluate import Evaluation, ProgressLines
 from dtron.train.launch import _what_runs
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 from dtron.train.trainer import Trainer
 
 MODEL = (
@@ -111,7 +111,7 @@ def trained(folder: str, arguments: str) -> tuple[str, float]:
     trainer, _ = train_tiny(folder, 3, f"{MODEL} {usual} {arguments}")
     dist.barrier()
     losses = [row["validation_loss"] for row in read_metrics(trainer.run_folder / "metrics.jsonl") if row["step"] == 3]
-    return str(trainer.begun.checkpoints / "step-3"), losses[-1]
+    return str(trainer.start.checkpoints / "step-3"), losses[-1]
 
 
 def evaluated(checkpoint: str, arguments: str) -> tuple[evaluate.Result, list[str]]:
@@ -285,12 +285,12 @@ def test_a_damaged_checkpoint_is_named(ranks: Ranks, tmp_path: Path) -> None:
 
 def lines_of_progress(seconds_of_rank: list[float], batches: int) -> tuple[list[str], int]:
     """What is told where a batch takes each rank so long and has a loss of its number, and calls of first_done."""
-    said: list[str] = []
+    _, said = quiet_world()
     started: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         now = [0.0]
         patch.setattr(evaluate.time, "perf_counter", lambda: now[0])
-        progress = ProgressLines(batches, said.append, lambda: started.append(progress._done))
+        progress = ProgressLines(batches, lambda: started.append(progress._done))
         for done in range(1, batches + 1):
             now[0] += seconds_of_rank[dist.get_rank()]
             progress(torch.tensor([8.0 * done * (done + 1) / 2, 8.0 * done], dtype=torch.float64))
@@ -303,12 +303,12 @@ def test_a_line_every_ten_seconds_at_the_same_batches_everywhere(ranks: Ranks) -
     assert results[0] == results[1]
     said, _ = results[0]
     assert [line.partition(":")[0] for line in said] == [f"batch {done} of 40" for done in (8, 13, 18, 23, 28, 33, 38)]
-    assert said[0] == "batch 8 of 40: loss so far 4.5000 nats a token; 1m04s left"
-    assert said[1].endswith("7.0000 nats a token; 54s left")
+    assert said[0] == "batch 8 of 40: loss so far 4.5000 nats per token; 1m04s left"
+    assert said[1].endswith("7.0000 nats per token; 54s left")
 
 
 def test_short_evaluations_and_single_batches_tell_nothing(ranks: Ranks) -> None:
     assert ranks.run(1, lines_of_progress, [0.001], 40)[0][0] == []
     assert ranks.run(1, lines_of_progress, [20.0], 2)[0][0] == [
-        "batch 1 of 2: loss so far 1.0000 nats a token; 20s left"
+        "batch 1 of 2: loss so far 1.0000 nats per token; 20s left"
     ]

@@ -13,7 +13,7 @@ from dtron.checkpoint.place import Place
 from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
 from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold, run_identity
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 BASE = "--training.device cpu --checkpoint.enable"
 
@@ -176,7 +176,7 @@ def begun(folder: Path, arguments: str = "") -> str:
     if not run.resumes:
         save(folder, run.path.name, 10)
         (run.path / "config.toml").write_text(to_toml(config))
-    return run.told
+    return run.message
 
 
 def test_a_changed_run_is_told_by_the_changed_key(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.registry import cross_entropy
 from dtron.train.optimizer import learning_rate_factor, squared_gradient_norm
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 TINY = ["--model.n_layers", "2", "--training.device", "cpu", "--training.seq_len", "64"]
 

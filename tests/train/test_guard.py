@@ -20,16 +20,14 @@ from dtron.config.sections import Training
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.registry import cross_entropy
-from dtron.train import guard
-from dtron.train.guard import MAX_SKIPPED_IN_A_ROW, StepGuard
+from dtron.train.guard import MAX_SKIPPED_IN_A_ROW, NONFINITE, SPIKE, StepGuard
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
 def make(config: Training, optimizers: Any = (), device: str = "cpu", progress: Progress | None = None) -> StepGuard:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return StepGuard(config, list(optimizers), progress or Progress(), torch.device(device), world, print)
+    return StepGuard(config, list(optimizers), progress or Progress(), torch.device(device))
 
 
 def one(check: StepGuard, step: int, loss: float, norm: float, share: float = 1.0, asked: float = 0.0) -> float:
@@ -52,7 +50,7 @@ def watch(loss: float, norm: float, bad_rank: int) -> str:
 
 def test_step_and_rank_are_named(ranks: Ranks) -> None:
     loss = ranks.run(2, watch, NAN, 1.0, 1)
-    advice = "; training.on_nonfinite = skip would go on without such steps"
+    advice = "; training.on_nonfinite = skip would leave such steps out"
     assert loss[0] == loss[1] == f"step 7: loss nan, gradient norm 1.0: the loss of rank 1 is not finite{advice}"
     norm = ranks.run(2, watch, 2.0, INF, -1)[0]
     assert norm == f"step 7: loss 2.0, gradient norm inf: the loss is finite on every rank, its gradient is not{advice}"
@@ -64,7 +62,6 @@ def test_on_cuda_the_host_looks_one_step_later(monkeypatch: pytest.MonkeyPatch) 
     waited = []
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(True))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(guard.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
 
     def cuda() -> StepGuard:
         check = make(Training())
@@ -73,9 +70,9 @@ def test_on_cuda_the_host_looks_one_step_later(monkeypatch: pytest.MonkeyPatch) 
 
     check = cuda()
     one(check, 1, 2.0, 1.0, asked=1.0)
-    assert not waited and not check.stop_asked
+    assert not waited and not check.stop_requested
     one(check, 2, NAN, 1.0, NAN)
-    assert len(waited) == 1 and check.stop_asked  # step 1's, while step 2 runs
+    assert len(waited) == 1 and check.stop_requested  # step 1's, while step 2 runs
     with pytest.raises(FloatingPointError, match="step 2: loss nan.*rank 0"):
         one(check, 3, 2.0, 1.0)
     check = cuda()
@@ -118,7 +115,7 @@ def skipped_steps(kind: str) -> tuple[bool, list[float], int]:
     return torch.equal(with_bad, without), verdicts, count
 
 
-@pytest.mark.parametrize(("kind", "verdict"), [("nan", guard.NONFINITE), ("spike", guard.SPIKE)])
+@pytest.mark.parametrize(("kind", "verdict"), [("nan", NONFINITE), ("spike", SPIKE)])
 def test_a_skipped_step_changes_neither_weights_nor_state(ranks: Ranks, kind: str, verdict: float) -> None:
     for equal, verdicts, count in ranks.run(2, skipped_steps, kind):
         assert equal and verdicts == [0.0, verdict, 0.0] and count == 1

@@ -11,8 +11,8 @@ from tinyrun import train_tiny
 
 from dtron.config import load
 from dtron.config.keys import KEYS
+from dtron.ranks.world import World
 from dtron.train import report
-from dtron.train.launch import World
 from dtron.train.report import Report, StepClock
 
 ROOT = Path(__file__).resolve().parents[2]

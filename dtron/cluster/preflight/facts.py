@@ -14,7 +14,7 @@ import torch
 
 import dtron
 from dtron.observe.device import device_name
-from dtron.train.watchdog import named
+from dtron.ranks.hang_report import format_ranks
 
 __all__ = ["code_hash", "compare", "facts", "hosts_text", "machines", "whose"]
 
@@ -122,7 +122,7 @@ def hosts_text(ranks: list[int], hosts: list[str], most: int = 4) -> str:
 
 def whose(ranks: list[int], hosts: list[str]) -> str:
     """ "ranks 2-3 (n2)"; without the hosts as long as they are not known."""
-    return f"{named(ranks)} ({hosts_text(ranks, hosts)})" if hosts else named(ranks)
+    return f"{format_ranks(ranks)} ({hosts_text(ranks, hosts)})" if hosts else format_ranks(ranks)
 
 
 def machines(of_ranks: list[dict[str, Any]]) -> list[list[int]]:

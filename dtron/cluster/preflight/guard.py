@@ -6,9 +6,9 @@ either says so by itself, a little later.
 """
 
 import json
+import logging
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
 from dtron import compat
 from dtron.cluster.preflight.facts import whose
-from dtron.train.launch import FIRST_FAILURE, World, tell_torchrun
+from dtron.ranks.failure import tell_torchrun
+from dtron.ranks.inquiry import Inquiry
+from dtron.ranks.world import World
 
-__all__ = ["Guard", "Place", "StandsStillError", "stands_still"]
+__all__ = ["Guard", "RankState", "StalledError", "stalled"]
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 ANSWER_S = 2.0  # for an answer: a poll, and what a busy machine needs
@@ -28,16 +34,15 @@ ALONE_S = 6.0  # after the limit, when whoever asks the others must have ended t
 CODE = 2
 NAMED = 4  # groups, in a message
 
-# Keys of the store. "preflight/at/3" is the answer of rank 3; "preflight/met/2": ranks that have ended stage 2.
-ASKED, OVER, AT, MET = "preflight/asked", "preflight/over", "preflight/at", "preflight/met"
+MET = "preflight/met"  # beginning of keys of the store: "preflight/met/2" counts the ranks that have ended stage 2
 
 
-class StandsStillError(RuntimeError):
+class StalledError(RuntimeError):
     """A stage did not end in time."""
 
 
 @dataclass(frozen=True)
-class Place:
+class RankState:
     """Where a rank is. ranks: those that take part, none in what it does alone; waits: it is done, but not all are."""
 
     what: str
@@ -45,17 +50,17 @@ class Place:
     waits: bool = False
 
 
-def stands_still(cause: str, places: dict[int, Place | None], hosts: list[str]) -> str:
-    """Who keeps the others waiting. places: of all ranks, None where there was no answer."""
+def stalled(cause: str, states: dict[int, RankState | None], hosts: list[str]) -> str:
+    """Who keeps the others waiting. states: of all ranks, None where there was no answer."""
     lines = [f"preflight: {cause}"]
-    silent = [rank for rank, place in places.items() if place is None]
+    silent = [rank for rank, state in states.items() if state is None]
     alone: dict[str, list[int]] = {}
     together: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for rank, place in places.items():
-        if place is not None and not place.waits and not place.ranks:
-            alone.setdefault(place.what, []).append(rank)
-        elif place is not None and not place.waits:
-            together.setdefault((place.what, tuple(place.ranks)), []).append(rank)
+    for rank, state in states.items():
+        if state is not None and not state.waits and not state.ranks:
+            alone.setdefault(state.what, []).append(rank)
+        elif state is not None and not state.waits:
+            together.setdefault((state.what, tuple(state.ranks)), []).append(rank)
     if silent:
         lines.append(
             f"{whose(silent, hosts)} did not answer: not started, stopped, gone, or cut off from rank 0's machine"
@@ -79,7 +84,7 @@ class Guard:
     def __init__(self, world: World, limit_s: float) -> None:
         self.hosts: list[str] = []
         self._world, self._limit_s, self._allowed_s = world, limit_s, limit_s
-        self._stage, self._number, self._place = "the start", 0, Place("the start")
+        self._stage, self._number, self._state = "the start", 0, RankState("the start")
         self._deadline = time.monotonic() + limit_s
         self._over = threading.Event()
         self._silent = False  # another rank failed before this one, and tells
@@ -101,18 +106,18 @@ class Guard:
     def stage(self, name: str, limit_s: float | None = None) -> Iterator[None]:
         """What all ranks do until all have done it."""
         self._allowed_s = limit_s or self._limit_s
-        self._stage, self._place = name, Place(name)
+        self._stage, self._state = name, RankState(name)
         self._deadline = time.monotonic() + self._allowed_s
         yield
         self.meet()
 
     def at(self, what: str, ranks: Sequence[int] = ()) -> None:
         """This rank is now in `what`, for which it needs `ranks`."""
-        self._place = Place(what, list(ranks))
+        self._state = RankState(what, list(ranks))
 
     def waits(self) -> None:
         """This rank has done its part, and what it is in now needs all."""
-        self._place = Place(self._place.what, waits=True)
+        self._state = RankState(self._state.what, waits=True)
 
     def meet(self) -> None:
         """Wait for all."""
@@ -140,8 +145,8 @@ class Guard:
 
     def lost(self, error: RuntimeError) -> NoReturn:
         """End, because a peer is gone: what torch said of it. Re-raises what has nothing to do with others."""
-        place = self._place
-        if not (place.ranks or place.waits) or self._world.size == 1:
+        state = self._state
+        if not (state.ranks or state.waits) or self._world.size == 1:
             raise error
         reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).partition("\n")[0][:150] or type(error).__name__
         try:
@@ -155,7 +160,7 @@ class Guard:
     def _watch(self) -> None:
         try:
             while not self._over.wait(POLL_S):
-                if self._store.check([ASKED]):
+                if self._inquiry(self._store).asked():
                     self._answer_and_end()
                 if time.monotonic() > self._deadline and not self._silent:
                     self._fire(f"{self._stage} has not ended within {self._allowed_s:g} s", self._store)
@@ -169,48 +174,39 @@ class Guard:
                 continue
             if not self._silent:
                 rank = self._world.rank
-                print(
-                    f"error on rank {rank}: preflight: {self._stage} has not ended within {self._allowed_s:g} s, and "
-                    f"the rendezvous store does not answer: {whose([rank], self.hosts)} is cut off from it",
-                    file=sys.stderr,
-                    flush=True,
+                log.error(
+                    f"preflight: {self._stage} has not ended within {self._allowed_s:g} s, and the rendezvous store "
+                    f"does not answer: {whose([rank], self.hosts)} is cut off from it"
                 )
             os._exit(CODE)
 
-    def _fire(self, cause: str, store: Any) -> None:
-        """Be the rank that tells, unless another is. Does not return if it is."""
-        mine = f"preflight of rank {self._world.rank}"
-        if store.compare_set(FIRST_FAILURE, "", mine).decode() != mine:
+    def _inquiry(self, store: dist.Store) -> Inquiry:
+        return Inquiry(store, "preflight", self._world.rank, self._world.size)
+
+    def _fire(self, cause: str, store: dist.Store) -> None:
+        """Be the rank that reports, unless another is. Does not return if it is."""
+        inquiry = self._inquiry(store)
+        if not inquiry.begin():
             self._silent = True
             return
-        store.set(ASKED, mine)
-        text = stands_still(cause, self._collect(store), self.hosts)
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        inquiry.answer(asdict(self._state))
+        answers = inquiry.collect(ANSWER_S)
+        states = {rank: RankState(**answer) if answer else None for rank, answer in answers.items()}
+        text = stalled(cause, states, self.hosts)
+        log.error(text)
         _tell_torchrun(text)
-        store.set(OVER, text)
+        inquiry.end(text)
         time.sleep(2 * POLL_S)  # without torchrun the store may live in this process
         os._exit(CODE)
-
-    def _collect(self, store: Any) -> dict[int, Place | None]:
-        places: dict[int, Place | None] = dict.fromkeys(range(self._world.size))
-        places[self._world.rank] = self._place
-        end = time.monotonic() + ANSWER_S
-        while (missing := [rank for rank, place in places.items() if place is None]) and time.monotonic() < end:
-            time.sleep(POLL_S / 2)
-            for rank in missing:
-                if store.check([f"{AT}/{rank}"]):
-                    places[rank] = Place(**json.loads(store.get(f"{AT}/{rank}")))
-        return places
 
     def _answer_and_end(self) -> NoReturn:
         self._silent = True
         try:
-            self._store.set(f"{AT}/{self._world.rank}", json.dumps(asdict(self._place)))
-            end = time.monotonic() + ANSWER_S + ALONE_S
-            while not self._store.check([OVER]) and time.monotonic() < end:
-                time.sleep(POLL_S / 2)
-            if self._store.check([OVER]):
-                _tell_torchrun(self._store.get(OVER).decode())  # every machine has a summary of its own
+            inquiry = self._inquiry(self._store)
+            inquiry.answer(asdict(self._state))
+            text = inquiry.wait_for_end(ANSWER_S + ALONE_S)
+            if text is not None:
+                _tell_torchrun(text)  # every machine has a summary of its own
         finally:  # also if the store is gone with the rank that asked
             time.sleep(1.0)  # torchrun blames the rank that ends first
             os._exit(CODE)
@@ -218,6 +214,6 @@ class Guard:
 
 def _tell_torchrun(text: str) -> None:
     try:
-        raise StandsStillError(text)  # the summary shows what is being handled
-    except StandsStillError as error:
+        raise StalledError(text)  # the summary shows what is being handled
+    except StalledError as error:
         tell_torchrun(error.with_traceback(None))

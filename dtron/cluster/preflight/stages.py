@@ -24,22 +24,15 @@ from dtron.cluster.preflight.report import SCHEMA, assemble_dimensions, assemble
 from dtron.config import Config, HelpRequested, load
 from dtron.errors import UserError, quiet_broken_pipe
 from dtron.mesh import Degrees, Mesh, resolve_degrees
+from dtron.ranks.failure import exit_when_interrupted, exit_with_message, exit_with_traceback, tell_torchrun
+from dtron.ranks.logs import setup_logging
+from dtron.ranks.world import World, check_gpu, compare_configs, join, start_process_group, wait_until_all_know
 from dtron.train.folder import saves
-from dtron.train.launch import (
-    World,
-    check_gpu,
-    compare_configs,
-    exit_when_interrupted,
-    exit_with_message,
-    exit_with_traceback,
-    join,
-    start_process_group,
-    tell_torchrun,
-    wait_until_all_know,
-)
-from dtron.train.setup import choose_device_type, resolve
+from dtron.train.resolve import choose_device_type, resolve
 
 __all__ = ["Crew", "Plan", "main", "measure", "meet"]
+
+log = logging.getLogger(__name__)
 
 START_S = 60.0  # longest wait for ranks that are still starting, if --timeout is not longer
 DISK_S = 2.0
@@ -78,6 +71,7 @@ def main(given: argparse.Namespace) -> NoReturn:
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     began, rank = time.monotonic(), int(os.environ.get("RANK", 0))
+    setup_logging(rank)
     signal.signal(signal.SIGINT, exit_when_interrupted)
     world: World | None = None
     guard: Guard | None = None
@@ -288,8 +282,8 @@ def _conclude(
             head = {"schema": SCHEMA, "unix_s": time.time(), "took_s": time.monotonic() - began, "world": world.size}
             figures = {**head, **told, "warnings": found, **figures}
             Path(given.out).write_text(json.dumps(figures, indent=1) + "\n")
-            world.say(table(figures))
-            world.say(f"figures: {given.out}")
+            log.info(table(figures))
+            log.info(f"figures: {given.out}")
         told = guard.tell("end", told)
     if told["error"]:
         wait_until_all_know(world)

@@ -16,8 +16,8 @@ from dtron.config.cli import SHORT_FORMS
 from dtron.config.keys import KEYS
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
-from dtron.parallel.compose import meta_model
-from dtron.train.setup import resolve
+from dtron.models.spec import meta_model
+from dtron.train.resolve import resolve
 
 __all__ = ["Point", "check_machine", "make_points"]
 

@@ -206,7 +206,7 @@ class Sweep:
         if going.job.running_s() > self._limit_s:
             return End("timeout", f"not at its end after limit_s = {self._limit_s:.0f} s: {where}")
         beat = read_row(going.job.control / "HEARTBEAT")
-        if beat and time.time() > beat["unix_s"] + beat["within_s"] + GRACE_S and outcome.state == "running":
+        if beat and time.time() > beat["unix_s"] + beat["deadline_s"] + GRACE_S and outcome.state == "running":
             return End("hang", f"no sign of life for {time.time() - beat['unix_s']:.0f} s: {where}")
         return None
 

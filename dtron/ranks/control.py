@@ -10,21 +10,27 @@ All but STOP are one JSON object. The folder is job.control_folder, or else the 
 """
 
 import json
+import logging
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import OutOfMemoryError
 
 from dtron.errors import UserError
 
-__all__ = ["Control", "kind_of"]
+__all__ = ["LONG_S", "Control", "StopRequest", "kind_of"]
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 1.0  # between two looks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
 LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, loading, compiling, validation, writing out
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Control:
@@ -41,7 +47,7 @@ class Control:
         self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
         self._stop = False
 
-    def begin(self, run_folder: Path | None, checkpoints: str = "") -> None:
+    def start_run(self, run_folder: Path | None, checkpoints: str = "") -> None:
         """A run begins: from here on there is a folder, and what the attempt before left is gone.
 
         run_folder: None for what has none, an evaluation; nothing is done then if no folder is given either.
@@ -57,16 +63,16 @@ class Control:
             for name in ("SAVED", "DONE", "FAILED"):
                 self._remove(name)
 
-    def alive(self, phase: str, within_s: float, step: int = 0) -> None:
-        """Beat: `phase` at `step`, and the next beat comes within `within_s`. Cheap enough for every step."""
+    def heartbeat(self, phase: str, deadline_s: float, step: int = 0) -> None:
+        """Write HEARTBEAT: `phase` at `step`; the next one comes within `deadline_s`. Cheap enough for every step."""
         now = time.monotonic()
         if self._rank != 0 or self._folder is None or (phase == self._phase and now - self._beat_s < EVERY_S):
             return
         self._phase, self._beat_s = phase, now
         self._beat.setdefault("began_at", step)
-        self._write("HEARTBEAT", {"phase": phase, "step": step, "within_s": within_s, **self._beat})
+        self._write("HEARTBEAT", {"phase": phase, "step": step, "deadline_s": deadline_s, **self._beat})
 
-    def stop_wanted(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether there is a STOP; only rank 0 looks."""
         now = time.monotonic()
         if self._rank == 0 and self._folder and not self._stop and now - self._looked_s >= EVERY_S:
@@ -120,7 +126,7 @@ def _forgiving(action: Callable[[Path], None], path: Path) -> None:
     try:
         action(path)
     except OSError as error:
-        print(f"warning: {path}: {error}; the run goes on", flush=True)
+        log.warning("%s: %s; the run continues", path, error)
 
 
 def kind_of(error: BaseException) -> str:
@@ -140,3 +146,28 @@ def kind_of(error: BaseException) -> str:
     if re.search(r"Connection (closed|reset)|recvValue failed|Broken pipe|remote process exited", text):
         return "lost"
     return "error"
+
+
+class StopRequest:
+    """`signal_name`: of the signal that reached this process since `arm`, or empty."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._pid = os.getpid()
+
+    def arm(self) -> None:
+        """From here on a signal is a request. Before, and after `disarm`, it ends the process, which loses nothing."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._note)
+
+    def disarm(self) -> None:
+        """Let signals end the process at once."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child: it is not the one to save
+        self.signal_name = self.signal_name or signal.Signals(number).name

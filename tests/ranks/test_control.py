@@ -13,18 +13,20 @@ from ranks import Ranks
 from tinyrun import quiet_world, tiny_setup
 
 from dtron.errors import UserError
-from dtron.train import control, trainer
-from dtron.train.control import Control, kind_of
+from dtron.ranks import control
+from dtron.ranks.control import Control, kind_of
+from dtron.ranks.failure import LostContactError
+from dtron.ranks.watchdog import HangError
+from dtron.ranks.world import AbsentRanksError
+from dtron.train import trainer
 from dtron.train.folder import InUseError
-from dtron.train.launch import AbsentRanksError, LostContactError
 from dtron.train.trainer import Trainer
-from dtron.train.watchdog import HangError
 
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Control:
     made = Control(0)
-    made.begin(tmp_path, "checkpoints")
+    made.start_run(tmp_path, "checkpoints")
     return made
 
 
@@ -33,13 +35,13 @@ def read(folder: Path, name: str) -> dict:
 
 
 def test_a_beat_says_where_the_run_is_and_when_the_next_comes(begun: Control, tmp_path: Path) -> None:
-    begun.alive("training", 90.0, 7)
+    begun.heartbeat("training", 90.0, 7)
     beat = read(tmp_path, "HEARTBEAT")
-    assert (beat["phase"], beat["step"], beat["within_s"]) == ("training", 7, 90.0)
+    assert (beat["phase"], beat["step"], beat["deadline_s"]) == ("training", 7, 90.0)
     assert beat["run_folder"] == str(tmp_path) and beat["checkpoints"] == "checkpoints"
-    begun.alive("training", 90.0, 8)
+    begun.heartbeat("training", 90.0, 8)
     assert read(tmp_path, "HEARTBEAT") == beat, "at most one a second"
-    begun.alive("saving", 100.0, 8)
+    begun.heartbeat("saving", 100.0, 8)
     saving = read(tmp_path, "HEARTBEAT")
     assert saving["phase"] == "saving", "another phase is told at once"
     assert (saving["step"], saving["began_at"]) == (8, 7)
@@ -49,9 +51,9 @@ def test_stop_is_seen_and_goes_when_the_run_has_saved(
     begun: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "EVERY_S", 0.0)
-    assert not begun.stop_wanted()
+    assert not begun.stop_requested()
     (tmp_path / "STOP").touch()
-    assert begun.stop_wanted()
+    assert begun.stop_requested()
     begun.saved(12, "somewhere/step-12", "a signal")
     assert read(tmp_path, "SAVED")["checkpoint"] == "somewhere/step-12" and not (tmp_path / "STOP").exists()
 
@@ -59,9 +61,9 @@ def test_stop_is_seen_and_goes_when_the_run_has_saved(
 def test_a_stop_in_the_run_folder_counts_too(tmp_path: Path) -> None:
     """Where somebody who does not know of the control folder makes it."""
     followed = Control(0, str(tmp_path / "control"))
-    followed.begin(tmp_path, "")
+    followed.start_run(tmp_path, "")
     (tmp_path / "STOP").touch()
-    assert followed.stop_wanted()
+    assert followed.stop_requested()
     followed.saved(1, "step-1", "the file STOP")
     assert not (tmp_path / "STOP").exists()
 
@@ -69,9 +71,9 @@ def test_a_stop_in_the_run_folder_counts_too(tmp_path: Path) -> None:
 def test_a_new_attempt_forgets_what_the_last_one_left_but_not_a_stop(tmp_path: Path) -> None:
     for name in ("SAVED", "DONE", "FAILED", "STOP"):
         (tmp_path / name).touch()
-    Control(1, str(tmp_path)).begin(tmp_path, "")
+    Control(1, str(tmp_path)).start_run(tmp_path, "")
     assert len([*tmp_path.iterdir()]) == 4, "rank 0 alone cleans"
-    Control(0, str(tmp_path)).begin(tmp_path / "run", "")
+    Control(0, str(tmp_path)).start_run(tmp_path / "run", "")
     assert [path.name for path in tmp_path.iterdir()] == ["STOP"]
 
 
@@ -84,10 +86,10 @@ def test_the_first_failure_stays(tmp_path: Path) -> None:
 
 def test_other_ranks_and_a_world_made_by_hand_write_nothing(tmp_path: Path) -> None:
     for quiet in (Control(1), Control()):
-        quiet.begin(tmp_path / "run", "")
-        quiet.alive("training", 1.0)
+        quiet.start_run(tmp_path / "run", "")
+        quiet.heartbeat("training", 1.0)
         quiet.done(3)
-        assert not quiet.stop_wanted()
+        assert not quiet.stop_requested()
     Control().failed(UserError("mistake"))
     assert [*tmp_path.iterdir()] == []
 
@@ -95,9 +97,9 @@ def test_other_ranks_and_a_world_made_by_hand_write_nothing(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_is_told_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "file").touch()
     broken = Control(0, str(tmp_path / "file" / "folder"))
-    broken.begin(tmp_path, "")
-    broken.alive("training", 1.0)
-    assert "the run goes on" in capsys.readouterr().out
+    broken.start_run(tmp_path, "")
+    broken.heartbeat("training", 1.0)
+    assert "the run continues" in capsys.readouterr().out
 
 
 def promises(folder: str) -> list[tuple[float, float]]:
@@ -110,9 +112,9 @@ def promises(folder: str) -> list[tuple[float, float]]:
             return super().next_batch()
 
     class Noting(Control):
-        def alive(self, phase: str, within_s: float, step: int = 0) -> None:
+        def heartbeat(self, phase: str, deadline_s: float, step: int = 0) -> None:
             if phase == "training":
-                told.append((time.monotonic(), within_s))
+                told.append((time.monotonic(), deadline_s))
 
     trainer.MARGIN_S = 0.0  # in this forked rank
     world, _ = quiet_world()
@@ -125,9 +127,9 @@ def promises(folder: str) -> list[tuple[float, float]]:
 def test_steps_that_take_longer_than_ranks_may_wait_are_no_hang(ranks: Ranks, tmp_path: Path) -> None:
     (told,) = ranks.run(1, promises, str(tmp_path))
     assert len(told) == 4 and told[0][1] >= 3600, "the first step compiles"
-    for (began, within_s), (next_began, _) in itertools.pairwise(told):
-        assert within_s > 5 * (next_began - began)
-    assert max(within_s for _, within_s in told[1:]) < 600, "but it is noticed in the end"
+    for (began, deadline_s), (next_began, _) in itertools.pairwise(told):
+        assert deadline_s > 5 * (next_began - began)
+    assert max(deadline_s for _, deadline_s in told[1:]) < 600, "but it is noticed in the end"
     took = [after - before for (before, _), (after, _) in itertools.pairwise(told)]
     for i in (2, 3):
         assert told[i][1] <= max(1.0, 10 * max(took[1:i])), "what the first step took is forgotten"

@@ -1,4 +1,4 @@
-"""Every rule of the table of what is refused together, and only that."""
+"""Every rule of the table of incompatible features refuses its pair, and nothing else."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dtron.config import load
-from dtron.config.legal import FEATURES, RULES, Rule, as_markdown, check_legal
 from dtron.errors import UserError
+from dtron.parallel.incompatible import FEATURES, RULES, Rule, as_markdown, check_compatible
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,12 +64,12 @@ def test_every_feature_is_in_a_rule() -> None:
 def test_rule(rule: Rule) -> None:
     """Both features are refused with the reason and the way out; each alone is not."""
     with pytest.raises(UserError) as refused:
-        check_legal(load(arguments_of(rule, rule.first, rule.second).split()))
-    assert str(refused.value) == f"{rule.first} with {rule.second} is refused: {rule.because}; {rule.instead}"
+        check_compatible(load(arguments_of(rule, rule.first, rule.second).split()))
+    assert str(refused.value) == f"{rule.first} and {rule.second} are incompatible: {rule.because}; {rule.instead}"
     for alone, other in ((rule.first, rule.second), (rule.second, rule.first)):
         arguments = arguments_of(rule, alone)
         assert alone in features(arguments) and other not in features(arguments), alone
-        check_legal(load(arguments.split()))
+        check_compatible(load(arguments.split()))
 
 
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
@@ -92,7 +92,7 @@ def test_zero_bubble_schedule_in_a_file(tmp_path: Path) -> None:
 
 
 def test_compiled_loss_alone_composes() -> None:
-    check_legal(load(f"{ON['zero-bubble schedule']} --compile.enable --compile.components loss".split()))
+    check_compatible(load(f"{ON['zero-bubble schedule']} --compile.enable --compile.components loss".split()))
 
 
 def test_table_as_shown() -> None:

@@ -1,7 +1,7 @@
-"""What is refused together: one table, read by the checks and by the documentation.
+"""Features that are incompatible: one table, read by the checks and by the documentation.
 
-A feature is a name and a predicate over the configuration; a rule is a pair of features, the reason and
-what to do instead. A pair that is not here composes, and the parity matrix proves it.
+A feature is a name and a predicate over the configuration; a rule is a pair of features that exclude each other, the
+reason and what to do instead. A pair that is not here composes, and the parity matrix proves it.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from dtron.config.sections import Config
 from dtron.errors import UserError
+from dtron.parallel.schedules import SCHEDULES
 
-__all__ = ["FEATURES", "RULES", "Rule", "as_markdown", "check_legal"]
-
-ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+__all__ = ["FEATURES", "RULES", "Rule", "as_markdown", "check_compatible"]
 
 
 def _pipeline(c: Config) -> bool:
@@ -25,7 +24,7 @@ def _zero_bubble(c: Config) -> bool:
     if not _pipeline(c) or c.validation.only:  # an evaluation keeps the schedule's forwards
         return False
     if not p.pipeline_parallel_schedule_csv:
-        return p.pipeline_parallel_schedule in ZERO_BUBBLE
+        return SCHEDULES[p.pipeline_parallel_schedule].zero_bubble
     try:
         with open(p.pipeline_parallel_schedule_csv) as file:
             return "I" in file.read()
@@ -55,7 +54,7 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
 
 
 class Rule(NamedTuple):
-    """Two features that are refused together."""
+    """Two mutually exclusive features."""
 
     first: str
     second: str
@@ -64,7 +63,7 @@ class Rule(NamedTuple):
     test: str
 
 
-_TEST = "tests/config/test_legal.py"
+_TEST = "tests/parallel/test_incompatible.py"
 RULES = [
     Rule(
         "zero-bubble schedule", "compiled blocks",
@@ -106,16 +105,16 @@ RULES = [
 ]  # fmt: skip
 
 
-def check_legal(config: Config) -> None:
+def check_compatible(config: Config) -> None:
     """UserError for the first pair of features in the table that the configuration has both of."""
     for rule in RULES:
         if FEATURES[rule.first](config) and FEATURES[rule.second](config):
-            raise UserError(f"{rule.first} with {rule.second} is refused: {rule.because}; {rule.instead}")
+            raise UserError(f"{rule.first} and {rule.second} are incompatible: {rule.because}; {rule.instead}")
 
 
 def as_markdown() -> str:
     """The table as the documentation shows it."""
     rows = [f"| {r.first} | {r.second} | {r.because} | {r.instead} | `{r.test}` |" for r in RULES]
     return (
-        "\n".join(["| Feature | with | is refused because | instead | Test |", "|---|---|---|---|---|", *rows]) + "\n"
+        "\n".join(["| Feature | Incompatible with | Because | Instead | Test |", "|---|---|---|---|---|", *rows]) + "\n"
     )

@@ -1,5 +1,6 @@
 """A training of seconds on the ranks of the pool, with a model of one layer, and what rank 0 is told by it."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ import torch.distributed as dist
 
 from dtron import registry
 from dtron.config import load
-from dtron.train.launch import World
-from dtron.train.setup import Setup, resolve
+from dtron.ranks.world import World
+from dtron.train.resolve import resolve
+from dtron.train.setup import Setup
 from dtron.train.trainer import Trainer
 
 MODEL = (
@@ -35,16 +37,25 @@ def counting(*_: Any) -> Counting:
     return Counting()
 
 
+class Collecting(logging.Handler):
+    """Keeps what dtron logs: the level in front of what is more than information."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self.lines.append(level + record.getMessage())
+
+
 def quiet_world() -> tuple[World, list[str]]:
-    """This rank of the pool's running group, and the list that what it says goes to."""
-    said: list[str] = []
-
-    class Quiet(World):
-        def say(self, text: str) -> None:
-            said.append(text)
-
+    """This rank of the pool's running group, and the list that what it logs goes to."""
+    log, collecting = logging.getLogger("dtron"), Collecting()
+    log.handlers, log.propagate = [collecting], False
+    log.setLevel(logging.INFO)
     rank, size = dist.get_rank(), dist.get_world_size()
-    return Quiet(rank, rank, size, dist.HashStore()), said
+    return World(rank, rank, size, dist.HashStore()), collecting.lines
 
 
 def tiny_setup(arguments: str) -> Setup:

@@ -1,4 +1,4 @@
-"""Where a run begins: what it warns of, what it refuses, and what is said of a changed length."""
+"""Where a run starts: what it warns of, what it refuses, and what is said of a changed length."""
 
 import re
 from pathlib import Path
@@ -10,18 +10,18 @@ from tinyrun import quiet_world, train_tiny
 
 from dtron.config import load
 from dtron.errors import UserError
-from dtron.train import begin as beginning
+from dtron.ranks.world import World
+from dtron.train import start
 from dtron.train.folder import choose_run_folder
-from dtron.train.launch import World
-from dtron.train.setup import resolve
+from dtron.train.resolve import resolve
 
 
-def said_at_begin(folder: str, arguments: str) -> list[str]:
+def said_at_start(folder: str, arguments: str) -> list[str]:
     """What rank 0 is told while the folder and the checkpoint are chosen."""
     world, said = quiet_world()
     config = load(["--training.device", "cpu", "--job.dump_folder", folder, *arguments.split()])
-    begun = beginning.begin(resolve(config, world.size), world)
-    assert begun.resume_from is None and begun.progress.step == 0
+    point = start.start_run(resolve(config, world.size), world)
+    assert point.resume_from is None and point.progress.step == 0
     return said
 
 
@@ -36,7 +36,7 @@ def said_at_begin(folder: str, arguments: str) -> list[str]:
 def test_a_long_run_without_checkpoints_is_warned_of_in_one_line(
     ranks: Ranks, tmp_path: Path, arguments: str, warned: bool
 ) -> None:
-    said = ranks.run(2, said_at_begin, str(tmp_path), arguments)[0]
+    said = ranks.run(2, said_at_start, str(tmp_path), arguments)[0]
     assert len(said) == warned
     if warned:
         assert said[0].startswith("warning: 1001 steps without checkpoints") and "\n" not in said[0]
@@ -46,27 +46,27 @@ def test_what_rank_0_finds_is_an_error_on_all(ranks: Ranks, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     for arguments in ("--checkpoint.enable", ""):
         with pytest.raises(RankError, match="UserError: job.dump_folder .*file/x: .*Not a directory"):
-            ranks.run(2, said_at_begin, str(tmp_path / "file" / "x"), arguments)
+            ranks.run(2, said_at_start, str(tmp_path / "file" / "x"), arguments)
 
 
 def one_rank_cannot_write(folder: str) -> str:
     """Local rank 0 of the second machine has a disk that is read-only."""
-    original = beginning.check_writable
+    original = start.check_writable
 
     def check(place: object, rank: int) -> None:
         if rank == 1:
-            raise beginning.UserError("no checkpoint can be written here: read-only")
+            raise start.UserError("no checkpoint can be written here: read-only")
         original(place, rank)  # type: ignore[arg-type]
 
-    beginning.check_writable = check  # type: ignore[assignment]
+    start.check_writable = check  # type: ignore[assignment]
     rank, size = dist.get_rank(), dist.get_world_size()
     config = load(["--training.device", "cpu", "--job.dump_folder", folder, "--checkpoint.enable"])
     try:
-        beginning.begin(resolve(config, size), World(rank, 0, size, dist.HashStore()))
-    except beginning.UserError as error:
+        start.start_run(resolve(config, size), World(rank, 0, size, dist.HashStore()))
+    except start.UserError as error:
         return str(error)
     finally:
-        beginning.check_writable = original
+        start.check_writable = original
     return ""
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_has_ended_has_nothing_to_do(ranks: Ranks, tmp_path: Path) ->
 
 def test_going_back_is_refused_while_newer_ones_are_there(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(1, trained, str(tmp_path), 4, "")
-    with pytest.raises(RankError, match="going on from step 2 would later meet step 4 in .*move them away"):
+    with pytest.raises(RankError, match="resuming from step 2 would later meet step 4 in .*move them away"):
         ranks.run(1, trained, str(tmp_path), 6, "--checkpoint.load_step 2")
     (newer,) = tmp_path.glob("*/checkpoint/step-4")
     newer.rename(newer.with_name("step-4.mine"))

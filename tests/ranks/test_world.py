@@ -1,6 +1,7 @@
 """What the ranks agree on before they start: by threads that share a store, as ranks share the rendezvous."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import torch.multiprocessing as mp
 
 from dtron.config import Config, load
 from dtron.errors import UserError
-from dtron.train import launch
-from dtron.train.launch import World
+from dtron.ranks import failure
+from dtron.ranks import world as world_module
+from dtron.ranks.logs import setup_logging
+from dtron.ranks.world import World
 
 
 def compare(configs: list[Config]) -> list[str]:
@@ -23,7 +26,7 @@ def compare(configs: list[Config]) -> list[str]:
 
     def rank(me: int) -> None:
         try:
-            launch.compare_configs(World(me, me, len(configs), store), configs[me])
+            world_module.compare_configs(World(me, me, len(configs), store), configs[me])
             told[me] = ""
         except UserError as error:
             told[me] = str(error)
@@ -69,15 +72,15 @@ def test_rank_0_ends_after_the_others_know(monkeypatch: pytest.MonkeyPatch) -> N
     other = threading.Thread(target=slow_rank, daemon=True)
     other.start()
     with pytest.raises(UserError, match="different"):
-        launch.compare_configs(world, load(["--tp", "2"]))
+        world_module.compare_configs(world, load(["--tp", "2"]))
     assert 0.4 <= time.monotonic() - began < 10
     other.join()
 
-    monkeypatch.setattr(launch, "SILENT_WAIT_S", 0.2)
+    monkeypatch.setattr(world_module, "SILENT_WAIT_S", 0.2)
     began = time.monotonic()
-    launch.wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
+    world_module.wait_until_all_know(World(0, 0, 3, dist.HashStore()))  # nobody answers: bounded
     assert 0.2 <= time.monotonic() - began < 10
-    launch.wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
+    world_module.wait_until_all_know(World(1, 1, 3, dist.HashStore()))  # only rank 0 waits
 
 
 # --- attempts that share one store, as those of a torchrun do
@@ -90,7 +93,7 @@ def meet(store: dist.Store, size: int, late: int, longest_s: float = 20) -> list
     def rank(me: int) -> None:
         time.sleep(0.5 if me == late else 0.0)
         try:
-            mine = launch._meet(me, size, store, longest_s)
+            mine = world_module._meet(me, size, store, longest_s)
         except UserError as error:
             names[me] = str(error)
             return
@@ -106,7 +109,7 @@ def test_attempts_share_nothing_of_the_store() -> None:
     for size, late in ((2, 0), (2, 1), (2, 0), (3, 2), (1, 1), (3, 0), (2, 0)):
         names = meet(store, size, late)
         assert len(set(names)) == 1 and names[0].startswith("chosen by"), names
-        attempt = store.get(launch.ATTEMPT)
+        attempt = store.get(world_module.ATTEMPT)
         assert attempt not in seen
         seen.add(attempt)
 
@@ -115,9 +118,9 @@ def test_an_attempt_that_did_not_begin_is_not_joined() -> None:
     """Its rank 0 has ended, after it had come."""
     store = dist.HashStore()
     with pytest.raises(UserError, match=r"^2 of 3 ranks have not come within comm.init_timeout_seconds = 0.2; look"):
-        launch._meet(0, 3, store, 0.2)
+        world_module._meet(0, 3, store, 0.2)
     with pytest.raises(UserError, match="^rank 0 has not come within comm.init_timeout_seconds = 0.2; look"):
-        launch._meet(2, 3, store, 0.2)
+        world_module._meet(2, 3, store, 0.2)
     assert len(set(meet(store, 3, late=0))) == 1
 
 
@@ -133,12 +136,13 @@ class Silent(dist.HashStore):  # type: ignore[misc]
 
 
 def lose_contact(store: str, said: Path) -> None:
-    launch.SILENT_WAIT_S, launch.STORE_WAIT_S = 0.3, 0.2
+    failure.SILENT_WAIT_S, failure.STORE_WAIT_S = 0.3, 0.2
+    setup_logging(1)
     world = World(1, 1, 2, {"silent": Silent, "there": dist.HashStore}[store]())
     if store == "there":
-        world.store.set(launch.FIRST_FAILURE, "rank 0")
-    with said.open("w") as launch.sys.stderr:
-        launch.exit_with_traceback(1, world, RuntimeError("timed out waiting"))
+        world.store.set(failure.FIRST_FAILURE, "rank 0")
+    with said.open("w") as sys.stderr:
+        failure.exit_with_traceback(1, world, RuntimeError("timed out waiting"))
 
 
 @pytest.mark.parametrize(
@@ -154,5 +158,5 @@ def test_a_rank_that_nobody_stops_says_that_it_lost_contact(
     process.start()
     process.join(20)
     assert process.exitcode == 1
-    want = f"error: rank 1 lost contact with the others, {where}: RuntimeError: timed out waiting\n"
-    assert (tmp_path / "said").read_text() == want
+    want = f" error on rank 1: rank 1 lost contact with the others, {where}: RuntimeError: timed out waiting\n"
+    assert (tmp_path / "said").read_text()[19:] == want

@@ -1,0 +1,129 @@
+"""The weights that a fresh run starts with: where they come from, whether they fit the model and the data, loading."""
+
+import fnmatch
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtron.checkpoint.hf import is_hf
+from dtron.checkpoint.load import check_excluded, load_initial
+from dtron.checkpoint.place import Place
+from dtron.config import Config, replace
+from dtron.config.sections import Checkpoint
+from dtron.data.tokenizer import read_tokenizer
+from dtron.errors import UserError
+from dtron.models.hf import from_hf_config
+from dtron.models.llama import LlamaConfig
+from dtron.models.spec import ModelSpec, meta_model
+from dtron.parallel.compose import ParallelModel
+from dtron.ranks.agree import from_rank_0
+from dtron.train.assets import encoder_of
+from dtron.train.setup import Setup
+
+__all__ = ["check_export", "check_initial", "check_vocabulary", "load_weights", "resolve_initial"]
+
+log = logging.getLogger(__name__)
+
+
+def resolve_initial(config: Config) -> Config:
+    """initial_load_in_hf without a path takes model.hf_assets_path."""
+    c = config.checkpoint
+    if not c.initial_load_in_hf or c.initial_load_path:
+        return config
+    if not config.model.hf_assets_path:
+        raise UserError(
+            "checkpoint.initial_load_in_hf needs the folder with the weights: set checkpoint.initial_load_path, or "
+            "model.hf_assets_path where the tokenizer lies there too"
+        )
+    return replace(config, "checkpoint.initial_load_path", config.model.hf_assets_path)
+
+
+# Most of these the shapes of the weights do not tell: a wrong value would spoil the model silently.
+_TRAINED_WITH = (
+    "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps",
+    "tie_embeddings", "qkv_bias", "qk_norm",
+)  # fmt: skip
+
+
+def check_initial(config: Config, model_config: Any) -> None:
+    """UserError if the config.json beside the initial weights is of another model, or not of Hugging Face at all."""
+    folder = config.checkpoint.initial_load_path
+    place = Place.at(folder).local if folder else None
+    if folder is None or place is None or not place.is_dir():
+        return
+    names = os.listdir(place)
+    if config.checkpoint.initial_load_in_hf and not ("config.json" in names and is_hf(names)):
+        raise UserError(
+            f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it; leave the key out "
+            "for a checkpoint"
+        )
+    if "config.json" not in names:
+        return
+    if not isinstance(model_config, LlamaConfig):
+        return
+    there, m = from_hf_config(place, "checkpoint.initial_load_path"), config.model
+    meant = {"rope_theta"} if m.rope_theta is not None else set()
+    for name in _TRAINED_WITH:
+        ours, theirs = getattr(model_config, name), getattr(there, name)
+        if ours == theirs or name in meant:
+            continue
+        mend = f"set model.hf_config_path = {folder} to take the dimensions of its config.json"
+        if getattr(m, name, None) is not None:
+            mend = f"take model.{name} out of the configuration"
+        raise UserError(
+            f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "
+            f"with {theirs}; {mend}, or change its config.json where another value is meant"
+        )
+
+
+def check_export(c: Config, spec: ModelSpec) -> None:
+    """UserError if last_save_in_hf cannot be done, or what goes with it has no effect."""
+    if not c.checkpoint.last_save_in_hf:
+        if c.checkpoint.export_dtype != Checkpoint().export_dtype:
+            raise UserError("checkpoint.export_dtype has no effect without checkpoint.last_save_in_hf")
+        return
+    if not c.checkpoint.enable or c.checkpoint.load_only:
+        raise UserError("checkpoint.last_save_in_hf needs checkpoint.enable = true, and load_only false")
+    if spec.hf_config is None or c.model.converters:
+        what = "model.converters change the model" if c.model.converters else f"model.name is {c.model.name}"
+        raise UserError(f"checkpoint.last_save_in_hf: {what}, which Hugging Face has no name for; leave it out")
+
+
+def load_weights(setup: Setup, model: ParallelModel, optimizers: list[torch.optim.Optimizer] | None) -> None:
+    """Load checkpoint.initial_load_path, its optimizer state too unless None. UserError on all ranks if it is unfit."""
+    c = setup.config.checkpoint
+    assert c.initial_load_path is not None
+    place = Place.at(c.initial_load_path)
+    whole = meta_model(setup.spec, setup.model_config)
+    check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
+    heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
+    load_initial(place, model, optimizers, c.exclude_from_loading, whole, heads)
+    log.info("weights from %s", place)
+
+
+def check_vocabulary(config: Config, dataset: Any) -> None:
+    """UserError on all ranks if the initial weights were trained with a vocabulary that is not the data's."""
+    c = config.checkpoint
+    folder = Place.at(c.initial_load_path).local if c.initial_load_path else None
+    if folder is not None and not any(fnmatch.fnmatch("embed_tokens.weight", p) for p in c.exclude_from_loading):
+        from_rank_0(lambda: _compare_vocabularies(config, dataset, folder))
+
+
+def _compare_vocabularies(config: Config, dataset: Any, folder: Path) -> None:
+    encoder = encoder_of(dataset)
+    if encoder is None or not any(folder.glob("tokenizer.*")):
+        return
+    theirs = read_tokenizer(str(folder), config.job.cache_folder, "checkpoint.initial_load_path").vocabulary
+    ours = encoder.vocabulary
+    if differ := sorted((id_, token) for token, id_ in theirs.items() ^ ours.items()):
+        id_ = differ[0][0]
+        spelt = [next((repr(token) for token, i in known.items() if i == id_), "nothing") for known in (ours, theirs)]
+        raise UserError(
+            f"the data was tokenized with another vocabulary than the weights in {folder} were trained with (id {id_} "
+            f"is {spelt[0]} in the data and {spelt[1]} there): prepare the data with --tokenizer {folder}, or set "
+            f"model.hf_assets_path = {folder} for data that is tokenized on the way; for new embeddings leave the old "
+            'ones out: checkpoint.exclude_from_loading = ["embed_tokens.*", "lm_head.*"]'
+        )

@@ -1,0 +1,124 @@
+"""When a run saves and what; how it ends: stopped as requested, done, exported."""
+
+import logging
+from pathlib import Path
+
+from dtron import compat
+from dtron.checkpoint.export import export
+from dtron.checkpoint.place import Place
+from dtron.checkpoint.save import Saved, Saver
+from dtron.config import Config
+from dtron.errors import UserError
+from dtron.models.spec import meta_model
+from dtron.ranks.agree import from_rank_0
+from dtron.ranks.world import World
+from dtron.train.assets import model_assets
+from dtron.train.data import RunData
+from dtron.train.folder import saves
+from dtron.train.report import Report, StepClock
+from dtron.train.setup import Setup
+from dtron.train.start import ResumePoint
+from dtron.train.step import Step
+
+__all__ = ["Saving"]
+
+log = logging.getLogger(__name__)
+
+EXPORT_TIMEOUT_S = 24 * 3600  # ranks wait for those with more files to write
+
+
+class Saving:
+    """The checkpoints of one run. Made, and called, on all ranks alike."""
+
+    def __init__(
+        self, setup: Setup, config: Config, start: ResumePoint, data: RunData, step: Step, report: Report, world: World
+    ) -> None:
+        self._setup, self._config, self._start, self._world = setup, config, start, world
+        self._data, self._step, self._report = data, step, report
+        self._saver: Saver | None = None
+        if saves(config.checkpoint):
+            given = config.checkpoint.initial_load_path
+            source = start.resume_from or (Place.at(given) if given else None)
+            assets = model_assets(setup, source, data.first) if world.rank == 0 else {}
+            self._saver = Saver(start.checkpoints, config.checkpoint, assets)
+            step.before_update = self._saver.before_update
+        self._saved_step = step.progress.step if start.resume_from else -1
+        self._last: Saved | None = None
+
+    @property
+    def busy(self) -> bool:
+        """A checkpoint is being written beside the training."""
+        return self._saver is not None and self._saver.busy
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after optimizer step `step`."""
+        c = self._config.checkpoint
+        if self._saver is None:
+            return False
+        last = step == self._config.training.steps
+        return last or step % c.interval == 0 or (step == 1 and c.enable_first_step_checkpoint)
+
+    def save(self, clock: StepClock) -> None:
+        """Save the state after the last step."""
+        assert self._saver is not None
+        progress = self._step.progress
+        self._step.guard.finish()  # nothing that is not finite is ever saved
+        weights_only = progress.step == self._config.training.steps and self._config.checkpoint.last_save_model_only
+        progress.streams = self._data.gathered_state()
+        progress.ledger = self._report.account(clock)
+        ended = self._saver.save(self._step.model, None if weights_only else self._step.optimizers, progress)
+        self._saved_step = progress.step
+        self._note(ended, clock)
+
+    def poll(self, clock: StepClock) -> None:
+        """Report a save that has ended beside the training."""
+        if self._saver is not None:
+            self._note(self._saver.poll(), clock)
+
+    def _note(self, ended: list[Saved], clock: StepClock) -> None:
+        """Report saves that have ended; one that failed is counted, and the run continues."""
+        for saved in ended:
+            self._last = saved
+            self._step.progress.failed_saves += bool(saved.error)
+            self._report.saved(saved, self._step.progress.failed_saves, clock.slowdown())
+
+    def finish(self, clock: StepClock) -> None:
+        """After the last step, or the one at which the ranks stop as requested. UserError if it could not be saved."""
+        self._step.guard.finish()
+        step, c = self._step.progress.step, self._config.checkpoint
+        stopped = self._step.guard.stop_requested and step < self._config.training.steps
+        by = "the file STOP" if self._world.control.stop_requested() else "a signal"
+        if stopped and self._saver is None:
+            why = "checkpoint.load_only is true" if c.enable else "checkpoint.enable is false"
+            raise UserError(f"stopped by {by} after step {step}, and nothing was saved: {why}")
+        if self._saver is None:
+            return
+        if stopped:
+            log.info("stop requested by %s: saving after step %d", by, step)
+        if step != self._saved_step:
+            self.save(clock)
+        self._note(self._saver.wait(), clock)
+        if self._last is not None and self._last.error:
+            raise UserError(
+                f"the checkpoint of step {step} could not be saved: {self._last.error}; when that is fixed, the same "
+                f"command resumes from the newest one in {self._start.checkpoints}, if there is one"
+            )
+        if stopped and self._world.rank == 0:
+            self._world.control.saved(step, f"{self._start.checkpoints}/step-{step}", by)
+            log.info("stopped by %s after step %d, which is saved", by, step)
+
+    def export(self) -> None:
+        """Write the weights of a finished run for Hugging Face. UserError if that fails; the checkpoint stays."""
+        step, c = self._step.progress.step, self._config.checkpoint
+        out: Path = self._start.run_folder / "hf" / f"step-{step}"
+        if not c.last_save_in_hf or step != self._config.training.steps or from_rank_0(out.exists):
+            return
+        compat.set_timeout(EXPORT_TIMEOUT_S)
+        whole = meta_model(self._setup.spec, self._setup.model_config)
+        shapes = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
+        checkpoint = self._start.checkpoints / f"step-{step}"
+        try:
+            export(checkpoint, out, shapes, c.export_dtype, log.info)
+        except UserError as error:
+            raise UserError(f"{error}; the run is saved, and `dtron convert {checkpoint} DST` tries again") from None
+        log.info("weights for Hugging Face in %s", out)

@@ -1,0 +1,109 @@
+"""One optimizer step: the algorithm, apart from folder, data, watchdog and report.
+
+The trainer runs this, and so does whoever wants to record a step, prove it or time it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtron.checkpoint.files import Progress
+from dtron.config import Config
+from dtron.data.loader import IGNORE_INDEX, Batch
+from dtron.mesh import Mesh
+from dtron.parallel.compose import ParallelModel
+from dtron.train.forward import local_batches
+from dtron.train.guard import StepGuard
+from dtron.train.optimizer import learning_rate_factor, scale_gradients, squared_gradient_norm
+from dtron.train.tally import Tally
+
+__all__ = ["Step"]
+
+
+@dataclass
+class Step:
+    """What a step needs, on one rank of a started process group.
+
+    config: with the global batch resolved. optimizers: one for each of `model.parts`. progress: counted up by each
+    step. tally: what is counted for the metrics. stop_requested: whether this rank was asked to stop.
+    before_update: called when gradients are final and weights are about to change.
+    """
+
+    config: Config
+    mesh: Mesh
+    device: torch.device
+    model: ParallelModel
+    optimizers: list[torch.optim.Optimizer]
+    guard: StepGuard
+    progress: Progress
+    tally: Tally
+    stop_requested: Callable[[], bool] = lambda: False
+    before_update: Callable[[], None] = lambda: None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Train on this rank's rows of the next global batch. Returns what `StepGuard.watch` reads, and the local loss.
+
+        The local loss is this rank's part of the global one: the losses of all ranks, over tp, add up to it.
+        """
+        c, loss = self.config, self.model.loss
+        self._seed_random(self.progress.step + 1)
+        loss.valid_tokens = self._count_valid(batch.labels)
+        loss.rows = None if batch.sources is None else []
+        local_loss = torch.zeros((), device=self.device)
+        forwards = local_batches(batch, c.training.local_batch_size, c.parallelism, self.mesh, self.device)
+        for i, arguments in enumerate(forwards):
+            local_loss += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
+        self.model.finish_gradients()
+        self.tally.accumulate(batch, [labels for _, labels, *_ in forwards], loss.rows)
+
+        stats = self._reduce(local_loss)
+        stats = torch.cat((stats, self.guard.judge(stats)))
+        scale_gradients((p for _, p in self.model.named_parameters()), stats[1], c.training.max_norm)
+        self.before_update()
+        self.progress.step += 1
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.progress.step)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.progress.consumed += c.training.global_batch_size
+        self.progress.tokens += c.training.global_batch_size * c.training.seq_len
+        return stats, local_loss
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (from 1)."""
+        c = self.config
+        return c.optimizer.lr * learning_rate_factor(c.lr_scheduler, step, c.training.steps)
+
+    def _count_valid(self, labels: Tensor) -> Tensor:
+        """Labels that count in the whole global batch, summed as int64, then fp32 like the loss they divide."""
+        count = (labels != IGNORE_INDEX).sum().to(self.device)
+        dist.all_reduce(count)
+        d = self.mesh.degrees
+        return (count // (d.world // d.dp)).clamp(min=1).float()
+
+    def _reduce(self, local_loss: Tensor) -> Tensor:
+        """[loss, gradient norm, ranks asked to stop] of the global batch: one all-reduce over the world, in float64.
+
+        What is summed into the norm: every element of every gradient exactly once, see `squared_gradient_norm`.
+        """
+        d = self.mesh.degrees
+        squares = squared_gradient_norm(self.model.named_parameters(), self.model.aliases, d.stage, self.device)
+        stops = torch.full_like(squares, self.stop_requested())
+        stats = torch.stack((local_loss.double() / d.tp, squares, stops))
+        dist.all_reduce(stats)
+        stats[1].sqrt_()
+        return stats
+
+    def _seed_random(self, step: int) -> None:
+        """Random numbers of a step, as dropout takes them, are a function of (seed, step, place in the mesh).
+
+        So nothing of them is saved, and a resume draws what the uninterrupted run would have. The ranks of one tensor
+        parallel group draw alike.
+        """
+        key = f"{self.config.debug.seed} {step} {self.mesh.dp_rank} {self.mesh.cp_rank} {self.mesh.pp_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)

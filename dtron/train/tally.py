@@ -1,0 +1,65 @@
+"""What is counted for the metrics from one logged step to the next: each source's loss, the documents' lengths."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtron.data.loader import IGNORE_INDEX, Batch
+from dtron.data.order import Mixture
+
+__all__ = ["Tally"]
+
+
+class Tally:
+    """Sums on every rank, reduced when a row of metrics is due.
+
+    sources: names of a mixture's sources, none without one; mixture: their shares. seq_len: tokens per sequence.
+    flops_per_token: of the model, given how many tokens a token's attention counts; None: without document masks.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        sources: Sequence[str] = (),
+        mixture: Mixture | None = None,
+        seq_len: int = 0,
+        flops_per_token: Callable[[float], float] | None = None,
+    ) -> None:
+        self._device, self._sources, self._mixture, self._seq_len = device, sources, mixture, seq_len
+        self._flops_per_token = flops_per_token
+        self._by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=device)  # loss, tokens
+        self._documents = torch.zeros(2, dtype=torch.float64)  # tokens, and squares of the documents' lengths
+
+    def accumulate(self, batch: Batch, labels: list[Tensor], row_losses: list[Tensor] | None) -> None:
+        """Add one step. labels: on the device, of each forward; row_losses: see `TokenMean.rows`."""
+        if batch.documents is not None:
+            ones = torch.ones_like(batch.documents)
+            lengths = torch.zeros_like(ones).scatter_add_(1, batch.documents, ones)  # where a document begins; else 0
+            self._documents += torch.stack((lengths.sum(), lengths.square().sum()))
+        if row_losses and batch.sources is not None:  # on ranks with the last pipeline stage
+            sources = batch.sources.to(self._device, non_blocking=True)
+            # The last ones: in its first step torch's pipeline also calls the loss once to learn its shape.
+            self._by_source[0].index_add_(0, sources, torch.cat(row_losses)[-len(sources) :].double())
+            valid = (torch.cat(labels) != IGNORE_INDEX).sum(1)
+            self._by_source[1].index_add_(0, sources, valid.double())
+
+    def reduce(self, consumed: int) -> dict[str, Any]:
+        """The metrics since the last call, on all ranks. consumed: global samples trained on so far."""
+        row: dict[str, Any] = {}
+        if self._flops_per_token is not None:
+            documents = self._documents.to(self._device)
+            dist.all_reduce(documents)
+            tokens, squares = documents.tolist()
+            row["attended_tokens"] = squares / tokens
+            row["flops_per_token"] = self._flops_per_token(squares / tokens)
+            self._documents.zero_()
+        if self._mixture is not None and self._sources:
+            dist.all_reduce(self._by_source)
+            taken = self._mixture.before(consumed) * self._seq_len
+            for name, loss, valid, tokens in zip(self._sources, *self._by_source.tolist(), taken, strict=True):
+                row |= {f"source_loss/{name}": loss / valid if valid else None, f"source_tokens/{name}": int(tokens)}
+            self._by_source.zero_()
+        return row
