@@ -20,11 +20,11 @@ class UserError(Exception):
 
 @contextmanager
 def quiet_broken_pipe() -> Iterator[None]:
-    """End the block quietly where the reader of standard output has gone, as `head` does; an exit keeps its code."""
+    """Exit with code 0 where the reader of standard output has gone, as `head` does; another exit keeps its code."""
     try:
         yield
     except BrokenPipeError:
-        pass
+        sys.exit(0)
     finally:
         try:
             print(end="", flush=True)  # argparse ends --help by SystemExit, with the text still in the buffer
