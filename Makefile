@@ -1,9 +1,10 @@
 # The commands of this repository. Each makes .venv first where it is missing; `make` alone lists them.
 SHELL := bash
 PYTHON := .venv/bin/python
+TORCH ?= 2.11.0
 ARGS ?=
 
-.PHONY: help setup train test test-long lint clean
+.PHONY: help setup train test test-torch test-long lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,14 +21,19 @@ lint: setup  ## ruff, mypy and shellcheck
 	$(PYTHON) -m mypy dtron
 	.venv/bin/shellcheck --severity=warning scripts/*.sh scripts/slurm/*.sbatch .ci/run
 
-test: lint  ## lint, then every test but the long ones, two files at a time
+test: lint  ## lint, then all but the long tests, two files at a time
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-torch: TESTS := parity models parallel config checkpoint train observe hf
+test-torch:  ## the tests that depend on torch, with another one in an environment of its own: TORCH=2.11.0
+	@scripts/setup.sh $(TORCH)
+	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(TESTS)) $(ARGS)
+
 test-long: setup  ## the long tests (with lm-eval, which this installs); the log goes to tests/long.log
-	$(PYTHON) -m pip install -qq --disable-pip-version-check -c $(firstword $(wildcard .venv/constraints.txt) constraints.txt) -e '.[eval]'
+	$(PYTHON) -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt -e '.[eval]'
 	set -o pipefail; $(PYTHON) -m pytest -m long -vv --durations=10 $(ARGS) 2>&1 | tee tests/long.log
 
-clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv/
+clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv*/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . \( -path ./.venv -o -path ./.git -o -path ./outputs -o -path ./.cache \) -prune \
+	find . \( -path './.venv*' -o -path ./.git -o -path ./outputs -o -path ./.cache \) -prune \
 	    -o -type d -name __pycache__ -exec rm -rf {} +

@@ -13,7 +13,7 @@ from dtron.data.prepare import SHARD_TOKENS, choose_encoder, prepare
 from dtron.data.shards import TokenStore, open_store
 from dtron.data.sources import Source, SourceSpec, open_source
 from dtron.data.tokenizer import read_tokenizer
-from dtron.errors import UserError
+from dtron.errors import UserError, quiet_broken_pipe
 from dtron.hf import sample
 
 __all__ = ["main"]
@@ -30,18 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     sample.add_arguments(commands.add_parser("sample", help="let a model continue text"))
     ranks = "check and measure the machines that a run is to start on"
     preflight.add_arguments(commands.add_parser("preflight", help=ranks, allow_abbrev=False))
-    parser.set_defaults(after_interrupt="", takes_keys=False)
-    arguments, others = parser.parse_known_args(argv)
-    arguments.keys = others
-    if others and not arguments.takes_keys:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments = argparse.Namespace(after_interrupt="", takes_keys=False)
     try:
-        arguments.run(arguments)
+        with quiet_broken_pipe():
+            _, others = parser.parse_known_args(argv, arguments)
+            arguments.keys = others
+            if others and not arguments.takes_keys:
+                parser.error(f"unrecognized arguments: {' '.join(others)}")
+            arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return 0  # whoever read our output, such as `head`, has seen enough
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,9 @@
-"""The one exception of a user's mistake: its text is the whole message the user sees."""
+"""Endings without a traceback: a mistake of the user, and a standard output that nobody reads any more."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -11,3 +16,17 @@ class UserError(Exception):
     """
 
     kind = "mistake"
+
+
+@contextmanager
+def quiet_broken_pipe() -> Iterator[None]:
+    """Exit with code 0 where the reader of standard output has gone, as `head` does; another exit keeps its code."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.exit(0)
+    finally:
+        try:
+            print(end="", flush=True)  # argparse ends --help by SystemExit, with the text still in the buffer
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains configs/quickstart.toml on what this machine has, after scripts/setup.sh, and lets the model write a few lines.
+# Trains configs/quickstart.toml on this machine's GPUs or CPU (run scripts/setup.sh first), then samples from the model.
 # Arguments override keys of the file.
 #
 # Without a GPU: 4 CPU ranks, data parallel 2 x tensor parallel 2. With GPUs: one rank each (1, 2, 4 or 8), all data
-# parallel. Every one of these takes the same 8 sequences a step, so the loss is the same on all of them.
+# parallel. All of these train on the same 8 sequences per step, so the loss is the same.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
     if [ "$1" = --job.dump_folder ] && [ $# -gt 1 ]; then folder=$2; fi
     shift
 done
-if compgen -G "$folder/*/checkpoint/step-*" >/dev/null; then # none where checkpoints were turned off
+if compgen -G "$folder/*/checkpoint/step-*" >/dev/null; then # none if checkpoints are disabled
     echo "dtron sample $folder --prompt 'def '"
     exec .venv/bin/python -m dtron sample "$folder" --prompt 'def '
 fi

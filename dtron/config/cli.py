@@ -35,14 +35,14 @@ class HelpRequested(Exception):
 
 
 def parse_arguments(argv: list[str]) -> dict[str, Setting]:
-    """The overrides of the command line by dotted name, checked; the last of a repeated key counts.
+    """The overrides of the command line by dotted name, checked; of a repeated key, the last value counts.
 
-    Raises HelpRequested where --help or -h is among them, UserError for anything not understood.
+    Raises HelpRequested where --help or -h is among them, UserError for an argument that is not valid.
     """
     if "--help" in argv or "-h" in argv:
         raise HelpRequested(help_text())
     for word in argv:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python shows bytes that are no UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python represents bytes that are not UTF-8
             raise UserError(f"{COMMAND_LINE}: {word!r} is not UTF-8 text; expected names and values in UTF-8")
     settings: dict[str, Setting] = {}
     start = 0
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Setting]:
 
 
 def _option(token: str, words: list[str]) -> tuple[Key, Any]:
-    """The key `token` names and its value, taken from behind the token's `=` or from the words after it."""
+    """The key that `token` names, and its value: the text after the token's `=`, or the words after the token."""
     if not token.startswith("--") or token == "--":
         raise _stray(token)
     option, equals, attached = token.partition("=")
@@ -71,7 +71,7 @@ def _option(token: str, words: list[str]) -> tuple[Key, Any]:
     if key.is_list_of_words:
         items = attached.split(",") if attached else []
         if not (equals or words):
-            raise UserError(f"{COMMAND_LINE}: {option} needs one value or more; an empty list is {option}=")
+            raise UserError(f"{COMMAND_LINE}: {option} needs at least one value; an empty list is {option}=")
         as_in_a_file = _from_text(key, attached if equals else words[0])
         if isinstance(as_in_a_file, list):
             return key, as_in_a_file
@@ -90,7 +90,7 @@ def _stray(word: str) -> UserError:
 
 
 def _find(option: str) -> tuple[Key, bool]:
-    """The key of `--section.key`, of a short form, or (True) of a negated boolean `--section.no_key`."""
+    """The key of `--section.key` or of a short form; and whether it is a negated boolean, `--section.no_key`."""
     name = option[2:].replace("-", "_")
     name = SHORT_FORMS.get(name, name)
     if name in KEYS:
@@ -105,7 +105,7 @@ def _find(option: str) -> tuple[Key, bool]:
 
 
 def _from_text(key: Key, text: str) -> Any:
-    """The word as the value it means; a word that means none of the key's type stays text, for `checked` to refuse."""
+    """`text` as a value of the key's type; text that is none is returned unchanged, for `checked` to reject."""
     if key.optional and text.lower() in ("", "none", "null"):
         return None
     if key.kind is bool:
@@ -147,7 +147,7 @@ def help_text() -> str:
             left = f"  {leaf}: {type_text(key)}\n      = {default}"
         meaning = f"(not supported: {key.unsupported}; only {default} accepted)" if key.unsupported else key.help
         right = textwrap.wrap(meaning, 68)
-        if len(left) > 50:  # too long for its column: the meaning starts below
+        if len(left) > 50:  # too long for its column: the meaning starts on the next line
             lines.append(left)
             left = ""
         lines += [f"{a:<50}  {b}" for a, b in zip([left] + [""] * len(right), right, strict=False)]

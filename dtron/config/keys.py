@@ -81,7 +81,7 @@ SECTIONS = [name for name, key in _COLLECTED.items() if key is None]
 def checked(key: Key, value: Any, source: str) -> Any:
     """`value` in the key's own type; raises UserError naming source, key, value and what was expected.
 
-    An integer becomes a float where a float is asked for; "" is None where None is legal.
+    An integer becomes a float where a float is expected; "" becomes None where the key may be None.
     """
     if value is None or (key.optional and value == ""):
         return None
@@ -119,7 +119,7 @@ def _checked_table(table: Any, given: dict[str, Any], prefix: str, source: str) 
 
 
 def not_supported(key: Key, value: Any, source: str) -> str:
-    """The refusal of a key that takes its default only."""
+    """The error message of a key of which only the default is supported."""
     accepted = "leaving it out" if key.default is None else toml_value(key.default)
     return f"{source}: {key.name} = {_shown(value)} is not supported: {key.unsupported}; only {accepted} is accepted"
 
@@ -133,7 +133,7 @@ def _matches(kind: Any, value: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_matches(get_args(kind)[0], item) for item in value)
-    return type(value) is kind and (kind is not float or math.isfinite(value))  # `is`: a bool is no integer
+    return type(value) is kind and (kind is not float or math.isfinite(value))  # `is`: a bool is not an integer
 
 
 def _expected(key: Key) -> str:
@@ -165,7 +165,7 @@ def _shown(value: Any) -> str:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown dotted name: the known names nearest to it.
 
-    The same last part under another section counts most, then a similar one in the same section,
+    First the same last part in another section, then a similar one in the same section,
     then a similar one anywhere.
     """
     section, _, leaf = name.rpartition(".")

@@ -3,12 +3,17 @@
 import difflib
 import json
 import re
-import tomllib
+import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["parse_file", "toml_type", "toml_value"]
 
@@ -18,7 +23,7 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "float", str: "string", li
 def parse_file(path: Path, named_by: str) -> dict[str, Any]:
     """The tables of the TOML file at `path`.
 
-    `named_by`: who asked for it, for the error of a file that cannot be read.
+    `named_by`: what named the file, for the error of one that cannot be read.
     Raises UserError with the file, line, column and offending line of a syntax error.
     """
     text = _read(path, named_by)
@@ -34,9 +39,9 @@ def _read(path: Path, named_by: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise UserError(f"{named_by}: there is no file {path}; {_what_is_near(path)}") from None
+        raise UserError(f"{named_by}: there is no file {path}; {_similar_files(path)}") from None
     except IsADirectoryError:
-        raise UserError(f"{named_by}: {path} is a folder; expected a TOML file; {_what_is_near(path / '-')}") from None
+        raise UserError(f"{named_by}: {path} is a folder; expected a TOML file; {_similar_files(path / '-')}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -44,7 +49,7 @@ def _read(path: Path, named_by: str) -> str:
         raise UserError(f"{named_by}: cannot read {str(path)!r}: {reason}; expected a readable TOML file") from None
 
 
-def _what_is_near(path: Path) -> str:
+def _similar_files(path: Path) -> str:
     """Files beside `path` with similar names, else any TOML files there."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
@@ -59,14 +64,14 @@ def _what_is_near(path: Path) -> str:
 
 
 def _syntax_message(path: Path, text: str, reason: str) -> str:
-    place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)", reason)
-    if place is None:
+    position = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)", reason)
+    if position is None:
         return f"{path}: not valid TOML: {reason}"
     lines = text.split("\n")
-    line, column = int(place[1] or len(lines)), int(place[2] or len(lines[-1]) + 1)
-    what = reason.replace(place[0], "" if place[1] else " at the end of the file")
+    line, column = int(position[1] or len(lines)), int(position[2] or len(lines[-1]) + 1)
+    what = reason.replace(position[0], "" if position[1] else " at the end of the file")
     pointer = " " * (column - 1) + "^"
-    offending = lines[line - 1].replace("\t", " ")  # one column each, so that the pointer stands below its character
+    offending = lines[line - 1].replace("\t", " ")  # one column each, so that the pointer is below its character
     return f"{path}: line {line}, column {column}: not valid TOML: {what}\n    {offending}\n    {pointer}"
 
 

@@ -208,12 +208,12 @@ class LocalSource:
 
 
 def _optional(module: str, what: str) -> Any:
-    """A package of the extra `data`. UserError where it is not installed."""
+    """`datasets`, or pyarrow, which comes with it. UserError where it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         needs = f"{what} needs the package {module.split('.')[0]}"
-        raise UserError(f'{needs} ({error}): pip install "dtron[data]"') from error
+        raise UserError(f"{needs} ({error}): pip install datasets") from error
 
 
 def _open(path: Path, start: int = 0) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Floating-point operations per token: what MFU, the pipeline split and the benches count.
+"""Floating-point operations (FLOPs) per token: what MFU, the pipeline split and the benches count.
 
 PaLM's convention (arXiv 2204.02311, appendix B): forward and backward cost 6 operations per matmul
 parameter (the head once, the embedding look-up none) plus 12 * n_layers * n_heads * head_size *
@@ -10,7 +10,7 @@ from torch import nn
 
 from dtron.models.llama import LlamaConfig
 
-__all__ = ["attention_flops_per_token", "flops_per_token", "matmul_parameters"]
+__all__ = ["attention_flops_per_token", "flops_formula", "flops_per_token", "matmul_parameters"]
 
 
 def matmul_parameters(module: nn.Module) -> int:
@@ -24,5 +24,10 @@ def attention_flops_per_token(config: LlamaConfig, seq_len: float) -> float:
 
 
 def flops_per_token(model: nn.Module, n_layers: int, attention: float) -> float:
-    """Forward and backward of the whole model, which may be on meta; attention: one layer's, per token."""
+    """Forward and backward of the whole model, which may be on meta; attention: one layer's FLOPs per token."""
     return 6 * matmul_parameters(model) + n_layers * attention
+
+
+def flops_formula(length: str = "seq_len") -> str:
+    """The sum of the two functions above in words; `length`: seq_len, or what takes its place."""
+    return f"FLOPs per token = 6 x matmul parameters + 12 x layers x heads x head size x {length}"

@@ -136,11 +136,13 @@ def format_summary(
     if speed is not None:
         facts.append(("tokens/s", human_count(speed)))
     if mfu is not None and per_gpu is not None and flops_per_token and peak_flops:
+        from dtron.models.flops import flops_formula  # and with it torch
+
         attended, flops = _median(rows, "attended_tokens"), _median(rows, "flops_per_token") or flops_per_token
         length = "seq_len" if attended is None else f"{attended:.0f} (mean length of a token's document)"
-        parts = f"{per_gpu:.0f} tokens/s/GPU x {flops:.4g} FLOPs/token / {peak_flops:.4g} FLOP/s"
+        parts = f"{per_gpu:.0f} tokens/s/GPU x {flops:.4g} FLOPs per token / {peak_flops:.4g} FLOP/s"
         facts.append(("MFU", f"{mfu:.1%} = {parts} (dense bf16 peak)"))
-        facts.append(("", f"FLOPs/token = 6 x matmul parameters + 12 x layers x dim x {length}"))
+        facts.append(("", flops_formula(length)))
     memory = [row["max_memory_bytes"] for row in rows if row.get("max_memory_bytes") is not None]
     if memory:
         facts.append(("peak memory", human_bytes(max(memory))))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dtron import compat
 from dtron.config import Config, HelpRequested, load, to_toml
-from dtron.errors import UserError
+from dtron.errors import UserError, quiet_broken_pipe
 from dtron.ranks.control import Control
 from dtron.ranks.failure import exit_when_interrupted, exit_with_message, exit_with_traceback
 from dtron.ranks.logs import setup_logging
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
         os._exit(0)
     except HelpRequested as help_text:
         if rank == 0:
-            print(help_text)
+            with quiet_broken_pipe():
+                print(help_text)
     except UserError as error:
         exit_with_message(rank, world, error, control)
     except BaseException as error:

@@ -38,7 +38,7 @@ from dtron import registry  # noqa: E402
 from dtron.config import Config, HelpRequested, load  # noqa: E402
 from dtron.data.loader import StepLoader  # noqa: E402
 from dtron.data.order import Mixture  # noqa: E402
-from dtron.errors import UserError  # noqa: E402
+from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
 from dtron.models.flops import flops_per_token  # noqa: E402
 from dtron.models.init import initial_rows  # noqa: E402
 from dtron.models.spec import meta_model  # noqa: E402
@@ -326,7 +326,8 @@ def main() -> None:
             result = json.dumps(run(options, setup, world), indent=1)
             dist.barrier()
     except HelpRequested as text:
-        print(text)
+        with quiet_broken_pipe():
+            print(text)
         return
     except UserError as error:
         sys.exit(f"error: {error}")

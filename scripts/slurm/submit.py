@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dtron.cluster.slurm import SlurmOptions, add_options, prepare, render, submit  # noqa: E402
 from dtron.config import HelpRequested  # noqa: E402
-from dtron.errors import UserError  # noqa: E402
+from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
 
 
 def main() -> int:
@@ -30,7 +30,8 @@ def main() -> int:
     add("--no-preflight", dest="preflight", action="store_false", help="do not check the nodes first")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="one more of sbatch's, as --sbatch=--mem=0")
     add("--dry-run", action="store_true", help="print the script; make and submit nothing")
-    given, overrides = parser.parse_known_args()
+    with quiet_broken_pipe():
+        given, overrides = parser.parse_known_args()
     options = SlurmOptions(**{option.name: getattr(given, option.name) for option in fields(SlurmOptions)})
     argv = ["--job.config_file", given.config, *overrides]
     try:
@@ -39,7 +40,8 @@ def main() -> int:
             return 0
         job = submit(argv, options, print)
     except HelpRequested as text:
-        print(text)
+        with quiet_broken_pipe():
+            print(text)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 __all__ = ["Nodes", "available"]
 
@@ -89,7 +89,7 @@ class Nodes:
     def address(self, i: int) -> str:
         return f"{self.subnet}.{self._checked(i)}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Nodes":
         self.up()
         return self
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 import nodes as hosts  # noqa: E402
@@ -99,7 +99,7 @@ class Slurm:
         self._daemons: dict[str, subprocess.Popen[Any]] = {}
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Slurm":
         self.nodes.up()
         try:
             self._configure()

@@ -2,7 +2,6 @@
 
 import functools
 import random
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,6 +10,7 @@ import pytest
 from dtron.config import Config, HelpRequested, flatten, help_text, load, replace, to_toml
 from dtron.config.keys import KEYS, SECTIONS, checked
 from dtron.config.sections import Source
+from dtron.config.toml import tomllib
 from dtron.errors import UserError
 
 # The names of the last torchtitan release configured by TOML: its users' files carry them.

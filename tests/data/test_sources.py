@@ -211,7 +211,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     for module in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     for spec in (SourceSpec(str(tmp_path)), SourceSpec("user/name")):
-        with pytest.raises(UserError, match=r'needs the package (pyarrow|datasets).*pip install "dtron\[data\]"'):
+        with pytest.raises(UserError, match=r"needs the package (pyarrow|datasets).*pip install datasets"):
             next(open_source(spec, "unused").read(0))
 
 

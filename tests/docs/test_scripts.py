@@ -77,7 +77,7 @@ class TestSetupWithoutDriver:
         assert done.returncode == 0, done.stderr
         assert installs(calls) == ["torch==2.13.0+cpu", "torch==2.13.0+cpu", "torch==2.13.0", ".[dev]"]
         assert "--index-url https://download.pytorch.org/whl/cpu" in calls[-3]
-        assert "the CPU build of torch 2.13.0 could not be had" in done.stdout
+        assert "the CPU build of torch 2.13.0 was not found" in done.stdout
 
     def test_half_made_environment_is_made_again(self, clone: Clone) -> None:
         done, _ = clone.run("setup.sh", REFUSE=r"\[dev\]")
@@ -100,6 +100,21 @@ class TestSetupWithoutDriver:
         assert installs(clone.run("setup.sh")[1])[-1] == ".[dev]"
 
 
+def pinned(environment: Path) -> list[str]:
+    return (environment / "constraints.txt").read_text().splitlines()
+
+
+def test_another_torch_has_an_environment_of_its_own(clone: Clone) -> None:
+    done, calls = clone.run("setup.sh", "2.11.0", OWN_TORCH="2.12.0+cu130")
+    assert done.returncode == 0, done.stderr
+    assert installs(calls)[-2:] in (["torch==2.11.0+cpu", ".[dev]"], ["torch==2.11.0", ".[dev]"])
+    pins = pinned(clone.folder / ".venv-torch-2.11.0")
+    assert [pin for pin in pins if pin.startswith("torch==")] == ["torch==2.11.0"]
+    assert clone.run("setup.sh", "2.11.0")[1] == [], "instant afterwards"
+    assert installs(clone.run("setup.sh")[1])[-1] == ".[dev]", "it is not .venv"
+    assert clone.run("setup.sh", "2.11.0")[1] == []
+
+
 class TestSetupWithDriver:
     @pytest.fixture(autouse=True)
     def driver(self, clone: Clone) -> None:
@@ -115,7 +130,7 @@ class TestSetupWithDriver:
         done, calls = clone.run("setup.sh", OWN_TORCH="2.11.0+cu130")
         assert done.returncode == 0, done.stderr
         assert installs(calls) == [".[dev]"]
-        pins = (clone.folder / ".venv" / "constraints.txt").read_text().splitlines()
+        pins = pinned(clone.folder / ".venv")
         assert [pin for pin in pins if pin.startswith("torch==")] == ["torch==2.11.0"]
         assert any(pin.startswith("numpy==") for pin in pins)
 
@@ -126,11 +141,11 @@ class TestSetupWithDriver:
 
 
 def test_setup_says_what_to_do_without_a_new_enough_python(clone: Clone) -> None:
-    for version in ("", ".11", ".12", ".13"):
+    for version in ("", ".10", ".11", ".12", ".13"):
         clone.add(f"python3{version}", "#!/bin/sh\nexit 1\n")
     done, _ = clone.run("setup.sh")
     assert done.returncode != 0
-    assert "no Python 3.11 or newer" in done.stderr and "Install one" in done.stderr
+    assert "no Python 3.10 or newer" in done.stderr and "Install one" in done.stderr
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 4), (1, 1), (2, 2), (3, 2), (4, 4), (8, 8), (10, 8)])

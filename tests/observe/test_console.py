@@ -2,10 +2,16 @@
 
 import io
 import math
+import re
 import statistics
+from pathlib import Path
 
 import pytest
+import torch
 
+from dtron.models.families import FAMILIES
+from dtron.models.flops import attention_flops_per_token, flops_formula, flops_per_token, matmul_parameters
+from dtron.models.llama import Llama
 from dtron.observe.console import (
     EtaClock,
     format_step,
@@ -17,6 +23,7 @@ from dtron.observe.console import (
 )
 from dtron.observe.goodput import PARTS
 
+ROOT = Path(__file__).resolve().parents[2]
 ROW = {
     "step": 120,
     "loss": 4.83119,
@@ -150,10 +157,29 @@ def test_the_summary_tells_the_run_with_the_formula_of_its_mfu() -> None:
     assert lines["steps"] == "30" and lines["tokens"] == "245.8k" and lines["loss"] == "4.8312"
     assert lines["validation"] == "5.0000 (step 20; unigram entropy 7.2500)"
     assert lines["tokens/s"] == "14.0k", "the first row, with its warm-up, does not count"
-    assert lines["MFU"] == "41.0% = 7000 tokens/s/GPU x 5.79e+10 FLOPs/token / 9.895e+14 FLOP/s (dense bf16 peak)"
-    assert "6 x matmul parameters + 12 x layers x dim x seq_len" in text
+    assert lines["MFU"] == "41.0% = 7000 tokens/s/GPU x 5.79e+10 FLOPs per token / 9.895e+14 FLOP/s (dense bf16 peak)"
+    assert "6 x matmul parameters + 12 x layers x heads x head size x seq_len" in text
     assert lines["peak"] == "memory   3.00 GiB"
     assert lines["outputs"] == "outputs/run" and lines["resume"] == "with   torchrun train.py"
+
+
+def test_the_formula_of_mfu_is_what_the_code_computes() -> None:
+    """Of Qwen3, whose heads together are wider than its hidden size."""
+    config = FAMILIES["qwen3"]["0.6B"]
+    with torch.device("meta"):
+        model = Llama(config)
+    row = {**ROW, "step": 1, "mfu": 0.4, "tokens_per_s_per_gpu": 1.0}
+    (text,) = re.findall(r"token = (.*)", format_summary([row], "out", "cmd", flops_per_token=1.0, peak_flops=1.0))
+    sizes = {
+        "matmul parameters": matmul_parameters(model), "layers": config.n_layers, "head size": config.head_size,
+        "heads": config.n_heads, "dim": config.dim, "seq_len": 4096,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        text = text.replace(name, str(size))
+    assert eval(text.replace(" x ", " * ")) == flops_per_token(
+        model, config.n_layers, attention_flops_per_token(config, 4096)
+    )
+    assert flops_formula() in (ROOT / "docs" / "dashboard.md").read_text()
 
 
 def account(unix_s: float, **spent: float) -> dict[str, float]:

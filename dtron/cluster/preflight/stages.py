@@ -22,7 +22,7 @@ from dtron.cluster.preflight.machine import answer_clock, ask_clock, disk_write,
 from dtron.cluster.preflight.measure import OPS, Meter, dimensions
 from dtron.cluster.preflight.report import SCHEMA, assemble_dimensions, assemble_ranks, table, warnings_of
 from dtron.config import Config, HelpRequested, load, replace
-from dtron.errors import UserError
+from dtron.errors import UserError, quiet_broken_pipe
 from dtron.mesh import Degrees, Mesh, resolve_degrees
 from dtron.ranks.failure import exit_when_interrupted, exit_with_message, exit_with_traceback, tell_torchrun
 from dtron.ranks.logs import setup_logging
@@ -92,7 +92,8 @@ def main(given: argparse.Namespace) -> NoReturn:
         _end(world, guard, _conclude(world, guard, figures, given, plan, began))
     except HelpRequested as help_text:
         if rank == 0:
-            print(help_text)
+            with quiet_broken_pipe():
+                print(help_text)
         os._exit(0)
     except UserError as error:
         exit_with_message(rank, world, error)
