@@ -1,9 +1,9 @@
-"""How a run and whatever looks after it (a batch script, a sweep, a person) talk: small files in one folder.
+"""How a run and what monitors it (a batch script, a sweep, a person) communicate: small files in one folder.
 
     STOP        made by anybody, also in the run folder: save after this step and end
     HEARTBEAT   where the run is, the step it began at, and within how many seconds this file will change again
-    SAVED       stopped as it was asked to, and all of it is saved
-    DONE        training.steps is reached, or the evaluation told
+    SAVED       stopped as requested, and all of it is saved
+    DONE        training.steps is reached, or the evaluation has ended
     FAILED      why it ended otherwise
 
 All but STOP are one JSON object. The folder is job.control_folder, or else the run folder.
@@ -28,7 +28,7 @@ __all__ = ["LONG_S", "Control", "StopRequest", "kind_of"]
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 1.0  # between two looks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
+EVERY_S = 1.0  # between two checks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
 LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, loading, compiling, validation, writing out
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -81,7 +81,7 @@ class Control:
         return self._stop
 
     def saved(self, step: int, checkpoint: str, by: str) -> None:
-        """The run has stopped as it was asked to; by: what asked."""
+        """The run has stopped as requested; by: what requested it."""
         self._write("SAVED", {"step": step, "checkpoint": checkpoint, "by": by})
         for stop in self._stops:
             _forgiving(lambda path: path.unlink(missing_ok=True), stop)
@@ -135,8 +135,8 @@ def kind_of(error: BaseException) -> str:
     lost: another rank or machine went away.
     """
     text = str(error)
-    if told := getattr(error, "kind", ""):
-        return told
+    if kind := getattr(error, "kind", ""):
+        return kind
     if isinstance(error, FloatingPointError):
         return "nonfinite"
     if isinstance(error, OutOfMemoryError | MemoryError) or re.search(r"out of memory|can't allocate memory", text):
