@@ -7,7 +7,6 @@ the number of processes nor on how often the run was killed. The manifest comes 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -28,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, ShardWriter, TokenStore, open_store, write_json
+from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, ShardWriter, TokenStore, open_store
 from dtron.data.sources import Source, State
 from dtron.data.tokenizer import TextEncoder, read_tokenizer, train_bpe
 from dtron.errors import UserError
+from dtron.files import acquire_lock, write_atomically
 
 __all__ = ["Log", "build_once", "choose_encoder", "prepare", "prepare_cached"]
 
@@ -69,33 +69,46 @@ def prepare(
     """
     out = Path(out)
     recipe = {"source": source.fingerprint, "tokenizer": encoder.fingerprint, "shard_tokens": shard_tokens}
-    if _finished(out, recipe):
-        log(f"{out} is prepared already: nothing to do")
-        return open_store(out)
+    done = _finished(out, recipe)
     journal = _Journal(out, recipe)
     try:
-        with _lock(out):
-            journal.load()
-            try:
-                if journal.shards:
-                    log(f"going on after shard {len(journal.shards)}, {journal.tokens:,} tokens")
-                encoder.save(out)
-                batches = _read(source, journal.file, journal.state)
-                _write(journal, _encoded(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
-                if journal.has_no_text:
-                    raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
-                journal.finish(encoder, source)
-            except BaseException:
-                if journal.has_no_text:
-                    journal.discard()
-                raise
+        # A finished folder never changes, and may be read-only. One that is not may be finished by the time we have
+        # the lock, and the journal, which its finisher deleted, would then say that none of its shards is finished.
+        if not done:
+            with _lock(out):
+                done = _finished(out, recipe)
+                if not done:
+                    _fill(journal, source, encoder, processes, shard_tokens, log)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error}): {len(journal.shards)} shards with {journal.tokens:,} tokens are "
-            "finished; make room or mend its permissions and give the same command again, it goes on after them"
+            "finished; make room or fix its permissions and give the same command again, it resumes after them"
         ) from error
-    log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
+    if done:
+        log(f"{out} is prepared already: nothing to do")
+    else:
+        log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
     return open_store(out)
+
+
+def _fill(
+    journal: "_Journal", source: Source, encoder: TextEncoder, processes: int, shard_tokens: int, log: Log
+) -> None:
+    """Tokenize from where the journal of an unfinished folder says, up to the manifest."""
+    journal.load()
+    try:
+        if journal.shards:
+            log(f"resuming after shard {len(journal.shards)}, {journal.tokens:,} tokens")
+        encoder.save(journal.out)
+        batches = _read(source, journal.file, journal.state)
+        _write(journal, _encoded(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
+        if journal.has_no_text:
+            raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
+        journal.finish(encoder, source)
+    except BaseException:
+        if journal.has_no_text:
+            journal.discard()
+        raise
 
 
 def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | str, *, log: Log) -> TokenStore:
@@ -114,8 +127,8 @@ def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | st
         except InUseError:
             log(f"waiting for another process, which is tokenizing {source.name}")
             time.sleep(IN_USE_S)
-        except OSError:
-            if not final.is_dir():  # else another process was first: its content is the same
+        except (OSError, UserError):
+            if not final.is_dir():  # else another process was first and moved the folder: its content is the same
                 raise
             shutil.rmtree(partial, ignore_errors=True)
     return open_store(final)
@@ -194,16 +207,17 @@ def _check_recipe(out: Path, there: dict[str, Any], asked: dict[str, Any], holds
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder; UserError for the second."""
+    """Keep a second process out of the folder, made if need be; UserError for the second."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
+    with acquire_lock(
+        out / LOCK, lambda owner: InUseError(f"{out} is being prepared by {owner}: wait for it, or stop it")
+    ):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InUseError(f"{out} is being prepared by another process: wait for it, or end it") from error
-        except OSError:
-            pass  # a file system without locks: two processes at one folder are then the user's to avoid
-        yield
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
 
 
 class _Journal:
@@ -254,16 +268,14 @@ class _Journal:
     def _save(self) -> None:
         shards = [asdict(shard) for shard in self.shards]
         content = {"recipe": self.recipe, "shards": shards, "file": self.file, "state": self.state}
-        write_json(self.out / JOURNAL, content)
+        write_atomically(self.out / JOURNAL, json.dumps(content, indent=1), durable=True)
 
     def discard(self) -> None:
         """Leave nothing behind."""
         for path in self.out.glob("shard-*"):
             path.unlink()
-        for name in (JOURNAL, LOCK, "tokenizer.json", "tokenizer_config.json"):
+        for name in (JOURNAL, "tokenizer.json", "tokenizer_config.json"):
             (self.out / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what else is in it is not ours
-            self.out.rmdir()
 
     def finish(self, encoder: TextEncoder, source: Source) -> None:
         """The manifest in place of the journal."""
@@ -280,9 +292,8 @@ class _Journal:
             "recipe": self.recipe,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        write_json(self.out / MANIFEST, manifest)
-        for name in (JOURNAL, LOCK):
-            (self.out / name).unlink()
+        write_atomically(self.out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
+        (self.out / JOURNAL).unlink()
 
 
 # --- reading, encoding, writing
