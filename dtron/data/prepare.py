@@ -9,24 +9,19 @@ the number of processes nor on how often the run was killed. The manifest comes 
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-import queue
 import re
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dtron.data.encode import Encoded, SourcePosition, TextBatch, encode_in_order
 from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, ShardWriter, TokenStore, open_store
 from dtron.data.sources import Source, State
 from dtron.data.tokenizer import TextEncoder, read_tokenizer, train_bpe
@@ -36,9 +31,6 @@ from dtron.files import acquire_lock, write_atomically
 __all__ = ["Log", "build_once", "choose_encoder", "prepare", "prepare_cached"]
 
 Log = Callable[[str], None]
-Place = tuple[int, State]  # in a source: a file, and the reader's state from which to go on
-Encoded = tuple[np.ndarray, np.ndarray]  # documents' tokens one after another, the number of tokens of each
-Placed = tuple[list[Place], Encoded]  # the place after each of the documents
 
 LOCK = "prepare.lock"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: what a killed run may lose
@@ -101,7 +93,7 @@ def _fill(
             log(f"resuming after shard {len(journal.shards)}, {journal.tokens:,} tokens")
         encoder.save(journal.out)
         batches = _read(source, journal.file, journal.state)
-        _write(journal, _encoded(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
+        _write(journal, encode_in_order(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
         if journal.has_no_text:
             raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
         journal.finish(encoder, source)
@@ -260,9 +252,9 @@ class _Journal:
                 file.unlink()
         self._save()
 
-    def add(self, shard: Shard, place: Place) -> None:
+    def add(self, shard: Shard, position: SourcePosition) -> None:
         self.shards.append(shard)
-        self.file, self.state = place
+        self.file, self.state = position
         self._save()
 
     def _save(self) -> None:
@@ -299,110 +291,25 @@ class _Journal:
 # --- reading, encoding, writing
 
 
-@dataclass
-class _Batch:
-    texts: list[str]
-    places: list[Place]  # after each text
-
-
-def _read(source: Source, file: int, state: State | None) -> Iterator[_Batch]:
+def _read(source: Source, file: int, state: State | None) -> Iterator[TextBatch]:
     """Batches of about BATCH characters, from a place in the source on."""
-    batch, size = _Batch([], []), 0
+    batch, size = TextBatch([], []), 0
     for number in range(file, source.n_files):
         reader = source.read(number, state if number == file else None)
         for text in reader:
             batch.texts.append(text)
-            batch.places.append((number, reader.state()))
+            batch.positions.append((number, reader.state()))
             size += len(text)
             if size >= BATCH:
                 yield batch
-                batch, size = _Batch([], []), 0
+                batch, size = TextBatch([], []), 0
     if batch.texts:
         yield batch
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str]) -> Encoded:
-    documents = encoder.encode(texts)
-    return np.concatenate(documents), np.array([len(tokens) for tokens in documents], np.int64)
-
-
-def _encoded(batches: Iterator[_Batch], encoder: TextEncoder, processes: int) -> Generator[Placed, None, None]:
-    """(places, tokens) of every batch, in order."""
-    if processes == 1:
-        yield from ((batch.places, _encode(encoder, batch.texts)) for batch in batches)
-        return
-    workers = [_Worker(encoder) for _ in range(processes)]
-    waiting: deque[tuple[list[Place], _Worker]] = deque()
-    try:
-        for i, batch in enumerate(batches):
-            if len(waiting) == 2 * processes:  # one in work and one waiting for each
-                places, worker = waiting.popleft()
-                yield places, worker.receive()
-            workers[i % processes].send(batch.texts)
-            waiting.append((batch.places, workers[i % processes]))
-        for places, worker in waiting:
-            yield places, worker.receive()
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-class _Worker:
-    """A process that encodes lists of texts, in the order they are sent. It ends when its pipe does: with us."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the other workers' pipes
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(encoder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def send(self, texts: list[str]) -> None:
-        try:
-            self._pipe.send(texts)
-        except ConnectionError as error:
-            raise self._died() from error
-
-    def receive(self) -> Encoded:
-        try:
-            return self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            raise self._died() from error
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.join()
-
-    def _died(self) -> UserError:
-        self._process.join()
-        return UserError(
-            f"a worker process died (exit code {self._process.exitcode}; -9 is mostly the system, out of memory): what "
-            "is finished stays; give the same command again, with fewer --processes where memory is short"
-        )
-
-
-def _work(encoder: TextEncoder, pipe: Connection) -> None:
-    """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process is interrupted too, and closes the pipe
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    texts: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
-    # Always willing to receive: else both sides could wait for the other to take what it sends.
-    threading.Thread(target=_receive, args=(pipe, texts), daemon=True).start()
-    with contextlib.suppress(ConnectionError):
-        while (batch := texts.get()) is not None:
-            pipe.send(_encode(encoder, batch))
-
-
-def _receive(pipe: Connection, texts: "queue.SimpleQueue[list[str] | None]") -> None:
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            texts.put(pipe.recv())
-    texts.put(None)
-
-
 def _write(
     journal: _Journal,
-    encoded: Generator[Placed, None, None],
+    encoded: Generator[tuple[TextBatch, Encoded], None, None],
     shard_tokens: int,
     progress: "_Progress",
 ) -> None:
@@ -410,7 +317,7 @@ def _write(
     writer: ShardWriter | None = None
     try:
         with contextlib.closing(encoded):
-            for places, (tokens, lengths) in encoded:
+            for (_, positions), (tokens, lengths) in encoded:
                 ends = np.cumsum(lengths)
                 first = 0
                 while first < len(lengths):
@@ -420,12 +327,12 @@ def _write(
                     stop = min(int(full) + 1, len(lengths))
                     writer.add(tokens[start : ends[stop - 1]], lengths[first:stop])
                     if writer.n_tokens >= shard_tokens:
-                        journal.add(writer.finish(), places[stop - 1])
+                        journal.add(writer.finish(), positions[stop - 1])
                         writer = None
                     first = stop
-                progress(len(lengths), len(tokens), places[-1][0])
+                progress(len(lengths), len(tokens), positions[-1][0])
             if writer is not None:
-                journal.add(writer.finish(), places[-1])
+                journal.add(writer.finish(), positions[-1])
     except BaseException:
         if writer is not None:
             writer.abort()
