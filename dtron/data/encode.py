@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -63,6 +64,12 @@ def encode_in_order(
         while waiting:
             yield first()
     except BrokenProcessPool as error:
+        if sys.version_info < (
+            3,
+            11,
+            5,
+        ):  # else it waits forever for its feeder thread (cpython issue 94777)
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
         pool.shutdown()
         ended = {process.exitcode for process in context.started} - {0, -signal.SIGTERM}  # the pool ends the others
         raise UserError(
