@@ -19,7 +19,12 @@ FLOORS = [
     {"hf", "cluster"},
     {"__main__"},
 ]
-ANYWHERE = {"dtron", "compat", "errors"}  # may be imported from anywhere, and import nothing of dtron but each other
+ANYWHERE = {
+    "dtron",
+    "compat",
+    "errors",
+    "files",
+}  # may be imported from anywhere, and import nothing of dtron but each other
 LAZY = {"transformers", "datasets", "tokenizers", "tensorboard", "torchdata", "matplotlib"}
 
 
