@@ -4,8 +4,8 @@ World ranks are laid out row by row as (pp, dp_replicate, dp_shard, cp, tp): ten
 talks most, is innermost and stays inside a node; pipeline parallel, which talks least, is outermost.
 One 4-D DeviceMesh carries the parameters: FSDP shards over the data-parallel and context ranks
 together, because both hold different tokens and the same weights. Context parallel itself needs one
-group more. That is at most 6 groups a rank, the world included, whatever the layout: the data-parallel
-coordinates of the loader are arithmetic and need no group.
+group more. That is at most 6 groups per rank, the world included, whatever the layout: the data-parallel
+coordinates of the loader are arithmetic and need no group. A run that saves checkpoints has a seventh, for saving.
 An expert dimension would split the same world a second time, as context parallel does here.
 """
 

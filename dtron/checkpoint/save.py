@@ -30,7 +30,7 @@ from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["Saved", "Saver", "named_tensors", "reason", "write_checkpoint"]
+__all__ = ["Saved", "Saver", "check_optimizer_state", "named_tensors", "reason", "write_checkpoint"]
 
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 
@@ -58,6 +58,19 @@ def named_tensors(
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     yield f"optimizer.{canonical}.{key}", value, p
+
+
+def check_optimizer_state(model: ParallelModel, optimizers: list[torch.optim.Optimizer]) -> None:
+    """UserError if an optimizer keeps state that a checkpoint does not hold: all but tensors, and None."""
+    for name, p in model.named_parameters():
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                if not isinstance(value, Tensor | None):
+                    raise UserError(
+                        f"{type(optimizer).__name__} keeps {key} = {value!r} ({type(value).__name__}) for {name}, and "
+                        "checkpoints hold tensors only: a resume would lose it; let the optimizer keep it as a tensor, "
+                        "or set checkpoint.enable = false"
+                    )
 
 
 class Saver:

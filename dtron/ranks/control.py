@@ -46,6 +46,8 @@ class Control:
         self._beat: dict[str, Any] = {}
         self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
         self._stop = False
+        if rank == 0:
+            self._clear_outcome()  # here already: this attempt may fail before it starts
 
     def start_run(self, run_folder: Path | None, checkpoints: str = "") -> None:
         """A run begins: from here on there is a folder, and what the attempt before left is gone.
@@ -60,8 +62,12 @@ class Control:
             self._beat = {"run_folder": str(run_folder.absolute()), "checkpoints": checkpoints}
         if self._rank == 0:
             self._make()
-            for name in ("SAVED", "DONE", "FAILED"):
-                self._remove(name)
+            self._clear_outcome()
+
+    def _clear_outcome(self) -> None:
+        """Remove what the attempt before left, which would be taken for what becomes of this one."""
+        for name in ("SAVED", "DONE", "FAILED"):
+            self._remove(name)
 
     def heartbeat(self, phase: str, deadline_s: float, step: int = 0) -> None:
         """Write HEARTBEAT: `phase` at `step`; the next one comes within `deadline_s`. Cheap enough for every step."""
@@ -83,14 +89,14 @@ class Control:
     def saved(self, step: int, checkpoint: str, by: str) -> None:
         """The run has stopped as requested; by: what requested it."""
         self._write("SAVED", {"step": step, "checkpoint": checkpoint, "by": by})
-        for stop in self._stops:
-            _forgiving(lambda path: path.unlink(missing_ok=True), stop)
+        self._remove_stops()
 
     def done(self, step: int) -> None:
         """There is nothing left to do."""
         if self._rank == 0:
             self._make()
             self._write("DONE", {"step": step, **self._beat})
+            self._remove_stops()  # one that came too late must not stop a continuation with more steps
 
     def failed(self, error: BaseException) -> None:
         """Say why, on whichever rank. Of several that do, the first one's words stay."""
@@ -99,6 +105,10 @@ class Control:
         self._make()
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self._write("FAILED", {"kind": kind_of(error), "message": text, "rank": self._rank, **self._beat})
+
+    def _remove_stops(self) -> None:
+        for stop in self._stops:
+            _forgiving(lambda path: path.unlink(missing_ok=True), stop)
 
     def _make(self) -> None:
         if self._folder is not None:
@@ -113,6 +123,7 @@ class Control:
         if self._folder is None:
             return
         text = json.dumps({**row, "unix_s": time.time()}) + "\n"
+        # One draft per rank: of FAILED, several ranks may be writers.
         draft = self._folder / f".{name}-{self._rank}"
 
         def replace(path: Path) -> None:

@@ -1,9 +1,7 @@
 """Which folder a run writes to: resumed where the same run left checkpoints, fresh otherwise, never overwritten."""
 
 import dataclasses
-import fcntl
 import os
-import socket
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +13,7 @@ from dtron.config import Config, changed_keys, digest, flatten, load
 from dtron.config.keys import KEYS
 from dtron.config.sections import Changes, Checkpoint
 from dtron.errors import UserError
+from dtron.files import acquire_lock, write_atomically
 
 __all__ = [
     "LOCK",
@@ -22,7 +21,7 @@ __all__ = [
     "check_writable",
     "checkpoint_folder",
     "choose_run_folder",
-    "hold",
+    "lock_run_folder",
     "run_identity",
     "saves",
     "write_config",
@@ -36,7 +35,7 @@ class InUseError(UserError):
 
 
 LOCK = "run.lock"
-DRAFT = "config.partial"  # becomes an attempt's config.toml when it is whole
+DRAFT = "config.toml.partial"  # becomes an attempt's config.toml when it is whole
 
 
 @dataclasses.dataclass
@@ -109,8 +108,7 @@ def write_config(folder: Path, attempt: int, text: str) -> None:
 
     A kill leaves no half of it, which would be taken for another run's.
     """
-    (folder / DRAFT).write_text(text)
-    (folder / DRAFT).rename(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"))
+    write_atomically(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"), text)
 
 
 def _has_saved_nothing(folder: Path, own: Checkpoint) -> bool:
@@ -176,29 +174,15 @@ def _differences(config: Config, theirs: Config, changes: Collection[Changes]) -
     ]
 
 
-def hold(folder: Path) -> TextIO:
-    """Keep other runs out of a folder until this process ends, however it ends. UserError if there is one in it.
-
-    A POSIX lock: unlike that of flock, no forked worker keeps it.
-    """
-    file = (folder / LOCK).open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise InUseError(
+def lock_run_folder(folder: Path) -> TextIO:
+    """Keep other runs out of a folder until the file is closed or this process ends. UserError if one is in it."""
+    return acquire_lock(
+        folder / LOCK,
+        lambda owner: InUseError(
             f"{folder} is in use by {owner}: the same run is running there; wait for it, stop it, or set another "
             "job.dump_folder"
-        ) from None
-    except OSError:
-        return file  # a file system without locks: two runs in one folder are then the user's to avoid
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        ),
+    )
 
 
 def check_writable(folder: StoragePath, rank: int) -> None:

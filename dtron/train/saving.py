@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dtron import compat
 from dtron.checkpoint.export import export
-from dtron.checkpoint.save import Saved, Saver
+from dtron.checkpoint.save import Saved, Saver, check_optimizer_state
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config
 from dtron.errors import UserError
@@ -49,6 +49,11 @@ class Saving:
     def busy(self) -> bool:
         """A checkpoint is being written in the background."""
         return self._saver is not None and self._saver.busy
+
+    def first_step_done(self) -> None:
+        """The optimizers have state now. UserError if a checkpoint would not hold all of it."""
+        if self._saver is not None:
+            check_optimizer_state(self._step.model, self._step.optimizers)
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after optimizer step `step`."""

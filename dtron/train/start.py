@@ -15,7 +15,7 @@ from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 from dtron.ranks.agree import from_rank_0, raise_first_problem, warn_on_rank_0
 from dtron.ranks.world import World
-from dtron.train.folder import RunFolder, check_writable, checkpoint_folder, choose_run_folder, hold, saves
+from dtron.train.folder import RunFolder, check_writable, checkpoint_folder, choose_run_folder, lock_run_folder, saves
 from dtron.train.initial import load_weights
 from dtron.train.resolve import check_batch
 from dtron.train.setup import Setup
@@ -70,11 +70,11 @@ def _choose_and_lock(setup: Setup, locks: list[TextIO]) -> RunFolder:
     config = setup.config
     try:
         folder = choose_run_folder(config, setup.model_config)
-        locks.append(hold(folder.path))
+        locks.append(lock_run_folder(folder.path))
         local = checkpoint_folder(config.checkpoint, folder.path).local
         if saves(config.checkpoint) and "://" in config.checkpoint.folder and local is not None:
             local.mkdir(parents=True, exist_ok=True)
-            locks.append(hold(local))
+            locks.append(lock_run_folder(local))
     except OSError as error:
         raise UserError(f"job.dump_folder {config.job.dump_folder}: {error}") from None
     return folder

@@ -3,6 +3,7 @@
 They are wrapped by name; a test fails with AttributeError once there is no such function any more.
 """
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ MOMENTS: dict[str, list[Moment]] = {
         after(FileSystemReader, "read_data"),
         after(trainer, "load_start"),
         before(report, "write_config", rank_0=True),
-        before(Path, "rename", rank_0=True, when=draft),
+        before(os, "replace", rank_0=True, when=draft),
         before(report, "MetricsWriter", rank_0=True),
         after(trainer, "start_report"),
     ],

@@ -12,7 +12,7 @@ from dtron.checkpoint.load import resumable_steps
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
-from dtron.train.folder import check_writable, checkpoint_folder, choose_run_folder, hold, run_identity
+from dtron.train.folder import check_writable, checkpoint_folder, choose_run_folder, lock_run_folder, run_identity
 from dtron.train.resolve import resolve
 
 BASE = "--training.device cpu --checkpoint.enable"
@@ -190,7 +190,7 @@ def test_a_changed_run_is_told_by_the_changed_key(tmp_path: Path) -> None:
 
 def _held(folder: str, answers: Any) -> None:
     try:
-        hold(Path(folder))
+        lock_run_folder(Path(folder))
         answers.put("held")
     except UserError as error:
         answers.put(str(error))
@@ -206,12 +206,12 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
         process.join()
         return answers.get(timeout=10)
 
-    file = hold(tmp_path)
+    file = lock_run_folder(tmp_path)
     said = try_to_hold()
     assert f"is in use by process {os.getpid()} on " in said and "another job.dump_folder" in said
     file.close()
     assert try_to_hold() == "held"
-    hold(tmp_path)  # the process that held it has ended
+    lock_run_folder(tmp_path)  # the process that held it has ended
 
 
 def _check_as_nobody(folder: str, answers: Any) -> None:
