@@ -179,14 +179,13 @@ class Stage(PipelineStage):
         """Sent into a buffer of another dtype or size, hidden states would become NaN or end the process."""
         output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
         expected = self._hidden
-        if expected is not None and not self.is_last:
-            if (output.dtype, output.shape) != (expected.dtype, expected.shape):
-                raise ValueError(
-                    f"stage {self.stage_index} returns {output.dtype} {tuple(output.shape)}, but the next one expects "
-                    f"{expected.dtype} {tuple(expected.shape)}; register the model with a ModelSpec whose "
-                    "standard_hidden_states is False"
-                )
-        return output
+        if expected is None or self.is_last or (output.dtype, output.shape) == (expected.dtype, expected.shape):
+            return output
+        raise ValueError(
+            f"stage {self.stage_index} returns {output.dtype} {tuple(output.shape)}, but the next one expects "
+            f"{expected.dtype} {tuple(expected.shape)}; register the model with a ModelSpec whose "
+            "standard_hidden_states is False"
+        )
 
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
         """2.11 only, whose check is of the last stage's output too."""
@@ -194,7 +193,7 @@ class Stage(PipelineStage):
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """2.11 only: messages that open connections. A rank cannot send to itself with gloo, and needs not."""
+        """2.11 only: messages that open connections. With gloo a rank cannot send to itself, nor does it need to."""
         messages = super()._get_init_p2p_neighbors_ops() if self._hidden is None else []
         return [message for message in messages if message.group_peer != self.group_rank]
 
@@ -247,9 +246,7 @@ def csv_actions(rows: Sequence[Sequence[str]]) -> list[list[tuple[int, str, int]
 class CsvSchedule(_PipelineScheduleRuntime):
     """A schedule whose compute actions are rows of cells, one row per pipeline rank."""
 
-    def __init__(
-        self, stages: list[Stage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any
-    ) -> None:
+    def __init__(self, stages: list[Stage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any) -> None:
         super().__init__(stages, n_microbatches, **kwargs)
         self.pipeline_order = {
             rank: [_Action.from_str(cell.strip()) for cell in row if cell.strip()] for rank, row in enumerate(rows)
