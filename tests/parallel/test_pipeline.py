@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity.layout import CPU, Case, build_config, csv_file, local, local_batches
-from parity.single import MODELS
+from parity.single import MODELS, SEQ
 from parity.table import CSV, PP2, PP2_FSDP2, PP2_TP2, QUARTERS, schedule
 from ranks import RankError, Ranks, _end
 from torch import Tensor
@@ -143,22 +143,28 @@ def test_a_csv_schedule_that_is_not_there_is_named(tmp_path: Path):
 # --- the shape of hidden states: given, or found by the stages
 
 
-def build(case: Case, given: bool, dtype: str = "bfloat16") -> tuple[ParallelModel, tuple[Tensor, ...]]:
-    """This rank's part of a model and a batch for it. given: the stages are given the shape of the hidden states."""
+Batch = tuple[Tensor, ...]
+
+
+def build(case: Case, given: bool) -> tuple[ParallelModel, Batch, Batch]:
+    """This rank's part of a model, a batch to train on and one of shorter sequences to evaluate.
+
+    given: the stages are given the shape of the hidden states.
+    """
     config = build_config(case)
-    config.training.mixed_precision_param = dtype
+    config.training.mixed_precision_param, config.validation.seq_len = "bfloat16", SEQ // 2
     spec = replace(registry.look_up("model", "llama3", ""), standard_hidden_states=given)
     with csv_file(case, config):
         mesh = Mesh(case.degrees, "cpu")
         model = parallelize(spec, MODELS[case.model], config, mesh, CPU, registry.cross_entropy, [])
     model.loss.valid_tokens, (batch,) = local_batches(0, case, mesh, True)
-    return model, batch
+    return model, batch, tuple(t[:, : SEQ // 2] for t in batch)
 
 
 def results(case: Case, given: bool) -> dict[str, Any]:
     """Losses and gradients of an evaluation and a training batch."""
-    model, batch = build(case, given)
-    losses = {"evaluated": model.evaluate(*batch).item(), "loss": model.forward_backward(*batch, last=True).item()}
+    model, batch, shorter = build(case, given)
+    losses = {"evaluated": model.evaluate(*shorter).item(), "loss": model.forward_backward(*batch, last=True).item()}
     return losses | {name: local(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -189,8 +195,8 @@ def given_another_dtype(evaluate: bool) -> None:
         return tuple(hidden.float() for hidden in hidden_states(*args))
 
     with patch.object(compose, "_hidden_states", wrong):
-        model, batch = build(Case("1F1B", PP2), True)
-    model.evaluate(*batch) if evaluate else model.forward_backward(*batch, last=True)
+        model, batch, shorter = build(Case("1F1B", PP2), True)
+    model.evaluate(*shorter) if evaluate else model.forward_backward(*batch, last=True)
 
 
 @pytest.mark.parametrize("evaluate", [False, True])
@@ -204,11 +210,12 @@ def messages_on_a_fake_group(rank: int, name: str) -> list[int]:
     degrees = Degrees(pp=4, tp=2)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
     try:
-        model, batch = build(Case(name, degrees, schedule(name), "deep"), True)
-        train, counts = partial(model.forward_backward, last=True), []
-        for step in (train, train, model.evaluate, model.evaluate):
+        model, batch, shorter = build(Case(name, degrees, schedule(name), "deep"), True)
+        train, evaluate = partial(model.forward_backward, *batch, last=True), partial(model.evaluate, *shorter)
+        counts = []
+        for step in (train, train, evaluate, evaluate):
             with patch.object(dist, "P2POp", side_effect=dist.P2POp) as messages:
-                step(*batch)
+                step()
             counts.append(messages.call_count)
         return counts
     finally:
