@@ -77,7 +77,7 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-# --- ring attention: torch's own, 2.13 (2.11: same module path); waits for a public module style and a CPU handler.
+# --- ring attention: torch's own, 2.11 and 2.13; waits for a public module style and a CPU handler.
 # The public manager context_parallel() shards buffers and patches F.scaled_dot_product_attention for the
 # whole process, and its gradients are silently wrong when the backward runs outside of it; the module
 # style below is the same ring without the patch.
@@ -137,7 +137,7 @@ def _ring_backward(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-# --- an all-gather with a gradient, 2.13 (the other name is that of 2.11 and 2.12); waits for a public one.
+# --- an all-gather with a gradient, 2.11 and 2.13 (the other name is that of 2.11 and 2.12); waits for a public one.
 
 _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
 
@@ -147,7 +147,7 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
     return _gather(tensor, dim, mesh)
 
 
-# --- an all-gather without one, under its public name of 2.13; the other is that of 2.11 and 2.12, deprecated since.
+# --- an all-gather without one, 2.11 and 2.13, under its public name of 2.13; the other is that of 2.11 and 2.12, deprecated since.
 
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -301,8 +301,8 @@ def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-# --- the flight recorder, 2.13 on CPU; names of 2.11 and of NCCL builds read from the source, not run here. Waits for
-# a public one.
+# --- the flight recorder, 2.11 and 2.13 on CPU; names of NCCL builds read from the source, not run here. Waits for a
+# public one.
 
 _RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the second is the older name
 # gloo and NCCL have a recorder each: these are not two names of one.
@@ -370,7 +370,7 @@ def another_connection(store: dist.Store) -> dist.Store:
 
 
 def compile_without_autograd_cache() -> None:
-    """Turn off the cache of whole compiled functions; inductor's cache of kernels, the dear part, stays on.
+    """Turn off the cache of whole compiled functions; inductor's cache of kernels, the expensive part, stays on.
 
     Its key leaves out the names of process groups. They differ from rank to rank and from layout to layout,
     so a rank could find on disk a function that calls a group it is not in (seen with the compiled loss
