@@ -147,7 +147,7 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
     return _gather(tensor, dim, mesh)
 
 
-# --- an all-gather without one, 2.11 and 2.13, under its public name of 2.13; the other is that of 2.11 and 2.12, deprecated since.
+# --- an all-gather without one, 2.11 and 2.13, under its public name of 2.13; the other is deprecated since.
 
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

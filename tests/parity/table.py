@@ -44,8 +44,8 @@ PP2_FSDP2, PP2_TP2, PP2_CP2 = Degrees(2, dp_shard=2), Degrees(2, tp=2), Degrees(
 PP2_HSDP = Degrees(2, 2, 2)
 FOUR_D = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
 
-# Every layout with nothing else changed; the most expensive with two layers, which tests/checkpoint/test_resume.py and the
-# long case of 32 ranks train with four.
+# Every layout with nothing else changed; the most expensive with two layers, which tests/checkpoint/test_resume.py and
+# the long case of 32 ranks train with four.
 # The last needs 32 processes.
 LAYOUTS = [
     Case("one", ONE),
