@@ -3,7 +3,7 @@
 How a checkpoint meets another layout: tensors are saved as DTensors under the plain model's names
 (`save.named_tensors`), so DCP's index knows which part of the whole tensor each file holds. To load, this rank's
 tensors of the layout at hand are given to DCP under the same names; it reads into them the parts that overlap. No
-tensor is gathered. Everything else, the step and the samples consumed, is in the manifest and knows no layout.
+tensor is gathered. Everything else, the step and the samples consumed, is in the manifest, the same for every layout.
 """
 
 import fnmatch
