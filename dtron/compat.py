@@ -374,7 +374,7 @@ def another_connection(store: Any) -> Any:
 
 
 def compile_without_autograd_cache() -> None:
-    """Turn off the cache of whole compiled functions; inductor's cache of kernels, the dear part, stays on.
+    """Turn off the cache of whole compiled functions; inductor's cache of kernels, the expensive part, stays on.
 
     Its key leaves out the names of process groups. They differ from rank to rank and from layout to layout,
     so a rank could find on disk a function that calls a group it is not in (seen with the compiled loss

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf
 from dtron.checkpoint.files import ASSETS, WRITTEN
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import reason
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.ranks.agree import from_rank_0, raise_first_problem
 
@@ -35,7 +35,7 @@ FILE_BYTES = 5 * 10**9  # of one safetensors file, as transformers has it
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
-def assets_of(folder: Place) -> dict[str, bytes]:
+def assets_of(folder: StoragePath) -> dict[str, bytes]:
     """The files beside the weights: config.json, the tokenizer and their like."""
     return {name: (folder / name).read() for name in folder.names() if name in ASSETS}
 
@@ -64,7 +64,7 @@ def _is_ours(name: str) -> bool:
 def replacing(out: Path, force: bool) -> Iterator[Path]:
     """A new folder beside `out`, which takes its place at the end, or is deleted where that is not reached.
 
-    Its name is no one else's. What lay in `out` is deleted last. UserError, as of `check_out`, for what has appeared
+    Its name is no one else's. What was in `out` is deleted last. UserError, as of `check_out`, for what has appeared
     there meanwhile.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _umask() -> int:
 
 
 def export(
-    checkpoint: Place,
+    checkpoint: StoragePath,
     out: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: ExportDtype | None,
@@ -141,7 +141,7 @@ Plan = list[dict[str, tuple[tuple[int, ...], torch.dtype]]]  # of each file: nam
 
 
 def _plan(
-    checkpoint: Place,
+    checkpoint: StoragePath,
     out: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: ExportDtype | None,
@@ -171,7 +171,9 @@ def _file_name(number: int, of: int) -> str:
     return hf.SINGLE if of == 1 else f"model-{number + 1:05}-of-{of:05}.safetensors"
 
 
-def _write_file(checkpoint: Place, file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+def _write_file(
+    checkpoint: StoragePath, file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
     from safetensors.torch import save_file
 
     state: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
@@ -184,8 +186,8 @@ def _write_file(checkpoint: Place, file: Path, tensors: Mapping[str, tuple[tuple
     save_file({hf.their_name(name): tensor for name, tensor in state.items()}, file, metadata={"format": "pt"})
 
 
-def _finish(checkpoint: Place, partial: Path, plan: Plan) -> None:
-    """On rank 0, when all files are written: what lies beside the weights."""
+def _finish(checkpoint: StoragePath, partial: Path, plan: Plan) -> None:
+    """On rank 0, when all files are written: the files beside the weights."""
     for name, content in assets_of(checkpoint).items():
         (partial / name).write_bytes(content)
     config = json.loads((partial / "config.json").read_text(encoding="utf-8"))

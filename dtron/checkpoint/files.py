@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 
 __all__ = [
@@ -30,13 +30,13 @@ __all__ = [
     "find_damage",
     "holds_checkpoints",
     "read_manifest",
-    "set_aside",
+    "quarantine",
     "steps_in",
 ]
 
 MANIFEST = "dtron.json"
 FORMAT = 1
-# What lies beside the weights of a Hugging Face model, and is carried through checkpoints as it is.
+# The files beside the weights of a Hugging Face model, which checkpoints carry unchanged.
 ASSETS = (
     "config.json",
     "generation_config.json",
@@ -95,7 +95,7 @@ def _checksum(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def read_manifest(checkpoint: Place) -> Manifest:
+def read_manifest(checkpoint: StoragePath) -> Manifest:
     """The manifest of a checkpoint. DamagedError if it is missing or damaged, UserError if it cannot be read."""
     try:
         body = json.loads((checkpoint / MANIFEST).read())
@@ -116,14 +116,14 @@ def read_manifest(checkpoint: Place) -> Manifest:
         raise DamagedError(f"{checkpoint / MANIFEST} is damaged or not dtron's: {error}") from None
 
 
-def steps_in(folder: Place) -> list[int]:
+def steps_in(folder: StoragePath) -> list[int]:
     """Steps of everything in `folder` that is named like a finished checkpoint, ascending, whole or not."""
     named = {name: name.removeprefix("step-") for name in folder.names() if name.startswith("step-")}
     steps = sorted(int(step) for step in named.values() if step.isdecimal() and step == str(int(step)))
     return steps if folder.local else [step for step in steps if (folder / f"step-{step}" / MANIFEST).exists()]
 
 
-def holds_checkpoints(folder: Place) -> bool:
+def holds_checkpoints(folder: StoragePath) -> bool:
     """Whether a run has ever finished one here, whatever became of it."""
     return bool(steps_in(folder)) or any(
         step.isdecimal() and rest.startswith("damaged")
@@ -131,7 +131,7 @@ def holds_checkpoints(folder: Place) -> bool:
     )
 
 
-def find_damage(checkpoint: Place, files: Iterable[tuple[str, tuple[int, int]]]) -> list[str]:
+def find_damage(checkpoint: StoragePath, files: Iterable[tuple[str, tuple[int, int]]]) -> list[str]:
     """What is wrong with these files of a manifest, each with its name; nothing if all are as they were written.
 
     OSError if one cannot be read, which is no damage.
@@ -150,7 +150,7 @@ def find_damage(checkpoint: Place, files: Iterable[tuple[str, tuple[int, int]]])
     return problems
 
 
-def set_aside(checkpoint: Place) -> Place:
+def quarantine(checkpoint: StoragePath) -> StoragePath:
     """Rename a damaged checkpoint, so that its step can be saved again; nothing of it is deleted."""
     taken = set(checkpoint.parent.names())
     names = (f"{checkpoint.name}.damaged" + (f"-{i}" if i > 1 else "") for i in range(1, len(taken) + 2))
@@ -159,7 +159,7 @@ def set_aside(checkpoint: Place) -> Place:
     return target
 
 
-def clean(folder: Place) -> None:
+def clean(folder: StoragePath) -> None:
     """Delete what a killed run left unfinished: checkpoints half written or half deleted."""
     for name in folder.names():
         step, _, rest = name.removeprefix("step-").partition(".")
@@ -169,7 +169,7 @@ def clean(folder: Place) -> None:
             (folder / name).remove()
 
 
-def delete_old(folder: Place, keep_latest: int, keep_every: int) -> list[str]:
+def delete_old(folder: StoragePath, keep_latest: int, keep_every: int) -> list[str]:
     """Delete all but the latest `keep_latest` (0: all are kept) and those of every `keep_every`-th step (0: no others).
 
     Only checkpoints that a run could resume from are counted, and deleted. One that holds a file dtron did not write
@@ -177,25 +177,25 @@ def delete_old(folder: Place, keep_latest: int, keep_every: int) -> list[str]:
     """
     if not keep_latest:
         return []
-    told, whole = [], []
+    warnings, whole = [], []
     for step in steps_in(folder):
         try:
             manifest = read_manifest(folder / f"step-{step}")
         except DamagedError:
-            continue  # kept for whoever wants to look at it
+            continue  # kept, for whoever wants to inspect it
         if not manifest.progress.model_only:
             whole.append((step, manifest))
     for step, manifest in whole[:-keep_latest]:
         if keep_every and step % keep_every == 0:
             continue
         try:
-            told += _delete(folder / f"step-{step}", manifest)
+            warnings += _delete(folder / f"step-{step}", manifest)
         except OSError as error:
-            told.append(f"{folder}/step-{step} could not be deleted: {error}")
-    return told
+            warnings.append(f"{folder}/step-{step} could not be deleted: {error}")
+    return warnings
 
 
-def _delete(checkpoint: Place, manifest: Manifest) -> list[str]:
+def _delete(checkpoint: StoragePath, manifest: Manifest) -> list[str]:
     """First out of sight, so that a kill in between leaves no half checkpoint under the name of a whole one."""
     if checkpoint.local and checkpoint.local.is_symlink():
         return [f"{checkpoint} is kept: it is a link, which dtron did not make"]

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 
 __all__ = [
@@ -67,7 +67,7 @@ def is_hf(names: list[str]) -> bool:
     return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
 
 
-def local(folder: Place) -> Path:
+def local(folder: StoragePath) -> Path:
     """UserError where a folder is behind a URL: safetensors are read through memory maps."""
     if (path := folder.local) is None:
         raise UserError(f"{folder}: Hugging Face folders are read from local disks only; copy it to one")
@@ -99,7 +99,7 @@ def entries_of(folder: Path) -> dict[str, Entry]:
     elif (folder / SINGLE).is_file():
         weight_map, files = {}, [SINGLE]
     else:
-        loose = ", which tells what is in the others there" if any(folder.glob("model-*.safetensors")) else ""
+        loose = ", the index of the others there" if any(folder.glob("model-*.safetensors")) else ""
         raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{loose}")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
@@ -146,26 +146,26 @@ def check_fits(
     shapes: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     excluded: Callable[[str], bool] = lambda name: False,
-    mend: str = "its config.json is of another model",
+    hint: str = "its config.json is of another model",
 ) -> None:
     """UserError unless `where` has just the tensors of the model, each in its shape.
 
     shapes, expected: by our names, there and in the plain model. excluded: whether a weight is left out on purpose.
-    A head that a tied model has no use for may be there. mend: what to do.
+    A head that a tied model has no use for may be there. hint: what to do.
     """
     for name, shape in expected.items():
         if excluded(name):
             continue
         if name not in shapes:
-            raise UserError(f"{where} does not fit this model: it has no {their_name(name)}; {mend}")
+            raise UserError(f"{where} does not fit this model: it has no {their_name(name)}; {hint}")
         if shapes[name] != shape:
             raise UserError(
                 f"{where} does not fit this model: {their_name(name)} is {list(shapes[name])} there and {list(shape)} "
-                f"in the model; {mend}"
+                f"in the model; {hint}"
             )
     spare = {HEAD} if HEAD not in expected else set()
     if more := sorted(set(shapes) - set(expected) - spare):
-        raise UserError(f"{where} does not fit this model, which has no {their_name(more[0])}; {mend}")
+        raise UserError(f"{where} does not fit this model, which has no {their_name(more[0])}; {hint}")
 
 
 def check_tied(folder: Path, entries: Mapping[str, Entry], tied: bool) -> None:

@@ -22,12 +22,12 @@ from dtron.checkpoint.files import (
     Manifest,
     find_damage,
     holds_checkpoints,
+    quarantine,
     read_manifest,
-    set_aside,
     steps_in,
 )
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import named_tensors
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 from dtron.ranks.agree import from_all_ranks, from_rank_0, raise_first_problem, warn_on_rank_0
@@ -50,7 +50,7 @@ METADATA = ".metadata"
 Kind = Literal["dtron", "torchtitan", "hf"]  # of a checkpoint: whose
 
 
-def check_source(checkpoint: Place) -> None:
+def check_source(checkpoint: StoragePath) -> None:
     """UserError unless weights can be loaded from `checkpoint`: one of dtron's, torchtitan's or Hugging Face's."""
     key = "checkpoint.initial_load_path"
     try:
@@ -71,7 +71,7 @@ def check_source(checkpoint: Place) -> None:
         raise UserError(f"{key}: {checkpoint} cannot be read: {error}") from None
 
 
-def kind_of(checkpoint: Place) -> Kind | None:
+def kind_of(checkpoint: StoragePath) -> Kind | None:
     """Whose weights lie there. UserError if DCP's index there is damaged, or neither dtron's nor torchtitan's."""
     names = checkpoint.names()
     if MANIFEST in names:
@@ -81,7 +81,7 @@ def kind_of(checkpoint: Place) -> Kind | None:
     return "hf" if hf.is_hf(names) else None
 
 
-def _check_torchtitan(checkpoint: Place) -> Literal["torchtitan"]:
+def _check_torchtitan(checkpoint: StoragePath) -> Literal["torchtitan"]:
     try:
         names = checkpoint.reader().read_metadata().state_dict_metadata
     except Exception as error:  # a pickle that is damaged may raise anything
@@ -92,7 +92,7 @@ def _check_torchtitan(checkpoint: Place) -> Literal["torchtitan"]:
 
 
 def load_initial(
-    checkpoint: Place,
+    checkpoint: StoragePath,
     model: ParallelModel,
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str],
@@ -121,40 +121,40 @@ def load_initial(
 
     if kind == "hf" and optimizers:
         raise UserError(f"{checkpoint} holds no optimizer state; set checkpoint.initial_load_model_only = true")
-    mend = "choose the dimensions of its config.json: model.hf_config_path, and no keys that override it"
-    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, mend)) if kind == "hf" else {}
+    hint = "choose the dimensions of its config.json: model.hf_config_path, and no keys that override it"
+    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, hint)) if kind == "hf" else {}
     _fill(checkpoint, model, optimizers, exclude, read)
 
 
 def fitting_entries(
-    checkpoint: Place,
+    checkpoint: StoragePath,
     whole: nn.Module,
     excluded: Callable[[str], bool] = lambda name: False,
-    mend: str = "its config.json is of another model",
+    hint: str = "its config.json is of another model",
 ) -> dict[str, hf.Entry]:
     """What a Hugging Face folder holds. UserError if it is not all there, or not this model's."""
     folder = hf.local(checkpoint)
     entries = hf.entries_of(folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
-    hf.check_fits(checkpoint, {name: entry.shape for name, entry in entries.items()}, expected, excluded, mend)
+    hf.check_fits(checkpoint, {name: entry.shape for name, entry in entries.items()}, expected, excluded, hint)
     hf.check_tied(folder, entries, tied=hf.HEAD not in expected)
     return entries
 
 
-def resumable_steps(folder: Place) -> list[int]:
+def resumable_steps(folder: StoragePath) -> list[int]:
     """Steps that a run may resume from, or would have: all but those with weights only. Descending."""
     steps = []
     for step in reversed(steps_in(folder)):
         try:
             resumable = not read_manifest(folder / f"step-{step}").progress.model_only
         except DamagedError:
-            resumable = True  # told when it is its turn
+            resumable = True  # reported when it is its turn
         if resumable:
             steps.append(step)
     return steps
 
 
-def find_good(folder: Place, load_step: int, keep: bool) -> Manifest | None:
+def find_good(folder: StoragePath, load_step: int, keep: bool) -> Manifest | None:
     """On all ranks: the newest checkpoint in `folder` that is as it was written; None if there is none at all.
 
     One that is damaged is named, and the one before it is looked at; once a good one is found, the damaged ones are set
@@ -170,7 +170,7 @@ def find_good(folder: Place, load_step: int, keep: bool) -> Manifest | None:
                 f"that is there ({there}), or to -1 for the newest"
             )
         steps = [load_step]
-    damaged: list[Place] = []
+    damaged: list[StoragePath] = []
     for step in steps:
         checkpoint = folder / f"step-{step}"
         try:
@@ -182,7 +182,7 @@ def find_good(folder: Place, load_step: int, keep: bool) -> Manifest | None:
             damaged.append(checkpoint)
             continue
         for checkpoint in [] if keep else damaged:
-            target = from_rank_0(lambda: set_aside(checkpoint))  # noqa: B023 - called at once
+            target = from_rank_0(lambda: quarantine(checkpoint))  # noqa: B023 - called at once
             warn_on_rank_0(f"{checkpoint} is kept as {target.name}")
         return manifest
     only_damaged: bool = from_rank_0(lambda: holds_checkpoints(folder) and not steps_in(folder))
@@ -194,7 +194,7 @@ def find_good(folder: Place, load_step: int, keep: bool) -> Manifest | None:
     return None
 
 
-def newest_without_state(folder: Place) -> int | None:
+def newest_without_state(folder: StoragePath) -> int | None:
     """Step of the newest checkpoint that holds the weights only: the end of a run, which cannot be resumed."""
     for step in reversed(steps_in(folder)):
         try:
@@ -205,7 +205,7 @@ def newest_without_state(folder: Place) -> int | None:
     return None
 
 
-def verify_on_all_ranks(checkpoint: Place) -> Manifest:
+def verify_on_all_ranks(checkpoint: StoragePath) -> Manifest:
     """The manifest of a checkpoint whose files are as they were written. Each rank reads a share of them.
 
     DamagedError, naming the files, or UserError, if one cannot be read, on all ranks.
@@ -226,7 +226,7 @@ def verify_on_all_ranks(checkpoint: Place) -> Manifest:
 
 
 def load(
-    checkpoint: Place,
+    checkpoint: StoragePath,
     model: ParallelModel,
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str] = (),
@@ -245,7 +245,7 @@ def load(
 
 
 def _fill(
-    checkpoint: Place,
+    checkpoint: StoragePath,
     model: ParallelModel,
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str],
@@ -288,7 +288,7 @@ def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(parameter, pattern) for pattern in patterns)
 
 
-def _check_fits(checkpoint: Place, reader: Any, tensors: dict[str, Tensor]) -> None:
+def _check_fits(checkpoint: StoragePath, reader: Any, tensors: dict[str, Tensor]) -> None:
     """UserError on all ranks if any rank's tensors are not all in the checkpoint, each in its shape."""
     saved = reader.read_metadata().state_dict_metadata
     problem = ""

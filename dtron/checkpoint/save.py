@@ -1,4 +1,4 @@
-"""Saving: every rank its own shards, through torch.distributed.checkpoint (DCP), beside the training or in its way.
+"""Saving: every rank its own shards, through torch.distributed.checkpoint (DCP), in the background or not.
 
 The names know no layout: `model.<parameter>` and `optimizer.<parameter>.<state>`, as in the plain model; the second
 copy of a tied parameter is saved under the first one's name. A checkpoint gets its final name when the files of all
@@ -25,19 +25,19 @@ from torch.futures import Future as TorchFuture
 
 from dtron import compat
 from dtron.checkpoint.files import MANIFEST, Manifest, Progress, delete_old
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["Saved", "Saver", "named_tensors", "reason", "write_checkpoint"]
+__all__ = ["Saved", "Saver", "check_optimizer_state", "named_tensors", "reason", "write_checkpoint"]
 
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 
 
 @dataclass
 class Saved:
-    """How a save ended. `stall_s`: training stood still; `save_s`: until all was durable; `error`: why it failed."""
+    """How a save ended. `stall_s`: training stalled for; `save_s`: until all was durable; `error`: why it failed."""
 
     step: int
     stall_s: float
@@ -60,15 +60,28 @@ def named_tensors(
                     yield f"optimizer.{canonical}.{key}", value, p
 
 
+def check_optimizer_state(model: ParallelModel, optimizers: list[torch.optim.Optimizer]) -> None:
+    """UserError if an optimizer keeps state that a checkpoint does not hold: all but tensors, and None."""
+    for name, p in model.named_parameters():
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                if not isinstance(value, Tensor | None):
+                    raise UserError(
+                        f"{type(optimizer).__name__} keeps {key} = {value!r} ({type(value).__name__}) for {name}, and "
+                        "checkpoints hold tensors only: a resume would lose it; let the optimizer keep it as a tensor, "
+                        "or set checkpoint.enable = false"
+                    )
+
+
 class Saver:
     """Writes the checkpoints of one run into `folder`, one at a time. Make it, and call it, on all ranks alike.
 
-    assets: files to lie in every checkpoint, by name; those of rank 0 count.
+    assets: files for every checkpoint, by name; those of rank 0 count.
     """
 
-    def __init__(self, folder: Place, config: Checkpoint, assets: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, folder: StoragePath, config: Checkpoint, assets: Mapping[str, bytes] | None = None) -> None:
         self._folder, self._config, self._assets = folder, config, assets or {}
-        # Saves talk through a group of their own: beside the training, and with all the time that disks need.
+        # Saves communicate through a group of their own: in the background, and with all the time that disks need.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT, group_desc=compat.OWN_TIMEOUT)
         self._background = config.async_mode != "disabled"
         self._copies = _Copies(pinned=config.async_mode == "async_with_pinned_mem")
@@ -85,7 +98,7 @@ class Saver:
     ) -> list[Saved]:
         """Save; optimizers None: weights only. Returns what became of the save before, and of this one if it is over.
 
-        A save that is still running is waited for. In the background this one goes on after the return, from copies.
+        A save that is still running is waited for. In the background this one continues after the return, from copies.
         """
         ended = self.wait()
         began = time.perf_counter()
@@ -119,7 +132,7 @@ class Saver:
         try:
             saved.bytes, saved.save_s, warnings = future.result()
             saved.warnings = tuple(warnings)
-        # Whatever went wrong, the training goes on and the user is told. DCP's own error is no Exception.
+        # Whatever went wrong, the training continues and the user is warned. DCP's own error is no Exception.
         except (Exception, CheckpointException) as error:
             saved.error = reason(error)
         saved.stall_s += time.perf_counter() - began
@@ -141,7 +154,7 @@ class Saver:
 
 
 def write_checkpoint(
-    final: Place,
+    final: StoragePath,
     tensors: dict[str, Tensor],
     manifest: Manifest,
     assets: Mapping[str, bytes],
@@ -199,7 +212,7 @@ class _Copies:
 
 @dataclass(frozen=True)
 class _Written(WriteResult):
-    """What DCP tells its coordinator of each tensor, and of the file it lies in: bytes and CRC-32."""
+    """What DCP reports to its coordinator of each tensor, and of the file that holds it: bytes and CRC-32."""
 
     file: str
     file_bytes: int
@@ -209,8 +222,8 @@ class _Written(WriteResult):
 class _Verified:
     """Of a DCP writer: read back and sum up what was written; the coordinator writes the manifest, then the name."""
 
-    partial: Place
-    final: Place
+    partial: StoragePath
+    final: StoragePath
     manifest: Manifest
     assets: Mapping[str, bytes]
 
@@ -261,7 +274,7 @@ class _UrlWriter(_Verified, compat.FsspecWriter):  # type: ignore[misc]
     pass
 
 
-def _writer(partial: Place, final: Place, manifest: Manifest, assets: Mapping[str, bytes]) -> Any:
+def _writer(partial: StoragePath, final: StoragePath, manifest: Manifest, assets: Mapping[str, bytes]) -> Any:
     writer: Any = _LocalWriter(str(partial.local)) if partial.local else _UrlWriter(partial.url)
     writer.partial, writer.final, writer.manifest, writer.assets = partial, final, manifest, assets
     return writer

@@ -7,38 +7,30 @@ the number of processes nor on how often the run was killed. The manifest comes 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import queue
 import re
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, ShardWriter, TokenStore, open_store, write_json
+from dtron.data.encode import Encoded, SourcePosition, TextBatch, encode_in_order
+from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, ShardWriter, TokenStore, open_store
 from dtron.data.sources import Source, State
 from dtron.data.tokenizer import TextEncoder, read_tokenizer, train_bpe
 from dtron.errors import UserError
+from dtron.files import acquire_lock, write_atomically
 
 __all__ = ["Log", "build_once", "choose_encoder", "prepare", "prepare_cached"]
 
 Log = Callable[[str], None]
-Place = tuple[int, State]  # in a source: a file, and the reader's state from which to go on
-Encoded = tuple[np.ndarray, np.ndarray]  # documents' tokens one after another, the number of tokens of each
-Placed = tuple[list[Place], Encoded]  # the place after each of the documents
 
 LOCK = "prepare.lock"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: what a killed run may lose
@@ -69,33 +61,46 @@ def prepare(
     """
     out = Path(out)
     recipe = {"source": source.fingerprint, "tokenizer": encoder.fingerprint, "shard_tokens": shard_tokens}
-    if _finished(out, recipe):
-        log(f"{out} is prepared already: nothing to do")
-        return open_store(out)
+    done = _finished(out, recipe)
     journal = _Journal(out, recipe)
     try:
-        with _lock(out):
-            journal.load()
-            try:
-                if journal.shards:
-                    log(f"going on after shard {len(journal.shards)}, {journal.tokens:,} tokens")
-                encoder.save(out)
-                batches = _read(source, journal.file, journal.state)
-                _write(journal, _encoded(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
-                if journal.has_no_text:
-                    raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
-                journal.finish(encoder, source)
-            except BaseException:
-                if journal.has_no_text:
-                    journal.discard()
-                raise
+        # A finished folder never changes, and may be read-only. One that is not may be finished by the time we have
+        # the lock, and the journal, which its finisher deleted, would then say that none of its shards is finished.
+        if not done:
+            with _lock(out):
+                done = _finished(out, recipe)
+                if not done:
+                    _fill(journal, source, encoder, processes, shard_tokens, log)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error}): {len(journal.shards)} shards with {journal.tokens:,} tokens are "
-            "finished; make room or mend its permissions and give the same command again, it goes on after them"
+            "finished; make room or fix its permissions and give the same command again, it resumes after them"
         ) from error
-    log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
+    if done:
+        log(f"{out} is prepared already: nothing to do")
+    else:
+        log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
     return open_store(out)
+
+
+def _fill(
+    journal: "_Journal", source: Source, encoder: TextEncoder, processes: int, shard_tokens: int, log: Log
+) -> None:
+    """Tokenize from where the journal of an unfinished folder says, up to the manifest."""
+    journal.load()
+    try:
+        if journal.shards:
+            log(f"resuming after shard {len(journal.shards)}, {journal.tokens:,} tokens")
+        encoder.save(journal.out)
+        batches = _read(source, journal.file, journal.state)
+        _write(journal, encode_in_order(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
+        if journal.has_no_text:
+            raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
+        journal.finish(encoder, source)
+    except BaseException:
+        if journal.has_no_text:
+            journal.discard()
+        raise
 
 
 def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | str, *, log: Log) -> TokenStore:
@@ -114,8 +119,8 @@ def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | st
         except InUseError:
             log(f"waiting for another process, which is tokenizing {source.name}")
             time.sleep(IN_USE_S)
-        except OSError:
-            if not final.is_dir():  # else another process was first: its content is the same
+        except (OSError, UserError):
+            if not final.is_dir():  # else another process was first and moved the folder: its content is the same
                 raise
             shutil.rmtree(partial, ignore_errors=True)
     return open_store(final)
@@ -194,16 +199,17 @@ def _check_recipe(out: Path, there: dict[str, Any], asked: dict[str, Any], holds
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder; UserError for the second."""
+    """Keep a second process out of the folder, made if need be; UserError for the second."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
+    with acquire_lock(
+        out / LOCK, lambda owner: InUseError(f"{out} is being prepared by {owner}: wait for it, or stop it")
+    ):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InUseError(f"{out} is being prepared by another process: wait for it, or end it") from error
-        except OSError:
-            pass  # a file system without locks: two processes at one folder are then the user's to avoid
-        yield
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
 
 
 class _Journal:
@@ -246,24 +252,22 @@ class _Journal:
                 file.unlink()
         self._save()
 
-    def add(self, shard: Shard, place: Place) -> None:
+    def add(self, shard: Shard, position: SourcePosition) -> None:
         self.shards.append(shard)
-        self.file, self.state = place
+        self.file, self.state = position
         self._save()
 
     def _save(self) -> None:
         shards = [asdict(shard) for shard in self.shards]
         content = {"recipe": self.recipe, "shards": shards, "file": self.file, "state": self.state}
-        write_json(self.out / JOURNAL, content)
+        write_atomically(self.out / JOURNAL, json.dumps(content, indent=1), durable=True)
 
     def discard(self) -> None:
         """Leave nothing behind."""
         for path in self.out.glob("shard-*"):
             path.unlink()
-        for name in (JOURNAL, LOCK, "tokenizer.json", "tokenizer_config.json"):
+        for name in (JOURNAL, "tokenizer.json", "tokenizer_config.json"):
             (self.out / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what else is in it is not ours
-            self.out.rmdir()
 
     def finish(self, encoder: TextEncoder, source: Source) -> None:
         """The manifest in place of the journal."""
@@ -280,118 +284,32 @@ class _Journal:
             "recipe": self.recipe,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        write_json(self.out / MANIFEST, manifest)
-        for name in (JOURNAL, LOCK):
-            (self.out / name).unlink()
+        write_atomically(self.out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
+        (self.out / JOURNAL).unlink()
 
 
 # --- reading, encoding, writing
 
 
-@dataclass
-class _Batch:
-    texts: list[str]
-    places: list[Place]  # after each text
-
-
-def _read(source: Source, file: int, state: State | None) -> Iterator[_Batch]:
+def _read(source: Source, file: int, state: State | None) -> Iterator[TextBatch]:
     """Batches of about BATCH characters, from a place in the source on."""
-    batch, size = _Batch([], []), 0
+    batch, size = TextBatch([], []), 0
     for number in range(file, source.n_files):
         reader = source.read(number, state if number == file else None)
         for text in reader:
             batch.texts.append(text)
-            batch.places.append((number, reader.state()))
+            batch.positions.append((number, reader.state()))
             size += len(text)
             if size >= BATCH:
                 yield batch
-                batch, size = _Batch([], []), 0
+                batch, size = TextBatch([], []), 0
     if batch.texts:
         yield batch
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str]) -> Encoded:
-    documents = encoder.encode(texts)
-    return np.concatenate(documents), np.array([len(tokens) for tokens in documents], np.int64)
-
-
-def _encoded(batches: Iterator[_Batch], encoder: TextEncoder, processes: int) -> Generator[Placed, None, None]:
-    """(places, tokens) of every batch, in order."""
-    if processes == 1:
-        yield from ((batch.places, _encode(encoder, batch.texts)) for batch in batches)
-        return
-    workers = [_Worker(encoder) for _ in range(processes)]
-    waiting: deque[tuple[list[Place], _Worker]] = deque()
-    try:
-        for i, batch in enumerate(batches):
-            if len(waiting) == 2 * processes:  # one in work and one waiting for each
-                places, worker = waiting.popleft()
-                yield places, worker.receive()
-            workers[i % processes].send(batch.texts)
-            waiting.append((batch.places, workers[i % processes]))
-        for places, worker in waiting:
-            yield places, worker.receive()
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-class _Worker:
-    """A process that encodes lists of texts, in the order they are sent. It ends when its pipe does: with us."""
-
-    def __init__(self, encoder: TextEncoder) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the other workers' pipes
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(encoder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def send(self, texts: list[str]) -> None:
-        try:
-            self._pipe.send(texts)
-        except ConnectionError as error:
-            raise self._died() from error
-
-    def receive(self) -> Encoded:
-        try:
-            return self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            raise self._died() from error
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.join()
-
-    def _died(self) -> UserError:
-        self._process.join()
-        return UserError(
-            f"a worker process died (exit code {self._process.exitcode}; -9 is mostly the system, out of memory): what "
-            "is finished stays; give the same command again, with fewer --processes where memory is short"
-        )
-
-
-def _work(encoder: TextEncoder, pipe: Connection) -> None:
-    """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process is interrupted too, and closes the pipe
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    texts: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
-    # Always willing to receive: else both sides could wait for the other to take what it sends.
-    threading.Thread(target=_receive, args=(pipe, texts), daemon=True).start()
-    with contextlib.suppress(ConnectionError):
-        while (batch := texts.get()) is not None:
-            pipe.send(_encode(encoder, batch))
-
-
-def _receive(pipe: Connection, texts: "queue.SimpleQueue[list[str] | None]") -> None:
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            texts.put(pipe.recv())
-    texts.put(None)
-
-
 def _write(
     journal: _Journal,
-    encoded: Generator[Placed, None, None],
+    encoded: Generator[tuple[TextBatch, Encoded], None, None],
     shard_tokens: int,
     progress: "_Progress",
 ) -> None:
@@ -399,7 +317,7 @@ def _write(
     writer: ShardWriter | None = None
     try:
         with contextlib.closing(encoded):
-            for places, (tokens, lengths) in encoded:
+            for (_, positions), (tokens, lengths) in encoded:
                 ends = np.cumsum(lengths)
                 first = 0
                 while first < len(lengths):
@@ -409,12 +327,12 @@ def _write(
                     stop = min(int(full) + 1, len(lengths))
                     writer.add(tokens[start : ends[stop - 1]], lengths[first:stop])
                     if writer.n_tokens >= shard_tokens:
-                        journal.add(writer.finish(), places[stop - 1])
+                        journal.add(writer.finish(), positions[stop - 1])
                         writer = None
                     first = stop
-                progress(len(lengths), len(tokens), places[-1][0])
+                progress(len(lengths), len(tokens), positions[-1][0])
             if writer is not None:
-                journal.add(writer.finish(), places[-1])
+                journal.add(writer.finish(), positions[-1])
     except BaseException:
         if writer is not None:
             writer.abort()

@@ -24,8 +24,9 @@ import numpy as np
 
 from dtron.data.tokenizer import tokenizer_fingerprint
 from dtron.errors import UserError
+from dtron.files import sync_folder
 
-__all__ = ["JOURNAL", "MANIFEST", "Shard", "ShardWriter", "TokenStore", "is_prepared", "open_store", "write_json"]
+__all__ = ["JOURNAL", "MANIFEST", "Shard", "ShardWriter", "TokenStore", "is_prepared", "open_store"]
 
 FORMAT = 1
 MANIFEST, JOURNAL = "manifest.json", "prepare.json"  # of a finished folder, and of one in the making
@@ -49,25 +50,6 @@ class Shard:
         """Bytes of each of its files."""
         size = self.tokens * itemsize
         return dict(zip(SUFFIXES, (size, 8 * self.documents, 4 * -(-size // BLOCK)), strict=True))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file at once: a reader, or a machine that dies, finds the old content or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:
@@ -119,7 +101,7 @@ class ShardWriter:
                 os.fsync(file.fileno())
         for suffix in SUFFIXES:
             os.replace(self._partial(suffix), self._folder / f"{self._name}.{suffix}")
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         sha256 = self._sha256.hexdigest()
         return Shard(self._name, self.n_tokens, len(self._ends), sha256, zlib.crc32(ends), zlib.crc32(crcs))
 

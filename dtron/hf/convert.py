@@ -11,8 +11,8 @@ from dtron.checkpoint import hf
 from dtron.checkpoint.export import FILE_BYTES, ExportDtype, check_out, export, replacing
 from dtron.checkpoint.files import Manifest, Progress
 from dtron.checkpoint.load import fitting_entries, verify_on_all_ranks
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import reason, write_checkpoint
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.hf.read import Found, find_model, one_rank
 from dtron.models.llama import Llama
@@ -77,7 +77,7 @@ def _import(found: Found, model: Llama, out: Path, force: bool) -> None:
     manifest = Manifest(Progress(model_only=True), {})
     try:
         with replacing(out, force) as new:
-            write_checkpoint(Place.at(new / "checkpoint"), tensors, manifest, found.assets)
+            write_checkpoint(StoragePath.at(new / "checkpoint"), tensors, manifest, found.assets)
             for file in (new / "checkpoint").iterdir():
                 file.rename(new / file.name)
             (new / "checkpoint").rmdir()

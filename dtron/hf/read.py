@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.files import DamagedError, read_manifest, steps_in
 from dtron.checkpoint.load import Kind, kind_of, load_initial
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
 from dtron.models.hf import from_hf_config
@@ -32,7 +32,7 @@ DOWNLOAD = "a model of the hub has to be downloaded first: hf download NAME --lo
 class Found:
     """A model on disk: where, whose, what lies beside its weights, and its dimensions."""
 
-    place: Place
+    place: StoragePath
     kind: Kind
     assets: dict[str, bytes]
     config: LlamaConfig
@@ -59,7 +59,7 @@ def find_model(path: str) -> Found:
     """The model at `path`; of a run's folder, or that of several runs, the newest checkpoint. UserError without one."""
     if path.split("://")[0] in ("http", "https", "hf") or not path.rstrip("/"):
         raise UserError(f"{path!r} is no folder to read a model from; {DOWNLOAD}")
-    place, kind = _find(Place.at(Path(path).expanduser() if "://" not in path else path))
+    place, kind = _find(StoragePath.at(Path(path).expanduser() if "://" not in path else path))
     assets = assets_of(place)
     if "config.json" not in assets:
         whose = "a model of its own, which is none of Hugging Face's" if kind == "dtron" else "no model that we know"
@@ -72,7 +72,7 @@ def find_model(path: str) -> Found:
     return Found(place, kind, assets, config)
 
 
-def _find(place: Place) -> tuple[Place, Kind]:
+def _find(place: StoragePath) -> tuple[StoragePath, Kind]:
     try:
         if kind := kind_of(place):
             return place, kind
@@ -91,10 +91,10 @@ def _find(place: Place) -> tuple[Place, Kind]:
     )
 
 
-def _runs(place: Place) -> list[Place]:
+def _runs(place: StoragePath) -> list[StoragePath]:
     """The folders of checkpoints of the runs in a local folder, the one that was last written to first."""
     found = list(place.local.glob("*/checkpoint")) if place.local else []
-    return [Place.at(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+    return [StoragePath.at(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""What a run tells: metrics.jsonl and TensorBoard, console lines, device facts, profiler traces."""
+"""What a run reports: metrics.jsonl and TensorBoard, console lines, device facts, profiler traces."""

@@ -1,14 +1,14 @@
 """Goodput: the share of a run's wall time that went into useful steps, and what the rest went to.
 
 A `Ledger` keeps the account of one run over all its attempts. Rank 0 keeps it; its `row` goes into every
-row of metrics.jsonl and into every checkpoint, and from these two the next attempt goes on:
+row of metrics.jsonl and into every checkpoint, and from these two the next attempt continues:
 
     first start                                         save   last row   killed     start of the next attempt
     |--- startup --|--- steps, data, validation, ... ---|------|----------|......................|--- startup --|
                                                           replayed                  down
 
 What was done after the checkpoint is done again, so it was not useful: it moves to `replayed`. Nobody knows when
-exactly a process was killed, so `down` begins at its last sign of life, the last row or the checkpoint.
+exactly a process was killed, so `down` begins at its last heartbeat: the last row or the checkpoint.
 """
 
 import os
@@ -88,7 +88,7 @@ def _continued(saved: dict[str, Any] | None, last: dict[str, Any] | None) -> tup
 
 
 def process_start_s() -> float:
-    """Unix time at which this process started; where the system does not tell (no Linux), the present time."""
+    """Unix time at which this process started; where the system does not say (not Linux), the present time."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.time()

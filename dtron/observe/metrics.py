@@ -145,7 +145,7 @@ class MetricsWriter:
     `config_text`: the resolved configuration as TOML, shown in TensorBoard. `hparams`: name ->
     bool, number or string, for TensorBoard's HPARAMS page (other values are shown as text).
     `attempt`: 1 for a fresh run, one more after each resume.
-    Raises UserError if TensorBoard is asked for and not installed.
+    Raises UserError if TensorBoard is enabled and not installed.
     """
 
     def __init__(
@@ -167,15 +167,15 @@ class MetricsWriter:
     def log(self, row: dict[str, Any]) -> None:
         """Append one row; it must hold `step`. `attempt` is added. None: not known here (MFU on a CPU)."""
         row = {**row, "attempt": self.attempt}
-        with self._told():
+        with self._forgiving():
             self._file.write(_to_json(row))
         if self._board is not None:
-            with self._told():
+            with self._forgiving():
                 self._board.draw(row)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """A disk that is full costs rows, which is said once, and not the training."""
+    def _forgiving(self) -> Iterator[None]:
+        """A full disk costs rows, with one warning, and not the training."""
         try:
             yield
         except OSError as error:
@@ -185,10 +185,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Finish both files. A run that is killed loses nothing but TensorBoard's mark of its end."""
-        with self._told():
+        with self._forgiving():
             self._file.close()
         if self._board is not None:
-            with self._told():
+            with self._forgiving():
                 self._board.close()
 
 

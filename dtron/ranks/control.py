@@ -1,9 +1,9 @@
-"""How a run and whatever looks after it (a batch script, a sweep, a person) talk: small files in one folder.
+"""How a run and what monitors it (a batch script, a sweep, a person) communicate: small files in one folder.
 
     STOP        made by anybody, also in the run folder: save after this step and end
     HEARTBEAT   where the run is, the step it began at, and within how many seconds this file will change again
-    SAVED       stopped as it was asked to, and all of it is saved
-    DONE        training.steps is reached, or the evaluation told
+    SAVED       stopped as requested, and all of it is saved
+    DONE        training.steps is reached, or the evaluation has ended
     FAILED      why it ended otherwise
 
 All but STOP are one JSON object. The folder is job.control_folder, or else the run folder.
@@ -28,7 +28,7 @@ __all__ = ["LONG_S", "Control", "StopRequest", "kind_of"]
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 1.0  # between two looks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
+EVERY_S = 1.0  # between two checks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
 LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, loading, compiling, validation, writing out
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -46,6 +46,8 @@ class Control:
         self._beat: dict[str, Any] = {}
         self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
         self._stop = False
+        if rank == 0:
+            self._clear_outcome()  # here already: this attempt may fail before it starts
 
     def start_run(self, run_folder: Path | None, checkpoints: str = "") -> None:
         """A run begins: from here on there is a folder, and what the attempt before left is gone.
@@ -60,8 +62,12 @@ class Control:
             self._beat = {"run_folder": str(run_folder.absolute()), "checkpoints": checkpoints}
         if self._rank == 0:
             self._make()
-            for name in ("SAVED", "DONE", "FAILED"):
-                self._remove(name)
+            self._clear_outcome()
+
+    def _clear_outcome(self) -> None:
+        """Remove what the attempt before left, which would be taken for what becomes of this one."""
+        for name in ("SAVED", "DONE", "FAILED"):
+            self._remove(name)
 
     def heartbeat(self, phase: str, deadline_s: float, step: int = 0) -> None:
         """Write HEARTBEAT: `phase` at `step`; the next one comes within `deadline_s`. Cheap enough for every step."""
@@ -81,16 +87,16 @@ class Control:
         return self._stop
 
     def saved(self, step: int, checkpoint: str, by: str) -> None:
-        """The run has stopped as it was asked to; by: what asked."""
+        """The run has stopped as requested; by: what requested it."""
         self._write("SAVED", {"step": step, "checkpoint": checkpoint, "by": by})
-        for stop in self._stops:
-            _forgiving(lambda path: path.unlink(missing_ok=True), stop)
+        self._remove_stops()
 
     def done(self, step: int) -> None:
         """There is nothing left to do."""
         if self._rank == 0:
             self._make()
             self._write("DONE", {"step": step, **self._beat})
+            self._remove_stops()  # one that came too late must not stop a continuation with more steps
 
     def failed(self, error: BaseException) -> None:
         """Say why, on whichever rank. Of several that do, the first one's words stay."""
@@ -99,6 +105,10 @@ class Control:
         self._make()
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self._write("FAILED", {"kind": kind_of(error), "message": text, "rank": self._rank, **self._beat})
+
+    def _remove_stops(self) -> None:
+        for stop in self._stops:
+            _forgiving(lambda path: path.unlink(missing_ok=True), stop)
 
     def _make(self) -> None:
         if self._folder is not None:
@@ -113,6 +123,7 @@ class Control:
         if self._folder is None:
             return
         text = json.dumps({**row, "unix_s": time.time()}) + "\n"
+        # One draft per rank: of FAILED, several ranks may be writers.
         draft = self._folder / f".{name}-{self._rank}"
 
         def replace(path: Path) -> None:
@@ -135,8 +146,8 @@ def kind_of(error: BaseException) -> str:
     lost: another rank or machine went away.
     """
     text = str(error)
-    if told := getattr(error, "kind", ""):
-        return told
+    if kind := getattr(error, "kind", ""):
+        return kind
     if isinstance(error, FloatingPointError):
         return "nonfinite"
     if isinstance(error, OutOfMemoryError | MemoryError) or re.search(r"out of memory|can't allocate memory", text):

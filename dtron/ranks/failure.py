@@ -76,20 +76,20 @@ def exit_with_traceback(
 ) -> NoReturn:
     """The first rank to fail prints its traceback and ends; the others fail because it did, and wait to be stopped.
 
-    One that was told to stop before it failed waits for nothing: it will not be told again, and ranks that wait for it
+    One that had to stop before it failed waits for nothing: no second signal will come, and ranks that wait for it
     in a collective fail only when it has ended.
     """
-    told_to_stop = world is not None and world.stop.signal_name
+    must_stop = world is not None and world.stop.signal_name
     StopRequest().disarm()
     first = _first_to_fail(rank, world)
     if first == f"rank {rank}":
         if control:
             control.failed(error)
         # A rank that was killed could not say that it was first. torchrun stops this one before it takes the blame.
-        time.sleep(0.0 if told_to_stop else KILLED_WAIT_S)
+        time.sleep(0.0 if must_stop else KILLED_WAIT_S)
         log.error("%s: %s", type(error).__name__, error, exc_info=error)
         tell_torchrun(error)
-    elif not told_to_stop:
+    elif not must_stop:
         time.sleep(SILENT_WAIT_S)
         if first and world is not None and int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) == world.size:
             os._exit(1)  # on the one machine there is, the first has the word

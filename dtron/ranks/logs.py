@@ -46,7 +46,7 @@ class _Console(logging.Handler):
         of_rank = f" on rank {self._rank}" if self._rank or record.exc_info else ""
         line = f"{record.levelname.lower()}{of_rank}: {record.getMessage()}"
         if record.exc_info and record.exc_info[0]:
-            # The cause stands last, where people look first.
+            # The cause comes last, where people look first.
             line = "".join(traceback.format_exception(*record.exc_info)) + line
         return line
 

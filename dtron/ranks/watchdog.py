@@ -8,7 +8,7 @@ answer at all.
 Where ranks may wait longer than the limits, for a slow disk, a rank without a heartbeat ends the wait: each looks at
 the next one's.
 
-The first rank to reach the limit asks all others through the rendezvous store where they are, and prints one report,
+The first rank to reach the limit asks all others through the rendezvous store where they are, and logs one report,
 before torch's own timeout of the collective would end the run with less to say. Then all ranks end with 1.
 """
 
@@ -74,7 +74,7 @@ class Watchdog:
             "comm.train_timeout_seconds": float(comm.train_timeout_seconds),
         }
         self._limit = "comm.init_timeout_seconds"
-        self._poll_s = max(POLL_S, self._size / 10_000)  # the one store stands 10,000 requests a second
+        self._poll_s = max(POLL_S, self._size / 10_000)  # the one store serves 10,000 requests per second
         self._heartbeat_s = max(HEARTBEAT_S, self._size / 1_000)
         self._next_heartbeat = (b"", time.monotonic())  # the last one of the next rank, and when it was new
         self._stopped = threading.Event()
@@ -112,7 +112,7 @@ class Watchdog:
             return
 
     def _poll(self) -> None:
-        """Look at the recorder only when the main thread has stood for a while: a look costs up to 0.5 s."""
+        """Look at the recorder only when the main thread has stood still for a while: a look costs up to 0.5 s."""
         at, cpu_s, since, look_at = (0, 0), 0.0, time.monotonic(), 0.0
         heartbeat_at = 0.0
         rest_until = 0.0  # a hundred times as long as the last look took, so that looks cost 1 % of a core at most

@@ -72,7 +72,7 @@ def join(rank: int, config: Config, control: Control | None = None) -> World:
 def _meet(rank: int, size: int, store: dist.Store, longest_s: float) -> dist.Store:
     """Wait until all ranks of this attempt are there; the part of the store that is theirs alone.
 
-    The agent's store holds what earlier attempts left. torchrun's count of restarts does not tell attempts apart: each
+    The agent's store holds what earlier attempts left. torchrun's count of restarts does not distinguish attempts: each
     machine counts its own, and one that starts again only because another did counts nothing. So rank 0 makes up a
     name. A rank that finds the name of an earlier attempt comes too late for it, or waits in vain: rank 0 is no longer
     there to begin. Either way it waits for the next name.
@@ -92,7 +92,7 @@ def _meet(rank: int, size: int, store: dist.Store, longest_s: float) -> dist.Sto
             came = store.add(f"{name}/{size}/came", 1)
         elif name and came < size and store.check([f"{name}/{size}/begin"]):
             return dist.PrefixStore(f"dtron/{name}", store)
-        time.sleep(max(0.02, size / 10_000))  # the one store stands 10,000 requests a second
+        time.sleep(max(0.02, size / 10_000))  # the one store serves 10,000 requests per second
     missing = f"{size - 1 - came} of {size} ranks have" if rank == 0 else "rank 0 has"
     raise AbsentRanksError(
         f"{missing} not come within comm.init_timeout_seconds = {longest_s:g}; look at what the other machines "

@@ -1,11 +1,11 @@
-"""What lies beside the weights in a run's checkpoints, and makes each a model by itself: config.json, the tokenizer."""
+"""The files beside the weights in a run's checkpoints that make each a complete model: config.json, the tokenizer."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dtron.checkpoint.export import assets_of
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, eos_token
 from dtron.errors import UserError
 from dtron.models.hf import hf_dimensions, read_hf_config
@@ -14,7 +14,7 @@ from dtron.train.setup import Setup
 __all__ = ["encoder_of", "model_assets"]
 
 
-def model_assets(setup: Setup, source: Place | None, dataset: Any) -> dict[str, bytes]:
+def model_assets(setup: Setup, source: StoragePath | None, dataset: Any) -> dict[str, bytes]:
     """The files by name; none for models that Hugging Face does not know.
 
     source: the checkpoint or folder that the weights come from, whose files are kept where they still hold.
@@ -44,8 +44,8 @@ def model_assets(setup: Setup, source: Place | None, dataset: Any) -> dict[str, 
     return assets | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _assets_of(source: Place | None) -> dict[str, bytes]:
-    """None where the folder is gone: a resume needs its initial weights no more."""
+def _assets_of(source: StoragePath | None) -> dict[str, bytes]:
+    """None where the folder is gone: a resume no longer needs its initial weights."""
     try:
         return assets_of(source) if source else {}
     except OSError:

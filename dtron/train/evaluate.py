@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtron import compat, registry
 from dtron.checkpoint.load import check_source
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.observe.console import format_evaluation, human_seconds
@@ -57,7 +57,7 @@ class Evaluation:
         self.setup, self.world, c = setup, world, setup.config
         self.device = setup.device(world.local_rank)
         assert c.checkpoint.initial_load_path is not None
-        self.checkpoint = Place.at(c.checkpoint.initial_load_path)
+        self.checkpoint = StoragePath.at(c.checkpoint.initial_load_path)
         world.control.start_run(None)
         world.control.heartbeat("evaluating", LONG_S)
         from_rank_0(lambda: check_source(self.checkpoint))
@@ -85,7 +85,7 @@ class Evaluation:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of {self.checkpoint} on {what} is {loss}: its weights are not finite, or what is computed "
-                "from them; training.mixed_precision_param = float32 tells whether it is the precision"
+                "from them; training.mixed_precision_param = float32 shows whether it is the precision"
             )
         log.info(format_evaluation(str(self.checkpoint), what, loss, result.perplexity, tokens, result.seconds))
         self.world.control.done(0)

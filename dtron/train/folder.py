@@ -1,28 +1,27 @@
 """Which folder a run writes to: resumed where the same run left checkpoints, fresh otherwise, never overwritten."""
 
 import dataclasses
-import fcntl
 import os
-import socket
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TextIO
 
 from dtron.checkpoint.files import holds_checkpoints
 from dtron.checkpoint.load import check_source
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, changed_keys, digest, flatten, load
 from dtron.config.keys import KEYS
 from dtron.config.sections import Changes, Checkpoint
 from dtron.errors import UserError
+from dtron.files import acquire_lock, write_atomically
 
 __all__ = [
     "LOCK",
     "RunFolder",
     "check_writable",
-    "checkpoint_place",
+    "checkpoint_folder",
     "choose_run_folder",
-    "hold",
+    "lock_run_folder",
     "run_identity",
     "saves",
     "write_config",
@@ -36,7 +35,7 @@ class InUseError(UserError):
 
 
 LOCK = "run.lock"
-DRAFT = "config.partial"  # becomes an attempt's config.toml when it is whole
+DRAFT = "config.toml.partial"  # becomes an attempt's config.toml when it is whole
 
 
 @dataclasses.dataclass
@@ -57,11 +56,11 @@ def run_identity(config: Config, model_config: Any) -> str:
     return digest([changed_keys(config, ["training"]), dataclasses.asdict(model_config)])
 
 
-def checkpoint_place(config: Checkpoint, run_folder: Path) -> Place:
-    """Where a run's checkpoints lie: in its folder, or under a URL in a folder of the same name."""
+def checkpoint_folder(config: Checkpoint, run_folder: Path) -> StoragePath:
+    """Where a run's checkpoints are: in its folder, or under a URL in a folder of the same name."""
     if "://" in config.folder:
-        return Place.at(config.folder) / run_folder.name
-    return Place.at(run_folder / config.folder)
+        return StoragePath.at(config.folder) / run_folder.name
+    return StoragePath.at(run_folder / config.folder)
 
 
 def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
@@ -73,13 +72,15 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
     parent, c = Path(config.job.dump_folder), config.checkpoint
     if c.enable:
         local = sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True)
-        remote = [name for name in Place.at(c.folder).names() if name.startswith(stem)] if "://" in c.folder else []
+        remote = (
+            [name for name in StoragePath.at(c.folder).names() if name.startswith(stem)] if "://" in c.folder else []
+        )
         for folder in (*local, *(parent / name for name in remote)):
-            if holds_checkpoints(checkpoint_place(c, folder)):
+            if holds_checkpoints(checkpoint_folder(c, folder)):
                 folder.mkdir(parents=True, exist_ok=True)
                 return RunFolder(folder, _attempt(folder), True, _changed(config, folder))
     if c.initial_load_path:  # a resume needs it no more
-        check_source(Place.at(c.initial_load_path))
+        check_source(StoragePath.at(c.initial_load_path))
     if c.enable:
         if abandoned := next((folder for folder in local if _has_saved_nothing(folder, c)), None):
             return RunFolder(abandoned, _attempt(abandoned), False, _not_resumed(config, abandoned))
@@ -107,23 +108,22 @@ def write_config(folder: Path, attempt: int, text: str) -> None:
 
     A kill leaves no half of it, which would be taken for another run's.
     """
-    (folder / DRAFT).write_text(text)
-    (folder / DRAFT).rename(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"))
+    write_atomically(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"), text)
 
 
 def _has_saved_nothing(folder: Path, own: Checkpoint) -> bool:
-    """Whether a run with checkpoints ended here before its first: the same run may begin in this folder once more."""
+    """Whether a run with checkpoints ended here before its first one: the same run may start in this folder again."""
     text = folder / "config.toml"
     if not folder.is_dir():
         return False
     if not text.is_file():  # it ended while it started
         foreign = set(os.listdir(folder)) - {LOCK, DRAFT, own.folder.split("/")[0]}
-        return not foreign and not holds_checkpoints(checkpoint_place(own, folder))
+        return not foreign and not holds_checkpoints(checkpoint_folder(own, folder))
     try:
         c = load(["--job.config_file", str(text)]).checkpoint
     except UserError:
         return False
-    return saves(c) and not holds_checkpoints(checkpoint_place(c, folder))
+    return saves(c) and not holds_checkpoints(checkpoint_folder(c, folder))
 
 
 def saves(config: Checkpoint) -> bool:
@@ -138,7 +138,7 @@ def _not_resumed(config: Config, folder: Path) -> str:
     found = []
     for other in folder.parent.glob("*/config.toml"):
         theirs = _read(other)
-        if theirs and other.parent != folder and holds_checkpoints(checkpoint_place(theirs.checkpoint, other.parent)):
+        if theirs and other.parent != folder and holds_checkpoints(checkpoint_folder(theirs.checkpoint, other.parent)):
             found.append((_differences(config, theirs, ("training", "dimensions")), other.parent))
     if not found:
         return ""
@@ -174,40 +174,26 @@ def _differences(config: Config, theirs: Config, changes: Collection[Changes]) -
     ]
 
 
-def hold(folder: Path) -> TextIO:
-    """Keep other runs out of a folder until this process ends, however it ends. UserError if there is one in it.
-
-    A POSIX lock: unlike that of flock, no forked worker keeps it.
-    """
-    file = (folder / LOCK).open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise InUseError(
-            f"{folder} is in use by {owner}: the same run is going on there; wait for it, stop it, or set another "
+def lock_run_folder(folder: Path) -> TextIO:
+    """Keep other runs out of a folder until the file is closed or this process ends. UserError if one is in it."""
+    return acquire_lock(
+        folder / LOCK,
+        lambda owner: InUseError(
+            f"{folder} is in use by {owner}: the same run is running there; wait for it, stop it, or set another "
             "job.dump_folder"
-        ) from None
-    except OSError:
-        return file  # a file system without locks: two runs in one folder are then the user's to avoid
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        ),
+    )
 
 
-def check_writable(place: Place, rank: int) -> None:
-    """UserError if checkpoints cannot be written to `place` from here."""
-    probe = place / f"probe-{rank}"
+def check_writable(folder: StoragePath, rank: int) -> None:
+    """UserError if checkpoints cannot be written to `folder` from here."""
+    probe = folder / f"probe-{rank}"
     try:
-        place.make()
+        folder.make()
         probe.write(b"dtron")
-        place.remove_files([probe.name])
+        folder.remove_files([probe.name])
     except OSError as error:
         raise UserError(
-            f"no checkpoint can be written to {place}: {error}; give job.dump_folder (or checkpoint.folder) a place "
-            "that can be written to, or set checkpoint.enable = false"
+            f"no checkpoint can be written to {folder}: {error}; set job.dump_folder (or checkpoint.folder) to a "
+            "folder that can be written to, or set checkpoint.enable = false"
         ) from None

@@ -22,7 +22,7 @@ NONFINITE, SPIKE = 1.0, 2.0
 
 
 class StepGuard:
-    """`stop_requested`: some rank was asked to stop; known after `watch` or `finish`.
+    """`stop_requested`: a stop was requested on some rank; known after `watch` or `finish`.
 
     UserError if steps are to be skipped and an optimizer cannot.
     """
@@ -76,7 +76,7 @@ class StepGuard:
         return torch.stack((verdict, mean / weight))
 
     def watch(self, step: int, stats: Tensor, local_loss: Tensor) -> None:
-        """stats: [loss, norm, ranks asked to stop, verdict, mean norm] of `step`; local_loss: this rank's.
+        """stats: [loss, norm, ranks with a stop request, verdict, mean norm] of `step`; local_loss: this rank's.
 
         Raises FloatingPointError where a verdict is to end the run: of this step on CPU, of the one before on CUDA.
         """

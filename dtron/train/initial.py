@@ -10,7 +10,7 @@ import torch
 
 from dtron.checkpoint.hf import is_hf
 from dtron.checkpoint.load import check_excluded, load_initial
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, replace
 from dtron.config.sections import Checkpoint
 from dtron.data.tokenizer import read_tokenizer
@@ -36,12 +36,12 @@ def resolve_initial(config: Config) -> Config:
     if not config.model.hf_assets_path:
         raise UserError(
             "checkpoint.initial_load_in_hf needs the folder with the weights: set checkpoint.initial_load_path, or "
-            "model.hf_assets_path where the tokenizer lies there too"
+            "model.hf_assets_path where the tokenizer is in the same folder"
         )
     return replace(config, "checkpoint.initial_load_path", config.model.hf_assets_path)
 
 
-# Most of these the shapes of the weights do not tell: a wrong value would spoil the model silently.
+# Most of these do not show in the shapes of the weights: a wrong value would spoil the model silently.
 _TRAINED_WITH = (
     "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps",
     "tie_embeddings", "qkv_bias", "qk_norm",
@@ -51,10 +51,10 @@ _TRAINED_WITH = (
 def check_initial(config: Config, model_config: Any) -> None:
     """UserError if the config.json beside the initial weights is of another model, or not of Hugging Face at all."""
     folder = config.checkpoint.initial_load_path
-    place = Place.at(folder).local if folder else None
-    if folder is None or place is None or not place.is_dir():
+    local = StoragePath.at(folder).local if folder else None
+    if folder is None or local is None or not local.is_dir():
         return
-    names = os.listdir(place)
+    names = os.listdir(local)
     if config.checkpoint.initial_load_in_hf and not ("config.json" in names and is_hf(names)):
         raise UserError(
             f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it; leave the key out "
@@ -64,18 +64,18 @@ def check_initial(config: Config, model_config: Any) -> None:
         return
     if not isinstance(model_config, LlamaConfig):
         return
-    there, m = from_hf_config(place, "checkpoint.initial_load_path"), config.model
+    there, m = from_hf_config(local, "checkpoint.initial_load_path"), config.model
     meant = {"rope_theta"} if m.rope_theta is not None else set()
     for name in _TRAINED_WITH:
         ours, theirs = getattr(model_config, name), getattr(there, name)
         if ours == theirs or name in meant:
             continue
-        mend = f"set model.hf_config_path = {folder} to take the dimensions of its config.json"
+        hint = f"set model.hf_config_path = {folder} to take the dimensions of its config.json"
         if getattr(m, name, None) is not None:
-            mend = f"take model.{name} out of the configuration"
+            hint = f"take model.{name} out of the configuration"
         raise UserError(
             f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "
-            f"with {theirs}; {mend}, or change its config.json where another value is meant"
+            f"with {theirs}; {hint}, or change its config.json where another value is meant"
         )
 
 
@@ -96,18 +96,18 @@ def load_weights(setup: Setup, model: ParallelModel, optimizers: list[torch.opti
     """Load checkpoint.initial_load_path, its optimizer state too unless None. UserError on all ranks if it is unfit."""
     c = setup.config.checkpoint
     assert c.initial_load_path is not None
-    place = Place.at(c.initial_load_path)
+    path = StoragePath.at(c.initial_load_path)
     whole = meta_model(setup.spec, setup.model_config)
     check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
     heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
-    load_initial(place, model, optimizers, c.exclude_from_loading, whole, heads)
-    log.info("weights from %s", place)
+    load_initial(path, model, optimizers, c.exclude_from_loading, whole, heads)
+    log.info("weights from %s", path)
 
 
 def check_vocabulary(config: Config, dataset: Any) -> None:
     """UserError on all ranks if the initial weights were trained with a vocabulary that is not the data's."""
     c = config.checkpoint
-    folder = Place.at(c.initial_load_path).local if c.initial_load_path else None
+    folder = StoragePath.at(c.initial_load_path).local if c.initial_load_path else None
     if folder is not None and not any(fnmatch.fnmatch("embed_tokens.weight", p) for p in c.exclude_from_loading):
         from_rank_0(lambda: _compare_vocabularies(config, dataset, folder))
 

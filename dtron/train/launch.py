@@ -38,9 +38,10 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
     setup_logging(rank)
     signal.signal(signal.SIGINT, exit_when_interrupted)
     world: World | None = None
-    control = Control(rank)
+    argv = sys.argv[1:] if argv is None else argv
+    control = Control(rank, _control_folder(argv))  # known before the configuration is, which may be wrong
     try:
-        config = load(sys.argv[1:] if argv is None else argv)
+        config = load(argv)
         setup_logging(rank, config.metrics.log_level)
         control = Control(rank, config.job.control_folder)
         setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
@@ -63,6 +64,14 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
         exit_with_message(rank, world, error, control)
     except BaseException as error:
         exit_with_traceback(rank, world, error, control)
+
+
+def _control_folder(argv: list[str]) -> str | None:
+    """The job.control_folder that a batch script gives on the command line."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    options = [word.replace("-", "_") for word in words]
+    at = options.index("__job.control_folder") + 1 if "__job.control_folder" in options else len(words)
+    return words[at] if at < len(words) else None
 
 
 def _what_runs(setup: Setup, trainer: type[Trainer]) -> type[Trainer | Evaluation]:

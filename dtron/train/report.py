@@ -42,7 +42,7 @@ class StepClock:
         self._steps, self._data_s, self._paused_s, self._since = 0, 0.0, 0.0, time.perf_counter()
         self._spent, self._accounted = dict.fromkeys(("data", "validation", "checkpoint"), 0.0), self._since
         self._began = self._since
-        self._usual_s: deque[float] = deque(maxlen=50)  # of the last steps beside which nothing was saved
+        self._usual_s: deque[float] = deque(maxlen=50)  # of the last steps during which nothing was saved
         self._saving_s: list[float] = []
 
     @contextlib.contextmanager
@@ -70,11 +70,11 @@ class StepClock:
         return parts
 
     def end_step(self, saving: bool) -> None:
-        """At the end of a step; saving: a checkpoint is being written beside it."""
+        """At the end of a step; saving: a checkpoint is being written meanwhile."""
         (self._saving_s if saving else self._usual_s).append(time.perf_counter() - self._began)
 
     def slowdown(self) -> float | None:
-        """How much longer steps took beside the last save than usual steps do; None if there were none of either."""
+        """How much longer steps took during the last save than usual; None if there were none of either."""
         saving, self._saving_s = self._saving_s, []
         if not saving or not self._usual_s:
             return None

@@ -1,7 +1,7 @@
 """The order of all checks that need the world size, the device or the model's dimensions; then a run is possible.
 
-What a single key must satisfy stands on the key (`dtron/config/sections.py`), what a dimension must satisfy in its file
-under `dtron/parallel/`; here is who is asked when.
+What a single key must satisfy is declared on the key (`dtron/config/sections.py`), what a dimension must satisfy in its
+file under `dtron/parallel/`; here is the order in which they are checked.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def _check_training(c: Config) -> None:
 
 
 def _check_values(c: Config) -> None:
-    """Values of several keys that go together; what a single key must satisfy stands on the key."""
+    """Values of several keys that go together; what a single key must satisfy is declared on the key."""
     if c.compile.enable and not c.compile.components:
         raise UserError(
             "compile.enable is true and compile.components is empty; name model, loss or both, or set it false"
@@ -171,10 +171,10 @@ def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:
 
 def choose_device_type(config: Config) -> Literal["cpu", "cuda"]:
     """Of `training.device`, auto resolved. UserError if it is a GPU that is not there."""
-    asked = config.training.device
-    if asked == "cuda" and not torch.cuda.is_available():
+    configured = config.training.device
+    if configured == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"training.device = cuda, but torch {torch.__version__} finds no GPU here; "
             "set training.device cpu or auto, or install a CUDA build of torch on a GPU machine"
         )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    return ("cuda" if torch.cuda.is_available() else "cpu") if configured == "auto" else configured

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dtron import compat
 from dtron.checkpoint.export import export
-from dtron.checkpoint.place import Place
-from dtron.checkpoint.save import Saved, Saver
+from dtron.checkpoint.save import Saved, Saver, check_optimizer_state
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config
 from dtron.errors import UserError
 from dtron.models.spec import meta_model
@@ -38,7 +38,7 @@ class Saving:
         self._saver: Saver | None = None
         if saves(config.checkpoint):
             given = config.checkpoint.initial_load_path
-            source = start.resume_from or (Place.at(given) if given else None)
+            source = start.resume_from or (StoragePath.at(given) if given else None)
             assets = model_assets(setup, source, data.first) if world.rank == 0 else {}
             self._saver = Saver(start.checkpoints, config.checkpoint, assets)
             step.before_update = self._saver.before_update
@@ -47,8 +47,13 @@ class Saving:
 
     @property
     def busy(self) -> bool:
-        """A checkpoint is being written beside the training."""
+        """A checkpoint is being written in the background."""
         return self._saver is not None and self._saver.busy
+
+    def first_step_done(self) -> None:
+        """The optimizers have state now. UserError if a checkpoint would not hold all of it."""
+        if self._saver is not None:
+            check_optimizer_state(self._step.model, self._step.optimizers)
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after optimizer step `step`."""
@@ -71,7 +76,7 @@ class Saving:
         self._note(ended, clock)
 
     def poll(self, clock: StepClock) -> None:
-        """Report a save that has ended beside the training."""
+        """Report a save that has ended in the background."""
         if self._saver is not None:
             self._note(self._saver.poll(), clock)
 

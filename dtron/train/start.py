@@ -9,13 +9,13 @@ import torch
 
 from dtron.checkpoint.files import Progress, clean, steps_in
 from dtron.checkpoint.load import find_good, load, newest_without_state
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, replace
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 from dtron.ranks.agree import from_rank_0, raise_first_problem, warn_on_rank_0
 from dtron.ranks.world import World
-from dtron.train.folder import RunFolder, check_writable, checkpoint_place, choose_run_folder, hold, saves
+from dtron.train.folder import RunFolder, check_writable, checkpoint_folder, choose_run_folder, lock_run_folder, saves
 from dtron.train.initial import load_weights
 from dtron.train.resolve import check_batch
 from dtron.train.setup import Setup
@@ -32,8 +32,8 @@ class ResumePoint:
     """resume_from: the verified checkpoint to resume from, None for a fresh run; locks: held while they are open."""
 
     run_folder: Path
-    checkpoints: Place
-    resume_from: Place | None
+    checkpoints: StoragePath
+    resume_from: StoragePath | None
     progress: Progress
     locks: list[TextIO]
 
@@ -45,7 +45,7 @@ def start_run(setup: Setup, world: World) -> ResumePoint:
     folder = from_rank_0(lambda: _choose_and_lock(setup, locks))  # it alone looks, so that all agree
     if folder.message:
         log.info(folder.message)
-    checkpoints = checkpoint_place(c, folder.path)
+    checkpoints = checkpoint_folder(c, folder.path)
     world.control.start_run(folder.path, str(checkpoints))
     if saves(c):
         raise_first_problem(_storage_problem(checkpoints, world))
@@ -66,21 +66,21 @@ def start_run(setup: Setup, world: World) -> ResumePoint:
 
 
 def _choose_and_lock(setup: Setup, locks: list[TextIO]) -> RunFolder:
-    """The run's folder, locked, and where the checkpoints lie elsewhere on this machine that folder too."""
+    """Choose the run's folder and lock it, and also the checkpoints' folder where that is elsewhere on this machine."""
     config = setup.config
     try:
         folder = choose_run_folder(config, setup.model_config)
-        locks.append(hold(folder.path))
-        local = checkpoint_place(config.checkpoint, folder.path).local
+        locks.append(lock_run_folder(folder.path))
+        local = checkpoint_folder(config.checkpoint, folder.path).local
         if saves(config.checkpoint) and "://" in config.checkpoint.folder and local is not None:
             local.mkdir(parents=True, exist_ok=True)
-            locks.append(hold(local))
+            locks.append(lock_run_folder(local))
     except OSError as error:
         raise UserError(f"job.dump_folder {config.job.dump_folder}: {error}") from None
     return folder
 
 
-def _is_done(checkpoints: Place, progress: Progress, steps: int) -> bool:
+def _is_done(checkpoints: StoragePath, progress: Progress, steps: int) -> bool:
     """Whether the run has ended with a checkpoint of its weights only. UserError if it is to resume from there."""
     last = from_rank_0(lambda: newest_without_state(checkpoints))
     if last is None or last <= progress.step:
@@ -95,7 +95,7 @@ def _is_done(checkpoints: Place, progress: Progress, steps: int) -> bool:
     return True
 
 
-def _check_later_steps(checkpoints: Place, step: int) -> None:
+def _check_later_steps(checkpoints: StoragePath, step: int) -> None:
     """UserError if the run would later meet checkpoints that it did not come from."""
     if later := [later for later in from_rank_0(lambda: steps_in(checkpoints)) if later > step]:
         raise UserError(
@@ -105,7 +105,7 @@ def _check_later_steps(checkpoints: Place, step: int) -> None:
         )
 
 
-def _storage_problem(checkpoints: Place, world: World) -> str:
+def _storage_problem(checkpoints: StoragePath, world: World) -> str:
     """Why this machine cannot write checkpoints, or empty."""
     if world.local_rank == 0:
         try:

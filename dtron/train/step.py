@@ -29,7 +29,7 @@ class Step:
     """What a step needs, on one rank of a started process group.
 
     config: with the global batch resolved. optimizers: one for each of `model.parts`. progress: counted up by each
-    step. tally: what is counted for the metrics. stop_requested: whether this rank was asked to stop.
+    step. tally: what is counted for the metrics. stop_requested: whether a stop was requested on this rank.
     before_update: called when gradients are final and weights are about to change.
     """
 
@@ -87,7 +87,7 @@ class Step:
         return (count // (d.world // d.dp)).clamp(min=1).float()
 
     def _reduce(self, local_loss: Tensor) -> Tensor:
-        """[loss, gradient norm, ranks asked to stop] of the global batch: one all-reduce over the world, in float64.
+        """[loss, gradient norm, ranks with a stop request] of the global batch: one all-reduce, in float64.
 
         What is summed into the norm: every element of every gradient exactly once, see `squared_gradient_norm`.
         """

@@ -122,6 +122,7 @@ class Trainer:
                 if step == first:
                     compat.set_timeout(c.comm.train_timeout_seconds)
                     self.watchdog.first_step_done()
+                    self.saving.first_step_done()
                 if self.step.guard.stop_requested and step < steps:
                     break  # the time that is given to save is short: no validation
                 self._after_step(step, clock)

@@ -51,8 +51,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 from dtron import registry  # noqa: E402
 from dtron.checkpoint.files import Progress  # noqa: E402
 from dtron.checkpoint.load import load, verify_on_all_ranks  # noqa: E402
-from dtron.checkpoint.place import Place  # noqa: E402
 from dtron.checkpoint.save import Saver, named_tensors  # noqa: E402
+from dtron.checkpoint.storage import StoragePath  # noqa: E402
 from dtron.config import Config, replace  # noqa: E402
 from dtron.config.sections import Checkpoint  # noqa: E402
 from dtron.mesh import Degrees, Mesh  # noqa: E402
@@ -182,7 +182,9 @@ def agree_busy(busy: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def measure_mode(training: Training, mode: str, folder: Place, saves: int, device: torch.device) -> dict[str, Any]:
+def measure_mode(
+    training: Training, mode: str, folder: StoragePath, saves: int, device: torch.device
+) -> dict[str, Any]:
     """Saves and loads of one mode; what this rank saw."""
     saver = Saver(folder, Checkpoint(async_mode=mode, keep_latest_k=1))
     with Clock(device) as first_copy:
@@ -285,7 +287,7 @@ def serve(rank: int, world: int, store: str | None, folder: str, options: argpar
     sync_save_s = None
     training.step(lambda: None)  # makes AdamW's state
     for mode in modes_of(options.device):
-        mine = measure_mode(training, mode, Place.at(f"{folder}/{world}-{mode}"), options.saves, device)
+        mine = measure_mode(training, mode, StoragePath.at(f"{folder}/{world}-{mode}"), options.saves, device)
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, mine)
         figures = summarize(everyone, mode, sync_save_s)

@@ -28,8 +28,8 @@ from dtron.checkpoint import save as saving
 from dtron.checkpoint import torchtitan
 from dtron.checkpoint.files import MANIFEST, Progress, steps_in
 from dtron.checkpoint.load import find_good, load, load_initial, verify_on_all_ranks
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saved, Saver, named_tensors
+from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
@@ -84,7 +84,7 @@ def differing(got: State, expected: State) -> list[str]:
 
 
 def saver_of(folder: str, mode: str = "async", **more: Any) -> Saver:
-    return Saver(Place.at(folder), Checkpoint(**{"async_mode": mode, "keep_latest_k": 0, **more}))
+    return Saver(StoragePath.at(folder), Checkpoint(**{"async_mode": mode, "keep_latest_k": 0, **more}))
 
 
 def save_and_wait(saver: Saver, model: ParallelModel, optimizers: Any, step: int) -> Saved:
@@ -123,7 +123,7 @@ def train_on_while_saving(folder: str, mode: str) -> tuple[bool, list[str], list
         ended += saver.wait()
     assert [saved.error for saved in ended] == [""]
     changed = differing(state_of(model, optimizers), expected)
-    load(Place.at(folder) / "step-1", model, optimizers)
+    load(StoragePath.at(folder) / "step-1", model, optimizers)
     return busy, changed, differing(state_of(model, optimizers), expected)
 
 
@@ -157,7 +157,7 @@ def save_thrice_at_once(folder: str, mode: str) -> tuple[list[list[int]], list[S
         ended += [saver.wait(), saver.wait()]
     wrong = []
     for step, expected in enumerate(states, 1):
-        place = Place.at(folder) / f"step-{step}"
+        place = StoragePath.at(folder) / f"step-{step}"
         assert verify_on_all_ranks(place).progress.step == step
         load(place, model, optimizers)
         wrong.append(differing(state_of(model, optimizers), expected))
@@ -226,10 +226,10 @@ def full_after(spare: int, suffix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_manifest() -> Iterator[None]:
-    def write(self: Place, data: bytes) -> None:
+    def write(self: StoragePath, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with patch.object(Place, "write", write):
+    with patch.object(StoragePath, "write", write):
         yield
 
 
@@ -256,10 +256,10 @@ def fail_in_between(folder: str, mode: str, case: str) -> tuple[str, list[str], 
     dist.barrier()
     left = entries(folder)
     assert failed.bytes == 0 and failed.step == 2
-    verify_on_all_ranks(Place.at(folder) / "step-1")
+    verify_on_all_ranks(StoragePath.at(folder) / "step-1")
     assert not save_and_wait(saver, model, optimizers, 3).error
-    verify_on_all_ranks(Place.at(folder) / "step-3")
-    load(Place.at(folder) / "step-1", model, optimizers)
+    verify_on_all_ranks(StoragePath.at(folder) / "step-3")
+    load(StoragePath.at(folder) / "step-1", model, optimizers)
     return failed.error, left, differing(state_of(model, optimizers), first)
 
 
@@ -302,12 +302,12 @@ def fill_the_disk(disk: str, mode: str) -> tuple[str, list[str], int]:
     failed = save_and_wait(saver, model, optimizers, 2)
     dist.barrier()
     left, lost = entries(folder), before - shutil.disk_usage(disk).free
-    verify_on_all_ranks(Place.at(folder) / "step-1")
+    verify_on_all_ranks(StoragePath.at(folder) / "step-1")
     if dist.get_rank() == 0:
         ballast.unlink()
     dist.barrier()
     assert not save_and_wait(saver, model, optimizers, 3).error
-    verify_on_all_ranks(Place.at(folder) / "step-3")
+    verify_on_all_ranks(StoragePath.at(folder) / "step-3")
     return failed.error, left, lost
 
 
@@ -369,14 +369,14 @@ def go_on(folder: str, load_step: int = -1, keep: bool = False) -> tuple[int | N
     update(model, optimizers, 2.0)
     expected.append(state_of(model, optimizers))
     try:
-        manifest = find_good(Place.at(folder), load_step, keep)
+        manifest = find_good(StoragePath.at(folder), load_step, keep)
     except UserError as error:
         return None, str(error), from_rank_0(lambda: said), []
     said = from_rank_0(lambda: said)  # it alone warns
     if manifest is None:
         return None, "", said, []
     step = manifest.progress.step
-    load(Place.at(folder) / f"step-{step}", model, optimizers)
+    load(StoragePath.at(folder) / f"step-{step}", model, optimizers)
     return step, "", said, differing(state_of(model, optimizers), expected[step - 1])
 
 
@@ -490,7 +490,7 @@ def test_a_damaged_one_that_was_asked_for_is_an_error(ranks: Ranks, damaged: Pat
 
 def through_a_url(url: str) -> dict[str, Any]:
     """A rank's job, in one process whose memory is the store: save, retain, find, load."""
-    folder, (_, said) = Place.at(url), quiet_world()
+    folder, (_, said) = StoragePath.at(url), quiet_world()
     model, optimizers = begin_with_state(ONE)
     saver = saver_of(url, keep_latest_k=2)
     states, seen = {}, {}
@@ -534,11 +534,11 @@ def test_a_url(ranks: Ranks) -> None:
 def load_without(checkpoint: str, exclude: list[str], with_optimizer: bool) -> dict[str, str]:
     """A rank's job: what became of each tensor: loaded, initial, zero or something else."""
     saved_model, saved_optimizers = begin_with_state()
-    load(Place.at(checkpoint), saved_model, saved_optimizers)
+    load(StoragePath.at(checkpoint), saved_model, saved_optimizers)
     expected = state_of(saved_model, saved_optimizers)
     _, model, optimizers = begin(Case("fresh", FSDP2))
     initial = state_of(model, None)
-    load(Place.at(checkpoint), model, optimizers if with_optimizer else None, exclude)
+    load(StoragePath.at(checkpoint), model, optimizers if with_optimizer else None, exclude)
     fates = {}
     for name, tensor in state_of(model, optimizers).items():
         kinds = {"loaded": expected[name], "initial": initial.get(name), "zero": torch.zeros_like(tensor)}
@@ -571,7 +571,7 @@ def from_torchtitan(exclude: list[str]) -> dict[str, str]:
     torchtitan.load(dcp.FileSystemReader(TORCHTITAN), tensors, TITAN.n_heads, TITAN.n_kv_heads)
     expected = state_of(expected_model, None)
     whole = meta_model(registry.look_up("model", "llama3", "model.name"), TITAN)
-    load_initial(Place.at(TORCHTITAN), model, None, exclude, whole, (TITAN.n_heads, TITAN.n_kv_heads))
+    load_initial(StoragePath.at(TORCHTITAN), model, None, exclude, whole, (TITAN.n_heads, TITAN.n_kv_heads))
     fates = {}
     for name, tensor in state_of(model, None).items():
         kinds = {"torchtitan's": expected[name], "initial": initial[name]}
@@ -589,7 +589,7 @@ def test_weights_of_torchtitan(ranks: Ranks) -> None:
 def refused(folder: str) -> str:
     model, _ = begin_with_state()
     try:
-        load_initial(Place.at(folder), model, None, [], model.parts[0], (4, 2))
+        load_initial(StoragePath.at(folder), model, None, [], model.parts[0], (4, 2))
     except UserError as error:
         return str(error)
     return "loaded"
@@ -615,18 +615,21 @@ PIECE_BYTES, INDEX_BYTES = 1600, 350
 @contextlib.contextmanager
 def counting() -> Iterator[dict[str, int]]:
     """Bytes this rank reads: of tensors as DCP asks for them, and of whole files to verify them."""
-    read, verified = dcp.FileSystemReader.read_data, Place.crc32
+    read, verified = dcp.FileSystemReader.read_data, StoragePath.crc32
     counts = {"loaded": 0, "verified": 0}
 
     def counted_read(self: Any, plan: Any, planner: Any) -> Any:
         counts["loaded"] += sum(self.storage_data[item.storage_index].length for item in plan.items)
         return read(self, plan, planner)
 
-    def counted_crc32(self: Place) -> int:
+    def counted_crc32(self: StoragePath) -> int:
         counts["verified"] += self.size()
         return verified(self)
 
-    with patch.object(dcp.FileSystemReader, "read_data", counted_read), patch.object(Place, "crc32", counted_crc32):
+    with (
+        patch.object(dcp.FileSystemReader, "read_data", counted_read),
+        patch.object(StoragePath, "crc32", counted_crc32),
+    ):
         yield counts
 
 
@@ -638,8 +641,8 @@ def bytes_of(folder: str, degrees: Degrees) -> tuple[int, int, dict[str, int]]:
     state = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     pieces = sum(degrees.dp_shard if tensor.dim() else 1 for tensor in tensors)
     with counting() as counts:
-        verify_on_all_ranks(Place.at(folder) / "step-1")
-        load(Place.at(folder) / "step-1", model, optimizers)
+        verify_on_all_ranks(StoragePath.at(folder) / "step-1")
+        load(StoragePath.at(folder) / "step-1", model, optimizers)
     return state, pieces, counts
 
 

@@ -9,8 +9,8 @@ from parity.layout import CPU, Case, build, build_config, csv_file, local_batche
 
 from dtron.checkpoint.files import Progress
 from dtron.checkpoint.load import load, verify_on_all_ranks
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saved, Saver
+from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Checkpoint, Optimizer
 from dtron.parallel.compose import ParallelModel
 from dtron.train.optimizer import build_optimizers, scale_gradients, squared_gradient_norm
@@ -30,7 +30,7 @@ def save_all(
     folder: str, model: ParallelModel, optimizers: Any, progress: Progress, **config: Any
 ) -> list[Saved]:  # fmt: skip
     """Save into `folder` and wait: how it ended."""
-    saver = Saver(Place.at(folder), Checkpoint(**{"keep_latest_k": 0, **config}))
+    saver = Saver(StoragePath.at(folder), Checkpoint(**{"keep_latest_k": 0, **config}))
     return [*saver.save(model, optimizers, progress), *saver.wait()]
 
 
@@ -40,8 +40,8 @@ def train(
     """Steps [first, last) on this rank: global losses and gradient norms. save_to: the folder of the checkpoint."""
     mesh, model, optimizers = begin(case)
     if load_from:
-        verify_on_all_ranks(Place.at(load_from))
-        load(Place.at(load_from), model, None if model_only else optimizers)
+        verify_on_all_ranks(StoragePath.at(load_from))
+        load(StoragePath.at(load_from), model, None if model_only else optimizers)
     head_tail = bool(build_config(case).parallelism.context_parallel_load_balancer)
     seen = []
     for step in range(first, last):

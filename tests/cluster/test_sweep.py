@@ -34,7 +34,7 @@ from dtron.cluster.sweep.runner import End, Record, Sweep, classify, read_record
 from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options  # noqa: E402
 from dtron.config import replace  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
-from dtron.train.folder import hold  # noqa: E402
+from dtron.train.folder import lock_run_folder  # noqa: E402
 
 BASE = CONFIG.replace("local_batch_size = 8", "local_batch_size = 2")
 HEAD = 'base = "base.toml"\nranks = 4\nsteps = 6\n'
@@ -191,8 +191,10 @@ def test_other_refusals(write: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "file").touch()
     assert main([path, "--out", str(tmp_path / "file")]) == 1
     assert "name another folder by --out" in capsys.readouterr().err
-    holder = "import sys; from pathlib import Path; from dtron.train.folder import hold; out = Path(sys.argv[1])\n"
-    holder += "out.mkdir(); kept = hold(out); print('held', flush=True); sys.stdin.read()"
+    holder = "import sys; from pathlib import Path; from dtron.train.folder import lock_run_folder\n"
+    holder += (
+        "out = Path(sys.argv[1]); out.mkdir(); kept = lock_run_folder(out); print('held', flush=True); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", holder, str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
@@ -200,7 +202,7 @@ def test_other_refusals(write: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert other.stdin is not None
         other.stdin.close()
     assert "another sweep is going on in" in capsys.readouterr().err
-    hold(out).close()
+    lock_run_folder(out).close()
 
 
 def test_dry_run_lists_the_points(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """From a source to a folder of shards: the same bytes whatever the processes and however often it was ended."""
 
 import errno
-import fcntl
 import gzip
 import json
 import multiprocessing
@@ -141,7 +140,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(encoder, whole, tmp_p
         go(out, encoder, source, log=lines.append)
         assert content(out) == whole
         if n > 20:  # not from the start
-            assert source.reads[0][1] is not None and any("going on after shard" in line for line in lines)
+            assert source.reads[0][1] is not None and any("resuming after shard" in line for line in lines)
 
 
 def _prepare_slowly(out, encoder, processes):
@@ -177,7 +176,7 @@ def test_killed_it_leaves_no_worker_and_goes_on(encoder, whole, tmp_path):
     _wait(lambda: (out / "shard-00001.tokens").exists())
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True).stdout
     assert len(workers := listed.split()) >= 2
-    with pytest.raises(UserError, match="is being prepared by another process"):
+    with pytest.raises(UserError, match=rf"is being prepared by process {child.pid} on "):
         go(out, encoder)
     child.kill()
     child.join()
@@ -229,6 +228,19 @@ def test_finished_is_left_alone(encoder, tmp_path):
         with pytest.raises(UserError, match=f"holds other data; other than asked for: {named} "):
             go(out, tokenizer, source, **kwargs)
     assert content(out) == before
+
+
+def test_finished_by_another_process_before_the_lock_was_free(encoder, whole, tmp_path, monkeypatch):
+    out, lines, source, lock = tmp_path / "out", [], Lists(), prepare_module._lock
+
+    def late(folder):
+        monkeypatch.setattr(prepare_module, "_lock", lock)
+        go(out, encoder)
+        return lock(folder)
+
+    monkeypatch.setattr(prepare_module, "_lock", late)
+    assert go(out, encoder, source, log=lines.append).n_documents == 100
+    assert content(out) == whole and source.reads == [] and "prepared already" in lines[-1]
 
 
 def test_foreign_folders_are_left_alone(encoder, tmp_path):
@@ -371,11 +383,13 @@ def test_cached_goes_on_after_a_kill_and_waits_for_another(encoder, whole, tmp_p
     def log(line):
         said.append(line)
         if "waiting" in line and len(said) == 1:
-            held.close()
+            other.communicate(b"\n")
 
-    held = (partial / "prepare.lock").open("w")
     (partial / MANIFEST).unlink()  # or killed in the middle, by a process that another has followed
-    fcntl.flock(held, fcntl.LOCK_EX)
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", lock, str(partial / "prepare.lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
     source = Lists()
     (partial / JOURNAL).write_text(json.dumps({"recipe": {}, "shards": [], "file": 0, "state": None}))
     again = prepare_cached(source, encoder, cache, log=log)

@@ -94,7 +94,7 @@ def test_same_command_again_goes_on_or_is_done(source, tmp_path):
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     again = dtron(*command, home=home)
-    assert again.returncode == 0 and "going on after shard" in again.stdout, again
+    assert again.returncode == 0 and "resuming after shard" in again.stdout, again
     assert open_store(out).n_documents == 20_000
     done = dtron(*command, home=home)
     assert done.returncode == 0 and "prepared already" in done.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dtron.data import shards
-from dtron.data.shards import BLOCK, JOURNAL, MANIFEST, ShardWriter, is_prepared, open_store, write_json
+from dtron.data.shards import BLOCK, JOURNAL, MANIFEST, ShardWriter, is_prepared, open_store
 from dtron.data.tokenizer import train_bpe
 from dtron.errors import UserError
 
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
         entries.append(asdict(writer.finish()))
     manifest = {"format": 1, "dtype": "uint16", "vocab_size": 65536, "eos": encoder.eos, "eos_id": encoder.eos_id}
     manifest |= {"tokenizer": encoder.fingerprint, "source": {"name": "made up"}, "recipe": {}, "shards": entries}
-    write_json(folder / MANIFEST, manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     assert not list(folder.glob("*.partial"))
     return folder
 
@@ -93,7 +93,7 @@ def test_fingerprint_is_of_the_content(folder, made, tmp_path):
     writer.add(content(2)[::-1].copy(), np.array(LENGTHS[2]))
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["shards"][2]["sha256"] = writer.finish().sha256
-    write_json(folder / MANIFEST, manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     assert open_store(folder).fingerprint != open_store(made).fingerprint
 
 

@@ -24,8 +24,8 @@ import torch.multiprocessing as mp
 from moments import MOMENTS, Moment, draw_moment, wrap
 
 from dtron.checkpoint.files import MANIFEST, find_damage, read_manifest, steps_in
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saver, _LocalWriter
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import load
 from dtron.observe.metrics import read_metrics
 from dtron.ranks.world import World
@@ -204,7 +204,7 @@ class Run:
         """After every kill: one run folder, and every checkpoint in it that has a final name is whole."""
         folders = [path.name for path in self.outputs.iterdir()] if self.outputs.exists() else []
         assert len(folders) <= 1, f"attempt {outcome.number}: a second run folder: {folders}"
-        place = Place.at(self.outputs / folders[0] / "checkpoint") if folders else Place.at(self.outputs)
+        place = StoragePath.at(self.outputs / folders[0] / "checkpoint") if folders else StoragePath.at(self.outputs)
         outcome.finished = steps_in(place)
         outcome.newest = max(outcome.finished, default=0)
         for step in outcome.finished:

@@ -3,6 +3,7 @@
 They are wrapped by name; a test fails with AttributeError once there is no such function any more.
 """
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, fil
 
 from dtron.checkpoint import save
 from dtron.checkpoint.files import MANIFEST
-from dtron.checkpoint.place import Place
 from dtron.checkpoint.save import Saver
+from dtron.checkpoint.storage import StoragePath
 from dtron.train import report, start, trainer
 from dtron.train.folder import DRAFT
 from dtron.train.guard import StepGuard
@@ -74,40 +75,40 @@ def after(owner: Any, name: str, often: int = 1, rank_0: bool = False, when: Any
 def in_the_manifest(reached: Reached) -> None:
     """When half of it is written."""
 
-    def around(original: Any, place: Place, data: bytes) -> None:
+    def around(original: Any, place: StoragePath, data: bytes) -> None:
         if place.name == MANIFEST:
             original(place, data[: len(data) // 2])
             reached()
         original(place, data)
 
-    wrap(Place, "write", around)
+    wrap(StoragePath, "write", around)
 
 
 def in_the_removal(reached: Reached) -> None:
     """When the manifest of an old checkpoint and half of its files are gone."""
 
-    def around(original: Any, place: Place, names: list[str]) -> None:
+    def around(original: Any, place: StoragePath, names: list[str]) -> None:
         original(place, names[: (len(names) + 1) // 2])
         if MANIFEST in names:
             reached()
         original(place, names[(len(names) + 1) // 2 :])
 
-    wrap(Place, "remove_files", around)
+    wrap(StoragePath, "remove_files", around)
 
 
-def partial(place: Place, *_: Any) -> bool:
+def partial(place: StoragePath, *_: Any) -> bool:
     return ".partial-" in place.url
 
 
-def going(place: Place, *_: Any) -> bool:
+def going(place: StoragePath, *_: Any) -> bool:
     return place.url.endswith(".deleting")
 
 
-def to_going(_: Place, target: Place) -> bool:
+def to_going(_: StoragePath, target: StoragePath) -> bool:
     return going(target)
 
 
-def manifest(place: Place, *_: Any) -> bool:
+def manifest(place: StoragePath, *_: Any) -> bool:
     return place.name == MANIFEST
 
 
@@ -132,7 +133,7 @@ MOMENTS: dict[str, list[Moment]] = {
         after(FileSystemReader, "read_data"),
         after(trainer, "load_start"),
         before(report, "write_config", rank_0=True),
-        before(Path, "rename", rank_0=True, when=draft),
+        before(os, "replace", rank_0=True, when=draft),
         before(report, "MetricsWriter", rank_0=True),
         after(trainer, "start_report"),
     ],
@@ -155,27 +156,27 @@ MOMENTS: dict[str, list[Moment]] = {
         after(FileSystemWriter, "write_data"),
     ],
     "sums": [
-        before(Place, "crc32", when=partial),
-        after(Place, "crc32", when=partial),
+        before(StoragePath, "crc32", when=partial),
+        after(StoragePath, "crc32", when=partial),
         after(WRITER, "write_data"),
         before(WRITER, "finish", rank_0=True),
     ],
     "manifest": [
         after(FileSystemWriter, "finish", rank_0=True),
-        before(Place, "write", rank_0=True, when=manifest),
+        before(StoragePath, "write", rank_0=True, when=manifest),
         Moment("in write", in_the_manifest, rank_0=True),
-        after(Place, "write", rank_0=True, when=manifest),
+        after(StoragePath, "write", rank_0=True, when=manifest),
     ],
     "rename": [
-        before(Place, "move", rank_0=True, when=partial),
-        after(Place, "move", rank_0=True, when=partial),
+        before(StoragePath, "move", rank_0=True, when=partial),
+        after(StoragePath, "move", rank_0=True, when=partial),
         after(WRITER, "finish", rank_0=True),
     ],
     "delete": [
-        before(Place, "move", rank_0=True, when=to_going),
-        after(Place, "move", rank_0=True, when=to_going),
+        before(StoragePath, "move", rank_0=True, when=to_going),
+        after(StoragePath, "move", rank_0=True, when=to_going),
         Moment("in remove_files", in_the_removal, rank_0=True),
-        before(Place, "remove", rank_0=True, when=going),
+        before(StoragePath, "remove", rank_0=True, when=going),
         after(save, "delete_old", rank_0=True),
     ],
     "wait": [

@@ -21,7 +21,7 @@ from frontdoor import CONFIG, ROOT, Run, torchrun  # noqa: E402
 from warm import Warm, ranks_of  # noqa: E402
 
 from dtron.checkpoint.files import find_damage, read_manifest, steps_in  # noqa: E402
-from dtron.checkpoint.place import Place  # noqa: E402
+from dtron.checkpoint.storage import StoragePath  # noqa: E402
 from dtron.observe.metrics import read_metrics  # noqa: E402
 from dtron.ranks import failure  # noqa: E402
 from dtron.ranks.world import World  # noqa: E402
@@ -73,7 +73,9 @@ class Killer:
         self._wait(lambda: len(self._rows()) > rows, agent)
         time.sleep(self._random.uniform(0, self._longest_s))
         if what == "save":  # not the first: there is to be something to go on from
-            self._wait(lambda: any(steps_in(Place.at(at)) for at in self._folder.glob("outputs/*/checkpoint")), agent)
+            self._wait(
+                lambda: any(steps_in(StoragePath.at(at)) for at in self._folder.glob("outputs/*/checkpoint")), agent
+            )
             self._wait(lambda: any(self._folder.glob("outputs/*/checkpoint/*.partial-*")), agent, every_s=0.0005)
             time.sleep(self._random.uniform(0, 0.01))
 
@@ -119,7 +121,7 @@ def check(killer: Killer, folder: Path, expected: list[Any], steps: int, bound: 
     for row, want in zip(rows, expected, strict=True):
         for key in ("loss", "grad_norm"):
             assert row[key] == pytest.approx(want[key], rel=1e-4), (row["step"], key)
-    place = Place.at(outputs / "checkpoint")
+    place = StoragePath.at(outputs / "checkpoint")
     assert place.names() == [f"step-{step}" for step in sorted(steps_in(place), key=str)], "nothing half written"
     assert steps_in(place)[-1] == steps
     for name in place.names():

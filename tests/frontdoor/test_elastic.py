@@ -13,7 +13,7 @@ from frontdoor import CONFIG, ROOT, Run, torchrun
 from warm import Warm, children, ranks_of
 
 from dtron.checkpoint.files import find_damage, read_manifest
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.observe.metrics import read_metrics
 
 SAVING = CONFIG + "[checkpoint]\nenable = true\ninterval = 4\n[debug]\ndeterministic = true\n"
@@ -119,7 +119,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, wh
     assert "step-8 is " in run.out[0] and name in run.out[0] and "going back to the checkpoint before it" in run.out[0]
     assert "checkpoint/step-4\n" in run.out[0] and newest.with_name("step-8.damaged").is_dir()
     assert curve(tmp_path) == whole
-    assert find_damage(Place.at(newest), read_manifest(Place.at(newest)).files.items()) == []
+    assert find_damage(StoragePath.at(newest), read_manifest(StoragePath.at(newest)).files.items()) == []
 
 
 @pytest.mark.long
@@ -158,7 +158,7 @@ def check_saved(folder: Path) -> int:
     assert (
         marker["checkpoint"].endswith(f"checkpoint/step-{marker['step']}") and checkpoint.name in marker["checkpoint"]
     )
-    assert find_damage(Place.at(checkpoint), read_manifest(Place.at(checkpoint)).files.items()) == []
+    assert find_damage(StoragePath.at(checkpoint), read_manifest(StoragePath.at(checkpoint)).files.items()) == []
     assert len(curve(folder)) == marker["step"]
     return marker["step"]
 

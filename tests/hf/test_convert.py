@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtron.__main__ import main
 from dtron.checkpoint.files import find_damage, read_manifest
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.hf.read import open_model
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_round_trip_is_bitwise(dtype: torch.dtype, size: str, tmp_path: Path) ->
 
 def test_a_checkpoint_is_verified_and_carries_what_lies_beside(folder: Path, tmp_path: Path) -> None:
     assert main(["convert", str(folder), str(tmp_path / "here")]) == 0
-    place = Place.at(tmp_path / "here")
+    place = StoragePath.at(tmp_path / "here")
     manifest = read_manifest(place)
     assert find_damage(place, manifest.files.items()) == [] and manifest.progress.model_only
     assert {"config.json", "generation_config.json", "chat_template.jinja"} <= manifest.files.keys()
@@ -234,7 +234,7 @@ def test_a_lost_index_and_a_pointer_are_told(broken: Path, tmp_path: Path, capsy
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
     assert "is no index of safetensors files" in refused(capsys, broken, tmp_path / "out")
     (broken / "model.safetensors.index.json").unlink()
-    assert "which tells what is in the others there" in refused(capsys, broken, tmp_path / "out")
+    assert "the index of the others there" in refused(capsys, broken, tmp_path / "out")
 
 
 def test_what_is_no_model_is_told(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtron import registry
 from dtron.checkpoint.load import load_initial
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.mesh import Mesh
 from dtron.models.hf import to_hf_config
 from dtron.models.llama import LlamaConfig
@@ -83,7 +83,7 @@ def trained_by_transformers(folder: Path, optimizer_name: str) -> Run:
 
 def read(folder: str, config: LlamaConfig, model: ParallelModel) -> None:
     whole = meta_model(registry.look_up("model", "llama3", ""), config)
-    load_initial(Place.at(folder), model, None, [], whole, (config.n_heads, config.n_kv_heads))
+    load_initial(StoragePath.at(folder), model, None, [], whole, (config.n_heads, config.n_kv_heads))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ import pytest
 import torch.distributed as dist
 from ranks import Ranks
 
+from dtron.checkpoint.save import Saver
+from dtron.checkpoint.storage import StoragePath
+from dtron.config.sections import Checkpoint
 from dtron.mesh import Degrees, Mesh
 
 
@@ -24,13 +27,25 @@ def _coordinates(degrees: Degrees) -> tuple[int, int, tuple[int, ...], list[list
 def test_a_rank_of_the_four_dimensional_layout_is_in_few_groups_and_they_are_the_right_ones(ranks: Ranks):
     degrees = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
     answers = ranks.run(16, _coordinates, degrees)
-    assert max(groups for groups, *_ in answers) <= 8
+    assert max(groups for groups, *_ in answers) == 6
     place = {rank: where for _, rank, where, _ in answers}
     assert len(set(place.values())) == 16
     for _, rank, where, members in answers:
         for dim, group in zip((3, 2, 0), members, strict=True):  # tp, cp, pp
             same = [r for r, other in place.items() if all(other[i] == where[i] for i in range(4) if i != dim)]
             assert sorted(group) == sorted(same), (rank, dim)
+
+
+def _groups_of_a_run_that_saves(folder: str) -> int:
+    Mesh(Degrees(dp_shard=2), "cpu")
+    Saver(StoragePath.at(folder), Checkpoint())
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def test_saving_needs_one_group_more(ranks: Ranks, tmp_path: Path):
+    with_saver = ranks.run(2, _groups_of_a_run_that_saves, str(tmp_path))
+    alone = [groups for groups, *_ in ranks.run(2, _coordinates, Degrees(dp_shard=2))]
+    assert with_saver == [groups + 1 for groups in alone]
 
 
 @pytest.mark.parametrize(
@@ -48,5 +63,5 @@ def test_one_of_4096_ranks_starts_in_seconds(flavor: str, layout: str, schedule:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["cpu_s"] < 20
-    assert answer["groups"] <= 8
+    assert answer["groups"] <= 6
     assert 0.7 * held < answer["parameters"] < 1.3 * held

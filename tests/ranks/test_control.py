@@ -18,7 +18,7 @@ from dtron.ranks.control import Control, kind_of
 from dtron.ranks.failure import LostContactError
 from dtron.ranks.watchdog import HangError
 from dtron.ranks.world import AbsentRanksError
-from dtron.train import trainer
+from dtron.train import launch, trainer
 from dtron.train.folder import InUseError
 from dtron.train.trainer import Trainer
 
@@ -78,8 +78,9 @@ def test_a_new_attempt_forgets_what_the_last_one_left_but_not_a_stop(tmp_path: P
 
 
 def test_the_first_failure_stays(tmp_path: Path) -> None:
-    for rank, text in ((3, "cause"), (0, "consequence")):
-        Control(rank, str(tmp_path / "made")).failed(UserError(text))
+    first, second = (Control(rank, str(tmp_path / "made")) for rank in (3, 0))
+    first.failed(UserError("cause"))
+    second.failed(UserError("consequence"))
     failed = read(tmp_path / "made", "FAILED")
     assert (failed["kind"], failed["message"], failed["rank"]) == ("mistake", "cause", 3)
 
@@ -153,3 +154,34 @@ def test_steps_that_take_longer_than_ranks_may_wait_are_no_hang(ranks: Ranks, tm
 )
 def test_kinds_of_failures(error: BaseException, kind: str) -> None:
     assert kind_of(error) == kind
+
+
+def test_a_stop_that_comes_too_late_does_not_stop_the_next_attempt(tmp_path: Path) -> None:
+    """Made during the last step, or after the end: a continuation with more steps is not to end after its first one."""
+    made = Control(0, str(tmp_path))
+    made.start_run(tmp_path / "run")
+    (tmp_path / "STOP").touch()
+    made.done(7)
+    assert not (tmp_path / "STOP").exists() and (tmp_path / "DONE").exists()
+
+
+def test_an_attempt_that_fails_before_it_starts_says_why_in_its_own_words(tmp_path: Path) -> None:
+    """Not in those of the attempt before it, whose FAILED is still there."""
+    before = Control(0, str(tmp_path))
+    before.start_run(tmp_path / "run")
+    before.failed(HangError("rank 1 hangs"))
+    Control(0, str(tmp_path)).failed(UserError("tp 3 does not divide 4 heads"))
+    assert read(tmp_path, "FAILED")["message"] == "tp 3 does not divide 4 heads"
+    Control(1, str(tmp_path))  # another rank of the same attempt, perhaps a later one, removes nothing
+    assert (tmp_path / "FAILED").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--job.control_folder", "there"], ["--job.control-folder=there"], ["--tp", "x", "--job.control_folder=there"]],
+)
+def test_the_control_folder_is_known_before_the_configuration(words: list[str]) -> None:
+    assert launch._control_folder(words) == "there"
+    assert launch._control_folder([*words, "--tp", "2"]) == "there"
+    assert launch._control_folder(["--tp", "2"]) is None
+    assert launch._control_folder(["--job.control_folder"]) is None

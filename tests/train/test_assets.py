@@ -12,7 +12,7 @@ from hf.models import save_random
 from safetensors.torch import load_file
 from tinyrun import train_tiny
 
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import load
 from dtron.data.tokenizer import TextEncoder, train_bpe
 from dtron.models.hf import hf_dimensions
@@ -64,20 +64,20 @@ def test_what_came_with_the_weights_is_kept_while_it_holds(tmp_path: Path) -> No
     same = setup("--model.hf_config_path", str(folder), "--model.n_layers", "3", *["--model.n_kv_heads", "4"],
                  *["--model.n_heads", "8"])  # fmt: skip
     given = {path.name: path.read_bytes() for path in folder.iterdir() if "safetensors" not in path.name}
-    assert model_assets(same, Place.at(folder), Data(encoder)) == given
-    assert model_assets(same, Place.at(folder), object()) == given
+    assert model_assets(same, StoragePath.at(folder), Data(encoder)) == given
+    assert model_assets(same, StoragePath.at(folder), object()) == given
     # Another rotary base: a config.json of its own, with the ids of the tokenizer that stays.
     longer = setup("--model.hf_config_path", str(folder), "--model.n_layers", "3", *["--model.n_kv_heads", "4"],
                    *["--model.n_heads", "8", "--model.rope_theta", "9e6"])  # fmt: skip
-    changed = model_assets(longer, Place.at(folder), Data(encoder))
+    changed = model_assets(longer, StoragePath.at(folder), Data(encoder))
     config = json.loads(changed["config.json"])
     assert config["bos_token_id"] == 1 and hf_dimensions(config, "").rope_theta == 9e6
     assert {**changed, "config.json": b""} == {**given, "config.json": b""}
     # Another tokenizer: nothing of the old one stays.
-    assert model_assets(same, Place.at(folder), Data(other)).keys() == {
+    assert model_assets(same, StoragePath.at(folder), Data(other)).keys() == {
         "config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    assert model_assets(same, Place.at(tmp_path / "gone"), Data(encoder)).keys() == {
+    assert model_assets(same, StoragePath.at(tmp_path / "gone"), Data(encoder)).keys() == {
         "config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
 

@@ -9,10 +9,10 @@ import pytest
 
 from dtron.checkpoint.files import Manifest, Progress
 from dtron.checkpoint.load import resumable_steps
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
-from dtron.train.folder import check_writable, checkpoint_place, choose_run_folder, hold, run_identity
+from dtron.train.folder import check_writable, checkpoint_folder, choose_run_folder, lock_run_folder, run_identity
 from dtron.train.resolve import resolve
 
 BASE = "--training.device cpu --checkpoint.enable"
@@ -27,7 +27,7 @@ def choose(folder: Path, arguments: str = "") -> tuple[str, str | None, int]:
     config = config_of(folder, arguments)
     run = choose_run_folder(config, resolve(config, 1).model_config)
     assert run.path.is_dir() and run.path.parent == folder / "outputs"
-    steps = resumable_steps(checkpoint_place(config.checkpoint, run.path)) if config.checkpoint.enable else []
+    steps = resumable_steps(checkpoint_folder(config.checkpoint, run.path)) if config.checkpoint.enable else []
     assert run.resumes == bool(steps)
     return run.path.name, f"step-{steps[0]}" if steps else None, run.attempt
 
@@ -190,7 +190,7 @@ def test_a_changed_run_is_told_by_the_changed_key(tmp_path: Path) -> None:
 
 def _held(folder: str, answers: Any) -> None:
     try:
-        hold(Path(folder))
+        lock_run_folder(Path(folder))
         answers.put("held")
     except UserError as error:
         answers.put(str(error))
@@ -206,19 +206,19 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
         process.join()
         return answers.get(timeout=10)
 
-    file = hold(tmp_path)
+    file = lock_run_folder(tmp_path)
     said = try_to_hold()
     assert f"is in use by process {os.getpid()} on " in said and "another job.dump_folder" in said
     file.close()
     assert try_to_hold() == "held"
-    hold(tmp_path)  # the process that held it has ended
+    lock_run_folder(tmp_path)  # the process that held it has ended
 
 
 def _check_as_nobody(folder: str, answers: Any) -> None:
     os.setgid(65534)
     os.setuid(65534)
     try:
-        check_writable(Place.at(folder), 0)
+        check_writable(StoragePath.at(folder), 0)
         answers.put("")
     except UserError as error:
         answers.put(str(error))
@@ -247,11 +247,13 @@ def test_folder_without_write_permission(tmp_path: Path, mode: int) -> None:
 def test_something_that_is_no_folder_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="no checkpoint can be written to"):
-        check_writable(Place.at(tmp_path / "file" / "checkpoint"), 0)
+        check_writable(StoragePath.at(tmp_path / "file" / "checkpoint"), 0)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_checkpoints_behind_a_url_get_a_folder_a_run(tmp_path: Path) -> None:
     config = config_of(tmp_path, "--checkpoint.folder memory://bucket/runs")
-    assert checkpoint_place(config.checkpoint, tmp_path / "llama3-x").url == "memory://bucket/runs/llama3-x"
-    assert checkpoint_place(config_of(tmp_path).checkpoint, tmp_path / "x") == Place.at(tmp_path / "x" / "checkpoint")
+    assert checkpoint_folder(config.checkpoint, tmp_path / "llama3-x").url == "memory://bucket/runs/llama3-x"
+    assert checkpoint_folder(config_of(tmp_path).checkpoint, tmp_path / "x") == StoragePath.at(
+        tmp_path / "x" / "checkpoint"
+    )

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dtron import compat, registry
 from dtron.checkpoint.files import Progress, read_manifest
-from dtron.checkpoint.place import Place
+from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Training
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
@@ -250,7 +250,7 @@ def test_a_run_goes_on_without_the_bad_step(ranks: Ranks, tmp_path: Path, what: 
     (warning,) = [line for line in said if "its update is skipped (1 so far)" in line]
     assert text in warning
     assert [row["step"] for row in rows if row.get("skipped_steps") == 1] == list(range(25, 31))
-    (manifest,) = [read_manifest(Place.at(path)) for path in tmp_path.glob("*/checkpoint/step-30")]
+    (manifest,) = [read_manifest(StoragePath.at(path)) for path in tmp_path.glob("*/checkpoint/step-30")]
     assert manifest.progress.skipped == 1 and manifest.progress.norm_weight > 0.4
 
 

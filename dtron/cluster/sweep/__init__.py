@@ -25,7 +25,7 @@ from dtron.cluster.sweep.runner import ENDED, Record, Runner, Sweep
 from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options
 from dtron.errors import UserError
 from dtron.observe.console import human_bytes, human_count, human_seconds
-from dtron.train.folder import hold
+from dtron.train.folder import lock_run_folder
 
 __all__ = ["main"]
 
@@ -172,7 +172,7 @@ def _held(out: Path) -> TextIO:
     """Keep other sweeps out of the folder while the file is open."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return hold(out)
+        return lock_run_folder(out)
     except UserError:
         raise UserError(
             f"another sweep is going on in {out}; wait for it, stop it, or give this one another folder by --out"

@@ -15,13 +15,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from dtron import compat
 from dtron.errors import UserError
 
-__all__ = ["Place"]
+__all__ = ["StoragePath"]
 
 BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePath:
     """`url`: a local path or an fsspec URL, without a slash at its end.
 
     OSError where the storage fails; UserError where fsspec does not know the kind of URL, or lacks its package.
@@ -30,11 +30,11 @@ class Place:
     url: str
 
     @classmethod
-    def at(cls, where: "str | Path | Place") -> "Place":
-        return where if isinstance(where, Place) else cls(str(where).rstrip("/"))
+    def at(cls, where: "str | Path | StoragePath") -> "StoragePath":
+        return where if isinstance(where, StoragePath) else cls(str(where).rstrip("/"))
 
-    def __truediv__(self, name: str) -> "Place":
-        return Place(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> "StoragePath":
+        return StoragePath(f"{self.url}/{name}")
 
     def __str__(self) -> str:
         return self.url
@@ -44,8 +44,8 @@ class Place:
         return self.url.rsplit("/", 1)[-1]
 
     @property
-    def parent(self) -> "Place":
-        return Place(self.url.rsplit("/", 1)[0])
+    def parent(self) -> "StoragePath":
+        return StoragePath(self.url.rsplit("/", 1)[0])
 
     @property
     def local(self) -> Path | None:
@@ -103,7 +103,7 @@ class Place:
                 total = zlib.crc32(block, total)
         return total
 
-    def move(self, target: "Place") -> None:
+    def move(self, target: "StoragePath") -> None:
         """Rename, in one operation on a local disk; OSError if there is something else of that name."""
         fs, path = self._fs()
         if local := self.local:
