@@ -8,7 +8,7 @@ together, because both hold different tokens and the same weights. Context paral
     group         its ranks differ in    they exchange
     world         everything             the count of labels; loss, gradient norm and stop requests, once per step
     pp            the layers they hold   hidden states and their gradients, stage to stage; gradients of tied copies
-    dp_replicate  their sequences        gradients, all-reduced once per step
+    dp_replicate  their sequences        gradients, all-reduced
     dp_shard_cp   their tokens           weights, gathered for each use; gradients, reduce-scattered
     tp            part of each matrix    activations, gathered and reduce-scattered around attention and feed-forward
     cp            part of the sequence   keys and values, and their gradients
