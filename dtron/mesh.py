@@ -1,11 +1,20 @@
-"""Degrees -> process groups. The only place that makes a mesh.
+"""Degrees -> process groups: who communicates with whom in each dimension. The only place that makes a mesh.
 
 World ranks are laid out row by row as (pp, dp_replicate, dp_shard, cp, tp): tensor parallel, which
-talks most, is innermost and stays inside a node; pipeline parallel, which talks least, is outermost.
+communicates most, is innermost and stays inside a node; pipeline parallel, which communicates least, is outermost.
 One 4-D DeviceMesh carries the parameters: FSDP shards over the data-parallel and context ranks
-together, because both hold different tokens and the same weights. Context parallel itself needs one
-group more. That is at most 6 groups per rank, the world included, whatever the layout: the data-parallel
-coordinates of the loader are arithmetic and need no group. A run that saves checkpoints has a seventh, for saving.
+together, because both hold different tokens and the same weights. Context parallel itself needs one more group.
+
+    group         its ranks differ in    they exchange
+    world         everything             the count of labels; loss, gradient norm and stop requests, once per step
+    pp            the layers they hold   hidden states and their gradients, stage to stage; gradients of tied copies
+    dp_replicate  their sequences        gradients, all-reduced
+    dp_shard_cp   their tokens           weights, gathered for each use; gradients, reduce-scattered
+    tp            part of each matrix    activations, gathered and reduce-scattered around attention and feed-forward
+    cp            part of the sequence   keys and values, and their gradients
+
+That is at most 6 groups per rank, whatever the layout; a run that saves checkpoints makes a seventh for them. The
+data-parallel coordinates of the loader are arithmetic and need no group.
 An expert dimension would split the same world a second time, as context parallel does here.
 """
 

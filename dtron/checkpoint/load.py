@@ -1,4 +1,10 @@
-"""Loading: which checkpoint a run resumes from, whether it is what was written, and its tensors into any layout."""
+"""Loading: which checkpoint a run resumes from, whether it is what was written, and its tensors into any layout.
+
+How a checkpoint meets another layout: tensors are saved as DTensors under the plain model's names
+(`save.named_tensors`), so DCP's index knows which part of the whole tensor each file holds. To load, this rank's
+tensors of the layout at hand are given to DCP under the same names; it reads into them the parts that overlap. No
+tensor is gathered. Everything else, the step and the samples consumed, is in the manifest, the same for every layout.
+"""
 
 import fnmatch
 from collections.abc import Callable, Sequence

@@ -1,4 +1,10 @@
-"""What the trainer must know of a model besides its code: the seam for models from outside."""
+"""What the trainer must know of a model besides its code: the seam for models from outside.
+
+To add a model: write it for one device, build a `ModelSpec` of it and call `register("model", name, spec)` in a module
+of job.custom_import (`dtron.registry`); then model.name names it. docs/extending.md explains each requirement, and
+tests/extending/outside_model.py is a complete one. Another size of a Llama-like family is one line in
+`dtron/models/families.py`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

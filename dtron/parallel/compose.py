@@ -7,6 +7,12 @@ parameters into DTensors, which FSDP then shards further. Recomputation by opera
 compiled region, where its policy is compiled with the block; of whole blocks outside, where it calls the
 compiled block again (inside, with tensor parallel, torch raises). FSDP is last: it must see the
 module that is really called.
+
+To add a dimension: its degree and groups in `dtron/mesh.py`; a file beside this one with an `apply_...` function, which
+`_parallelize_part` calls at its place in the order, and a `check_...` function with its constraints, which
+`dtron/train/resolve.py` calls; its keys in `dtron/config/sections.py`; the features it is incompatible with in
+`incompatible.py`; its layouts in `tests/parity/table.py`. The gradient norm, checkpoints and initial values read
+placements, not layouts: they need no change if every parameter's mesh spans its pipeline stage.
 """
 
 import contextlib

@@ -3,6 +3,12 @@
 A user's mistake is one message from rank 0; the other ranks wait for it, bounded, and stay silent. A
 failure in training is reported by the rank where it happened first; ranks that merely lost contact with
 it are silent. Both reach torchrun's summary as the root cause.
+
+A rank that is killed says nothing. The others lose contact with it, in a collective, and wait to be stopped: torchrun
+notices the exit within `KILLED_WAIT_S`, stops the ranks of that machine and names the killed rank as the root cause.
+Ranks of other machines report that they lost contact (`LostContactError`) after `SILENT_WAIT_S` and end. Under
+`--max-restarts`, or Slurm's requeue, all ranks start again and resume from the newest good checkpoint: only the steps
+since then are lost. A rank that is alive and stuck is the watchdog's (`dtron/ranks/watchdog.py`).
 """
 
 import logging

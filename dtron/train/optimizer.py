@@ -1,4 +1,10 @@
-"""Optimizers, the learning-rate schedule and clipping by the true global norm."""
+"""Optimizers, the learning-rate schedule and clipping by the true global norm.
+
+What is summed into the gradient norm: the square of every element of every gradient, exactly once. Each rank adds up
+its local shards; a shard that c ranks hold counts 1/c on each, the second copy of a tied matrix counts nothing. The
+sum over the world (`Step._reduce`) is the squared norm. Gradients are sums over ranks and microbatches already, since
+the loss is divided by the number of labels in the whole global batch; none is averaged.
+"""
 
 import fnmatch
 import math
