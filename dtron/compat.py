@@ -77,7 +77,7 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-# --- ring attention: torch's own, 2.13 (2.11: same module path); waits for a public module style and a CPU handler.
+# --- ring attention: torch's own, 2.11 and 2.13; waits for a public module style and a CPU handler.
 # The public manager context_parallel() shards buffers and patches F.scaled_dot_product_attention for the
 # whole process, and its gradients are silently wrong when the backward runs outside of it; the module
 # style below is the same ring without the patch.
@@ -137,7 +137,7 @@ def _ring_backward(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-# --- an all-gather with a gradient, 2.13 (the other name is that of 2.11 and 2.12); waits for a public one.
+# --- an all-gather with a gradient, 2.11 and 2.13 (the other name is that of 2.11 and 2.12); waits for a public one.
 
 _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
 
@@ -148,7 +148,7 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
     return gathered
 
 
-# --- an all-gather without one, under its public name of 2.13; the other is that of 2.11 and 2.12, deprecated since.
+# --- an all-gather without one, 2.11 and 2.13, under its public name of 2.13; the other is deprecated since.
 
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -180,16 +180,13 @@ class Stage(PipelineStage):
         """Sent into a buffer of another dtype or size, hidden states would become NaN or end the process."""
         output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
         expected = self._hidden
-        as_expected = (
-            self.is_last or expected is None or (output.dtype, output.shape) == (expected.dtype, expected.shape)
+        if expected is None or self.is_last or (output.dtype, output.shape) == (expected.dtype, expected.shape):
+            return output
+        raise ValueError(
+            f"stage {self.stage_index} returns {output.dtype} {tuple(output.shape)}, but the next one expects "
+            f"{expected.dtype} {tuple(expected.shape)}; register the model with a ModelSpec whose "
+            "standard_hidden_states is False"
         )
-        if expected is not None and not as_expected:
-            raise ValueError(
-                f"stage {self.stage_index} returns {output.dtype} {tuple(output.shape)}, but the next one expects "
-                f"{expected.dtype} {tuple(expected.shape)}; register the model with a ModelSpec whose "
-                "standard_hidden_states is False"
-            )
-        return output
 
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
         """2.11 only, whose check is of the last stage's output too."""
@@ -197,7 +194,7 @@ class Stage(PipelineStage):
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """2.11 only: messages that open connections. A rank cannot send to itself with gloo, and needs not."""
+        """2.11 only: messages that open connections. With gloo a rank cannot send to itself, nor does it need to."""
         messages = super()._get_init_p2p_neighbors_ops() if self._hidden is None else []
         return [message for message in messages if message.group_peer != self.group_rank]
 
@@ -305,8 +302,8 @@ def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-# --- the flight recorder, 2.13 on CPU; names of 2.11 and of NCCL builds read from the source, not run here. Waits for
-# a public one.
+# --- the flight recorder, 2.11 and 2.13 on CPU; names of NCCL builds read from the source, not run here. Waits for a
+# public one.
 
 _RECORDER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # the second is the older name
 # gloo and NCCL have a recorder each: these are not two names of one.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron.config.sections import Dataset
+from dtron.config.sections import Dataset, Optimizer
 from dtron.data.build import build_by_path, names_a_place, stdlib
 from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
@@ -39,14 +39,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _adam(cls: Any) -> Callable[..., torch.optim.Optimizer]:
-    def make(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
+    def make(groups: list[dict[str, Any]], c: Optimizer) -> torch.optim.Optimizer:
         loop = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
         return cls(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, **loop[c.implementation])
 
     return make
 
 
-def _sgd(groups: list[dict[str, Any]], c: Any) -> torch.optim.Optimizer:
+def _sgd(groups: list[dict[str, Any]], c: Optimizer) -> torch.optim.Optimizer:
     # torch has no fused SGD for sharded tensors (2.13); foreach is the fastest there is.
     return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, foreach=c.implementation != "for-loop")
 

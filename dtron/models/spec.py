@@ -49,8 +49,8 @@ class ModelSpec:
     document_masks: whether forward also takes document_start and keys, as Llama's does.
     hf_config: config -> the object of a Hugging Face config.json; None: such a model cannot be exported. Its
         parameters then have the names of Hugging Face's, without `model.` before those of the body.
-    standard_hidden_states: whether a layer's output is [B, S / cp / tp, dim] in training.mixed_precision_param; then
-        pipeline stages know what they receive; else they run once before the first step and exchange shapes.
+    standard_hidden_states: whether a layer's output on a rank is [B, S / cp / tp, dim] in mixed_precision_param.
+        Pipeline stages then know what they receive; else they run the model once, first, and exchange shapes.
     """
 
     flavors: Mapping[str, ModelConfig]

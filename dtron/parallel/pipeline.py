@@ -150,33 +150,22 @@ class Pipeline:
 
         extra_inputs [B, ...]: the model's further arguments, as `EXTRA_INPUTS` names them.
         """
-        losses: list[Tensor] = []
-        self._run(self._train.step, tokens, labels, extra_inputs, losses)
-        return self._sum(losses, tokens.device)
+        return self._run(self._train.step, tokens, labels, extra_inputs)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor) -> Tensor:
         """The summed loss of a batch without gradients; leaves accumulated gradients alone."""
-        losses: list[Tensor] = []
-        self._run(self._evaluate.eval, tokens, labels, extra_inputs, losses)
-        return self._sum(losses, tokens.device)
+        return self._run(self._evaluate.eval, tokens, labels, extra_inputs)
 
-    def _run(
-        self,
-        run: Callable[..., Any],
-        tokens: Tensor,
-        labels: Tensor,
-        extra_inputs: tuple[Tensor, ...],
-        losses: list[Tensor],
-    ) -> None:
+    def _run(self, run: Callable[..., Any], tokens: Tensor, labels: Tensor, extra_inputs: tuple[Tensor, ...]) -> Tensor:
+        losses: list[Tensor] = []
         inputs = (tokens,) if self.has_first else ()
         target = labels if self.has_last else None
         named = dict(zip(EXTRA_INPUTS, extra_inputs, strict=False))
         run(*inputs, target=target, losses=losses if self.has_last else None, return_outputs=False, **named)
-
-    @staticmethod
-    def _sum(losses: list[Tensor], device: torch.device) -> Tensor:
-        return torch.stack([plain_loss(loss) for loss in losses]).sum() if losses else torch.zeros((), device=device)
+        if not losses:
+            return torch.zeros((), device=tokens.device)
+        return torch.stack([plain_loss(loss) for loss in losses]).sum()
 
     def sum_tied_gradients(self, embedding: nn.Parameter | None, head: nn.Parameter | None) -> None:
         """Add up the gradients of the two copies of a tied matrix; a rank passes those it holds, None for others."""

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtron import registry
-from dtron.config.sections import LRScheduler
-from dtron.config.sections import Optimizer as OptimizerSection
+from dtron.config import sections
 from dtron.parallel.compose import ParallelModel
 
 __all__ = ["build_optimizers", "learning_rate_factor", "scale_gradients", "squared_gradient_norm"]
 
 
-def build_optimizers(model: ParallelModel, c: OptimizerSection) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: ParallelModel, c: sections.Optimizer) -> list[torch.optim.Optimizer]:
     """One optimizer a pipeline stage held here, each with a decayed and an undecayed group of parameters."""
     make = registry.look_up("optimizer", c.name, "optimizer.name")
     optimizers = []
@@ -39,7 +38,7 @@ def build_optimizers(model: ParallelModel, c: OptimizerSection) -> list[torch.op
     return optimizers
 
 
-def learning_rate_factor(c: LRScheduler, step: int, steps: int) -> float:
+def learning_rate_factor(c: sections.LRScheduler, step: int, steps: int) -> float:
     """Share of the peak learning rate at optimizer step `step` (from 1) of `steps`: warm-up, stable, decay."""
     total = c.total_steps or steps
     decay = total - c.warmup_steps if c.decay_ratio is None else round(total * c.decay_ratio)

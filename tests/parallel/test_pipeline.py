@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity.layout import CPU, Case, build_config, csv_file, local, local_batches, with_keys
-from parity.single import MODELS
+from parity.single import MODELS, SEQ
 from parity.table import CSV, PP2, PP2_FSDP2, PP2_TP2, QUARTERS, schedule
-from ranks import RankError, Ranks
+from ranks import RankError, Ranks, _end
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -138,20 +140,27 @@ def test_a_csv_schedule_that_is_not_there_is_named(tmp_path: Path):
 # --- the shape of hidden states: given, or found by the stages
 
 
-def build(case: Case, given: bool, dtype: str = "bfloat16") -> tuple[ParallelModel, tuple[Tensor, ...]]:
-    """This rank's part of a model and a batch for it. given: the stages are given the shape of the hidden states."""
+Batch = tuple[Tensor, ...]
+
+
+def build(case: Case, given: bool) -> tuple[ParallelModel, Batch, Batch]:
+    """This rank's part of a model, a batch to train on and one of shorter sequences to evaluate.
+
+    given: the stages are given the shape of the hidden states.
+    """
+    keys = {"training.mixed_precision_param": "bfloat16", "validation.seq_len": SEQ // 2}
     spec = replace(registry.look_up("model", "llama3", ""), standard_hidden_states=given)
-    with csv_file(case, with_keys(build_config(case), {"training.mixed_precision_param": dtype})) as config:
+    with csv_file(case, with_keys(build_config(case), keys)) as config:
         mesh = Mesh(case.degrees, "cpu")
         model = parallelize(spec, MODELS[case.model], config, mesh, CPU, registry.cross_entropy, [])
     model.loss.valid_tokens, (batch,) = local_batches(0, case, mesh, True)
-    return model, batch
+    return model, batch, tuple(t[:, : SEQ // 2] for t in batch)
 
 
 def results(case: Case, given: bool) -> dict[str, Any]:
     """Losses and gradients of an evaluation and a training batch."""
-    model, batch = build(case, given)
-    losses = {"evaluated": model.evaluate(*batch).item(), "loss": model.forward_backward(*batch, last=True).item()}
+    model, batch, shorter = build(case, given)
+    losses = {"evaluated": model.evaluate(*shorter).item(), "loss": model.forward_backward(*batch, last=True).item()}
     return losses | {name: local(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -182,8 +191,8 @@ def given_another_dtype(evaluate: bool) -> None:
         return tuple(hidden.float() for hidden in hidden_states(*args))
 
     with patch.object(compose, "_hidden_states", wrong):
-        model, batch = build(Case("1F1B", PP2), True)
-    model.evaluate(*batch) if evaluate else model.forward_backward(*batch, last=True)
+        model, batch, shorter = build(Case("1F1B", PP2), True)
+    model.evaluate(*shorter) if evaluate else model.forward_backward(*batch, last=True)
 
 
 @pytest.mark.parametrize("evaluate", [False, True])
@@ -196,21 +205,29 @@ def messages_on_a_fake_group(rank: int, name: str) -> list[int]:
     """Point-to-point messages of a first and a second step and two evaluations, with no other rank there."""
     degrees = Degrees(pp=4, tp=2)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
-    counts = []
-    with patch.object(dist, "P2POp", side_effect=dist.P2POp) as messages:
-        model, batch = build(Case(name, degrees, schedule(name), "deep"), True)
-        for step in (model.forward_backward, model.forward_backward, model.evaluate, model.evaluate):
-            messages.reset_mock()
-            step(*batch, **({} if step == model.evaluate else {"last": True}))
+    try:
+        model, batch, shorter = build(Case(name, degrees, schedule(name), "deep"), True)
+        train, evaluate = partial(model.forward_backward, *batch, last=True), partial(model.evaluate, *shorter)
+        counts = []
+        for step in (train, train, evaluate, evaluate):
+            with patch.object(dist, "P2POp", side_effect=dist.P2POp) as messages:
+                step()
             counts.append(messages.call_count)
-    dist.destroy_process_group()
-    return counts
+        return counts
+    finally:
+        _end()
+
+
+@pytest.fixture(scope="module")
+def another_process() -> Iterator[ProcessPoolExecutor]:
+    """Not forked: this one's threads of autograd and OpenMP would be missing."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 @pytest.mark.parametrize("rank", [0, 3, 7])
-def test_one_rank_alone_runs_a_step(rank: int, name: str):
+def test_one_rank_alone_runs_a_step(rank: int, name: str, another_process: ProcessPoolExecutor):
     """No message is needed to start: the first step sends what every step sends, as a dry run wants it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        first, second, evaluated, again = pool.submit(messages_on_a_fake_group, rank, name).result()
+    first, second, evaluated, again = another_process.submit(messages_on_a_fake_group, rank, name).result()
     assert first == second > evaluated == again > 0

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtron import registry
+from dtron.checkpoint.files import Progress
 from dtron.config import Config, replace
+from dtron.data.loader import Batch
 from dtron.mesh import Degrees, Mesh
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
-from dtron.train.optimizer import scale_gradients, squared_gradient_norm
+from dtron.train.guard import StepGuard
+from dtron.train.step import Step
+from dtron.train.tally import Tally
 
 CPU = torch.device("cpu")
 Weights = dict[str, np.ndarray]  # arrays, because tensors travel between processes by file descriptors
@@ -71,7 +76,12 @@ def build_config(case: Case) -> Config:
         "parallelism.data_parallel_shard_degree": d.dp_shard,
         "training.mixed_precision_param": "float32",
         "training.local_batch_size": ROWS // d.dp // case.batches,
+        "training.global_batch_size": ROWS,
         "training.seq_len": SEQ,
+        "training.steps": STEPS,
+        "training.max_norm": CLIP,
+        "lr_scheduler.warmup_steps": 0,
+        "lr_scheduler.decay_ratio": 0.0,
         "activation_checkpoint.mode": "none",
     }
     return with_keys(Config(), keys | dict(case.keys))
@@ -109,7 +119,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_batches(step: int, case: Case, mesh: Mesh, head_tail: bool) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """The valid tokens of the global batch; tokens, labels and positions of each of this rank's batches."""
+    """The valid tokens of the global batch; tokens, labels and positions of each of this rank's batches.
+
+    For tests of parts of a step; the matrix itself runs `Step`.
+    """
     tokens, labels = batch(step)
     positions = local_positions(SEQ, mesh.cp_rank, case.degrees.cp, head_tail)
     everywhere = gathered_positions(SEQ, case.degrees.cp, head_tail)
@@ -142,34 +155,61 @@ def train(case: Case, references: Mapping[str, Weights], prepare: Callable[[Para
 
 
 def _train_once(case: Case, config: Config, mesh: Mesh, model: ParallelModel, optimizer_name: str) -> Trained:
-    head_tail = bool(config.parallelism.context_parallel_load_balancer)
+    """STEPS of dtron's own Step, on this rank's rows."""
     parameters = [p for _, p in model.named_parameters()]
     # SGD sees plain shards, to save a third of the matrix's time, AdamW the DTensors themselves, as in training.
     shards = [local(p).detach() for p in parameters]
     optimizer = OPTIMIZERS[optimizer_name](shards if optimizer_name == "SGD" else parameters)
-    trained = Trained([], [], [], {}, {})
-    for step in range(STEPS):
-        model.loss.valid_tokens, parts = local_batches(step, case, mesh, head_tail)
-        loss, evaluated = torch.zeros(()), torch.zeros(())
-        for i, part in enumerate(parts):
-            evaluated += model.evaluate(*part) if case.evaluate else 0.0
-            loss += model.forward_backward(*part, last=i == len(parts) - 1)
-        if case.evaluate:
-            model.evaluate(*parts[0])
-        model.finish_gradients()
-        square = squared_gradient_norm(model.named_parameters(), model.aliases, case.degrees.stage, CPU)
-        sums = torch.stack([square, loss.double() / case.degrees.tp, evaluated.double() / case.degrees.tp])
-        dist.all_reduce(sums)
-        scale_gradients(parameters, sums[0].sqrt(), CLIP)
+
+    def hand_over() -> None:
         for shard, p in zip(shards, parameters, strict=True):
             shard.grad = None if p.grad is None else local(p.grad)
-        optimizer.step()
+
+    config = with_keys(config, {"optimizer.lr": optimizer.param_groups[0]["lr"]})
+    guard = StepGuard(config.training, [optimizer], Progress(), CPU)
+    step = Step(config, mesh, CPU, model, [optimizer], guard, Progress(), Tally(CPU), before_update=hand_over)
+    trained = Trained([], [], [], {}, {})
+    mine = slice(mesh.dp_rank * ROWS // case.degrees.dp, (mesh.dp_rank + 1) * ROWS // case.degrees.dp)
+    for number in range(STEPS):
+        tokens, labels = batch(number)
+        begins = document_starts(number)[mine] if case.masked else None
+        with _evaluations(case, model) as evaluated:
+            stats, _ = step(Batch(tokens[mine], labels[mine], begins))
         for p in parameters:
             p.grad = None
-        trained.norms.append(sums[0].sqrt().item())
-        trained.losses.append(sums[1].item())
-        trained.evaluated.append(sums[2].item())
+        dist.all_reduce(evaluated)
+        trained.losses.append(stats[0].item())
+        trained.norms.append(stats[1].item())
+        trained.evaluated.append(evaluated.item() / case.degrees.tp)
     return trained
+
+
+@contextlib.contextmanager
+def _evaluations(case: Case, model: ParallelModel) -> Iterator[Tensor]:
+    """With case.evaluate, an evaluation before each forward_backward of a step, and one before its optimizer.
+
+    Gives the sum of the losses of the former on this rank.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    if not case.evaluate:
+        yield total
+        return
+    first: list[tuple[Tensor, ...]] = []
+
+    def forward_backward(*arguments: Tensor, last: bool) -> Tensor:
+        first.append(arguments)
+        total.add_(model.evaluate(*arguments))
+        return ParallelModel.forward_backward(model, *arguments, last=last)
+
+    def finish_gradients() -> None:
+        model.evaluate(*first[0])
+        ParallelModel.finish_gradients(model)
+
+    with (
+        patch.object(model, "forward_backward", forward_backward),
+        patch.object(model, "finish_gradients", finish_gradients),
+    ):
+        yield total
 
 
 @torch.no_grad()

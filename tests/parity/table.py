@@ -44,8 +44,8 @@ PP2_FSDP2, PP2_TP2, PP2_CP2 = Degrees(2, dp_shard=2), Degrees(2, tp=2), Degrees(
 PP2_HSDP = Degrees(2, 2, 2)
 FOUR_D = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
 
-# Every layout with nothing else changed; the dearest with two layers, which tests/checkpoint/test_resume.py and the
-# long case of 32 ranks train with four.
+# Every layout with nothing else changed; the most expensive with two layers, which tests/checkpoint/test_resume.py and
+# the long case of 32 ranks train with four.
 # The last needs 32 processes.
 LAYOUTS = [
     Case("one", ONE),
@@ -75,7 +75,7 @@ LAYOUTS = [
 ONE_STAGE, LOOPED = ("GPipe", "1F1B"), ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 SCHEDULES = (*ONE_STAGE, *LOOPED, *V_SHAPED)
-# Two stages a rank in V order, both halves of the backward apart on rank 1 only: no schedule of torch's is like it.
+# Two stages per rank in V order, both halves of the backward apart on rank 1 only: no schedule of torch's is like it.
 CSV = """0F0,0F1,3F0,3B0,3F1,3B1,0B0,0B1
 1F0,2F0,1F1,2F1,2I0,1B0,2I1,1B1,2W0,2W1
 """
@@ -99,7 +99,7 @@ PIPELINES = [
     Case("pp2 ddp2 cp2 accumulation", Degrees(2, 2, cp=2), batches=2),
     Case("pp2 csv", PP2, QUARTERS, csv=CSV),
     Case("pp2 csv evaluation", PP2, PAIRS, batches=2, evaluate=True, csv=CSV),
-    Case("pp2 three layers a stage", PP2, schedule("1F1B", pipeline_parallel_layers_per_stage=4), "deep"),
+    Case("pp2 four layers per stage", PP2, schedule("1F1B", pipeline_parallel_layers_per_stage=4), "deep"),
     Case(
         "pp2 stages by name",
         PP2,

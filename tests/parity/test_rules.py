@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import parity.layout as layout
 import pytest
 import torch
 from parity.layout import CPU, Case, build, build_config, local, local_batches, problems, train
@@ -36,7 +35,10 @@ from dtron import config as dtron_config
 from dtron.errors import UserError
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
+from dtron.train import forward
+from dtron.train import step as step_module
 from dtron.train.optimizer import squared_gradient_norm
+from dtron.train.step import Step
 
 Rule = Callable[[], contextlib.AbstractContextManager[Any]]
 BROKEN: dict[str, Rule] = {}
@@ -89,24 +91,25 @@ def forced_sum() -> Any:
     return patch.object(FSDPModule, "set_force_sum_reduction_for_comms", lambda *a: None)
 
 
-def _with_valid_tokens(count: Callable[[list[tuple[Tensor, ...]], Case], Tensor]) -> Any:
-    def batches(step: int, case: Case, *rest: Any) -> Any:
-        _, parts = local_batches(step, case, *rest)
-        return count(parts, case), parts
-
-    return patch.object(layout, "local_batches", batches)
+def _with_valid_tokens(count: Callable[[Step, Tensor], Tensor]) -> Any:
+    return patch.object(Step, "_count_valid", lambda step, labels: count(step, labels).float())
 
 
 @broken
 def tokens_of_all_ranks() -> Any:
     """The mean over a rank's own tokens, averaged over ranks."""
-    return _with_valid_tokens(lambda parts, case: sum((y != -100).sum() for _, y, _ in parts).float() * case.degrees.dp)
+    return _with_valid_tokens(lambda step, labels: (labels != -100).sum() * step.mesh.degrees.dp)
 
 
 @broken
 def tokens_of_all_batches() -> Any:
     """The mean over the first batch's tokens, as if all batches had as many."""
-    return _with_valid_tokens(lambda parts, case: (parts[0][1] != -100).sum().float() * case.batches)
+
+    def count(step: Step, labels: Tensor) -> Tensor:
+        first, *others = labels.split(step.config.training.local_batch_size)
+        return (first != -100).sum() * (1 + len(others))
+
+    return _with_valid_tokens(count)
 
 
 @broken
@@ -126,14 +129,16 @@ def unscaled_gradients() -> Any:
 
 
 @broken
-def global_positions() -> Any:
-    """Rotary positions that start at 0 on every context rank."""
+@contextlib.contextmanager
+def global_positions() -> Iterator[None]:
+    """Rotary positions that start at 0 on every context rank, of the right part of the sequence."""
+    batches = forward.local_batches
 
-    def batches(*args: Any) -> Any:
-        valid, parts = local_batches(*args)
-        return valid, [(x, y, torch.arange(x.size(1)).expand(len(x), -1)) for x, y, _ in parts]
+    def restarted(*args: Any) -> Any:
+        return [(x, y, torch.arange(x.size(1)).expand(len(x), -1)) for x, y, _ in batches(*args)]
 
-    return patch.object(layout, "local_batches", batches)
+    with patch.object(step_module, "local_batches", restarted):
+        yield
 
 
 def _plan(change: dict[str, Any]) -> Any:
@@ -164,7 +169,7 @@ def tied_counted_once() -> Any:
     def count_all(parameters: Any, aliases: Any, *rest: Any) -> Tensor:
         return squared_gradient_norm(parameters, {}, *rest)
 
-    return patch.object(layout, "squared_gradient_norm", count_all)
+    return patch.object(step_module, "squared_gradient_norm", count_all)
 
 
 @broken
