@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dtron.config.sections import Dataset, Optimizer
+from dtron.config.sections import Config, Dataset, Optimizer
 from dtron.data.build import build_by_path, names_a_place, stdlib
 from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
@@ -74,6 +74,21 @@ def register(kind: Kind, name: str, code: Any) -> None:
         raise ValueError(f"a {kind} named {name!r} is registered already: {known}")
 
 
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+MakeOptimizer = Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer]
+Converter = Callable[[nn.Module, Config], nn.Module]
+
+
+@overload
+def look_up(kind: Literal["model"], name: str, key: str) -> ModelSpec: ...
+@overload
+def look_up(kind: Literal["loss"], name: str, key: str) -> TokenLoss: ...
+@overload
+def look_up(kind: Literal["optimizer"], name: str, key: str) -> MakeOptimizer: ...
+@overload
+def look_up(kind: Literal["converter"], name: str, key: str) -> Converter: ...
+@overload
+def look_up(kind: Literal["dataset"], name: str, key: str) -> Callable[..., Any]: ...
 def look_up(kind: Kind, name: str, key: str) -> Any:
     """The code behind `name`; `key` is the config key that named it, for the message."""
     names = _REGISTRY[kind]

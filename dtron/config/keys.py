@@ -69,6 +69,8 @@ def _collect(section: Any, prefix: str = "") -> dict[str, Key | None]:
         about = dict(field.metadata)
         if name.startswith("validation."):  # it has the keys of a data set, but nothing is trained on that one
             about["changes"] = "nothing"
+        owner = next(kind for kind in type(section).__mro__ if field.name in kind.__annotations__)
+        about["changes"] = about["changes"] or vars(owner).get("CHANGES", "nothing")
         found[name] = Key(name, kind, optional, default, **about)
     return found
 

@@ -1,7 +1,8 @@
 """The typed tree of a run's configuration: one dataclass per TOML section, one field per key.
 
 Names, types and defaults are the ones users of TOML-configured PyTorch trainers already know. Each key carries what it
-alone must satisfy, and what changing it changes: that is the one place that says when two runs are the same training.
+alone must satisfy, and what changing it changes: that is the one place that says when two runs are the same training,
+and what a resume may change: every key but those that change the training or the dimensions.
 A key of a feature dtron lacks is declared with `unsupported=`: it is accepted at its default and refused by name
 otherwise, so that an old file never seems to take effect when it does not.
 """
@@ -9,7 +10,7 @@ otherwise, so that an old file never seems to take effect when it does not.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 __all__ = ["Changes", "Config", "Dataset", "Source", "key"]
 
@@ -24,15 +25,15 @@ def key(
     default: Any,
     help: str,
     *,
-    changes: Changes = "nothing",
+    changes: Changes | None = None,
     minimum: float | None = None,
     check: Callable[[Any], str] | None = None,
     unsupported: str | None = None,
 ) -> Any:
     """A config key: its default and its one-line meaning with units.
 
-    changes: see `Changes`. minimum: the least legal number. check: value -> what is expected instead, or empty where
-    the value is legal; what it says of the default holds. unsupported: why any value but the default is refused.
+    changes: see `Changes`; unset, that of the section, or nothing. minimum: the least legal number. check: value ->
+    what is expected instead, or empty where the value is legal. unsupported: why any value but the default is refused.
     """
     meta = {"help": help, "changes": changes, "minimum": minimum, "check": check, "unsupported": unsupported}
     if isinstance(default, list):
@@ -80,11 +81,11 @@ class Job:
     description: str = key("default job", "free text, shown in the log and in TensorBoard")
     print_config: bool = key(False, "print the resolved configuration at start")
     save_config_file: str | None = key(
-        None, "", unsupported="the resolved configuration always lies in the run folder as config.toml"
+        None, "", unsupported="the resolved configuration is always in the run folder as config.toml"
     )
     control_folder: str | None = key(
         None,
-        "folder of STOP, HEARTBEAT, SAVED, DONE and FAILED, by which batch scripts follow a run; else the run folder",
+        "folder of STOP, HEARTBEAT, SAVED, DONE and FAILED, by which scripts monitor a run; unset: the run folder",
     )
     custom_import: list[str] = key([], "modules imported first: they register models, datasets, losses, optimizers")
     cache_folder: str = key("./.cache", "tokenizers and tokenized corpora, keyed by a hash of their sources")
@@ -95,7 +96,7 @@ class Profiling:
     enable_profiling: bool = key(False, "write torch.profiler traces")
     save_traces_folder: str = key("profile_traces", "folder of the traces, inside the run folder", check=_folder_in_run)
     profile_freq: int = key(10, "steps from one trace to the next", minimum=1)
-    profiler_active: int = key(1, "steps a trace records", minimum=1)
+    profiler_active: int = key(1, "steps per trace", minimum=1)
     profiler_warmup: int = key(3, "steps of profiler warm-up before each trace", minimum=0)
     enable_memory_snapshot: bool = key(False, "", unsupported="memory snapshots are not built yet")
     save_memory_snapshot_folder: str = key("memory_snapshot", "", unsupported="memory snapshots are not built yet")
@@ -116,50 +117,44 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Model:
+    CHANGES: ClassVar[Changes] = "dimensions"
+
     name: str = key(
         "llama3",
         "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, or a registered one",
         changes="training",
     )
-    flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B", changes="dimensions")
+    flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
     hf_assets_path: str | None = key(
         None, "local folder with the tokenizer; unset: the dataset's own tokenizer", changes="training"
     )
-    hf_config_path: str | None = key(
-        None, "local Hugging Face config.json of a Llama-like model; replaces the flavor", changes="dimensions"
-    )
+    hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
     converters: list[str] = key(
         [], "registered model converters, applied to the meta model in order", changes="training"
     )
-    n_layers: int | None = key(None, "overrides the flavor: transformer blocks", minimum=1, changes="dimensions")
-    dim: int | None = key(None, "overrides the flavor: hidden size", minimum=1, changes="dimensions")
-    n_heads: int | None = key(None, "overrides the flavor: query heads", minimum=1, changes="dimensions")
-    n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1, changes="dimensions")
-    ffn_dim: int | None = key(
-        None, "overrides the flavor: hidden size of the feed-forward", minimum=1, changes="dimensions"
-    )
+    n_layers: int | None = key(None, "overrides the flavor: transformer blocks", minimum=1)
+    dim: int | None = key(None, "overrides the flavor: hidden size", minimum=1)
+    n_heads: int | None = key(None, "overrides the flavor: query heads", minimum=1)
+    n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1)
+    ffn_dim: int | None = key(None, "overrides the flavor: hidden size of the feed-forward", minimum=1)
     vocab_size: int | None = key(
-        None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1, changes="dimensions"
+        None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1
     )
-    tie_embeddings: bool | None = key(
-        None, "overrides the flavor: one matrix for embedding and head", changes="dimensions"
-    )
-    rope_theta: float | None = key(
-        None, "overrides the flavor: base of the rotary frequencies", check=_positive, changes="dimensions"
-    )
+    tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
+    rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies", check=_positive)
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer", changes="training")
-    lr: float = key(8e-4, "peak learning rate", minimum=0, changes="training")
-    beta1: float = key(0.9, "Adam's first decay; SGD's momentum", minimum=0, changes="training")
-    beta2: float = key(0.95, "Adam's second decay", minimum=0, changes="training")
-    eps: float = key(1e-8, "Adam's epsilon", minimum=0, changes="training")
-    weight_decay: float = key(0.1, "weight decay, decoupled in AdamW", minimum=0, changes="training")
-    weight_decay_exclude: list[str] = key(
-        [], 'parameter-name patterns without decay, for example ["*norm*"]', changes="training"
-    )
+    CHANGES: ClassVar[Changes] = "training"
+
+    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer")
+    lr: float = key(8e-4, "peak learning rate", minimum=0)
+    beta1: float = key(0.9, "Adam's first decay; SGD's momentum", minimum=0)
+    beta2: float = key(0.95, "Adam's second decay", minimum=0)
+    eps: float = key(1e-8, "Adam's epsilon", minimum=0)
+    weight_decay: float = key(0.1, "weight decay, decoupled in AdamW", minimum=0)
+    weight_decay_exclude: list[str] = key([], 'parameter-name patterns without decay, for example ["*norm*"]')
     implementation: Literal["for-loop", "foreach", "fused"] = key(
         "fused", "how the optimizer loops over tensors; SGD has no fused form and takes foreach", changes="speed"
     )
@@ -170,60 +165,55 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class LRScheduler:
-    warmup_steps: int = key(200, "steps of linear warm-up", minimum=0, changes="training")
-    total_steps: int | None = key(
-        None, "steps of the whole schedule; unset: training.steps", minimum=1, changes="training"
-    )
-    decay_ratio: float | None = key(
-        None, "share of the steps that decays; unset: all after the warm-up", minimum=0, changes="training"
-    )
-    decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay", changes="training")
-    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0, changes="training")
+    CHANGES: ClassVar[Changes] = "training"
+
+    warmup_steps: int = key(200, "steps of linear warm-up", minimum=0)
+    total_steps: int | None = key(None, "steps of the whole schedule; unset: training.steps", minimum=1)
+    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", minimum=0)
+    decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay")
+    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0)
 
 
 @dataclass(frozen=True)
 class DataLoader:
-    num_workers: int = key(
-        0, "worker processes a rank; never changes the order of the data", minimum=0, changes="speed"
-    )
-    persistent_workers: bool = key(False, "keep the workers between iterators (needs num_workers)", changes="speed")
-    pin_memory: bool = key(False, "page-locked host memory for the copies to a GPU", changes="speed")
-    prefetch_factor: int | None = key(
-        None, "steps each worker loads ahead (needs num_workers)", minimum=1, changes="speed"
-    )
+    CHANGES: ClassVar[Changes] = "speed"
+
+    num_workers: int = key(0, "worker processes per rank; never changes the order of the data", minimum=0)
+    persistent_workers: bool = key(False, "keep the workers between iterators (needs num_workers)")
+    pin_memory: bool = key(False, "page-locked host memory for the copies to a GPU")
+    prefetch_factor: int | None = key(None, "steps each worker loads ahead (needs num_workers)", minimum=1)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """What both the training and the validation set are named by, and every source of a mixture."""
 
+    CHANGES: ClassVar[Changes] = "training"
+
     dataset: str = key(
         "stdlib",
         "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, "
         "parquet or arrow, a Hugging Face hub name, or a registered dataset",
-        changes="training",
     )
-    dataset_path: str | None = key(
-        None, "where the dataset is read from, if not where its name says", changes="training"
-    )
-    dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset", changes="training")
-    dataset_split: str | None = key(
-        None, "split of a hub dataset; unset: train, of the validation set validation", changes="training"
-    )
-    text_column: str | None = key(
-        None, "column that holds the text, of a dataset that is not prepared; unset: text", changes="training"
-    )
+    dataset_path: str | None = key(None, "where the dataset is read from, if not where its name says")
+    dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")
+    dataset_split: str | None = key(None, "split of a hub dataset; unset: train, of the validation set validation")
+    text_column: str | None = key(None, "column that holds the text, of a dataset that is not prepared; unset: text")
 
 
 @dataclass(frozen=True)
 class Source(Dataset):
     """One of `training.mixture`."""
 
-    weight: float = key(1.0, "share of the samples, relative to the other sources'", minimum=0, changes="training")
+    CHANGES: ClassVar[Changes] = "training"
+
+    weight: float = key(1.0, "share of the samples, relative to the other sources'", minimum=0)
 
 
 @dataclass(frozen=True)
 class Training(Dataset):
+    CHANGES: ClassVar[Changes] = "losses"
+
     mixture: list[Source] = key(
         [],
         "sources mixed in exact proportions, each with the dataset keys above and a weight; replaces dataset",
@@ -245,24 +235,18 @@ class Training(Dataset):
     global_batch_size: int = key(
         -1,
         "sequences per optimizer step; -1: local batch x data-parallel ranks",
-        changes="losses",
         check=_minus_1_or_positive,
     )
-    seq_len: int = key(2048, "tokens a sequence", minimum=1, changes="training")
+    seq_len: int = key(2048, "tokens per sequence", minimum=1, changes="training")
     max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0, changes="training")
     on_nonfinite: Literal["stop", "skip"] = key(
         "stop",
         "a loss or gradient that is NaN or infinite ends the run, or its step changes nothing (fused Adam)",
-        changes="losses",
     )
-    spike_factor: float = key(
-        0.0, "a gradient norm this many times its running mean is a spike; 0: none is", minimum=0, changes="losses"
-    )
-    on_spike: Literal["skip", "stop"] = key(
-        "skip", "a spike's step changes nothing (fused Adam), or the run ends", changes="losses"
-    )
-    steps: int = key(10000, "optimizer steps of the whole run", minimum=1, changes="losses")
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU", changes="losses")
+    spike_factor: float = key(0.0, "a gradient norm this many times its running mean is a spike; 0: none is", minimum=0)
+    on_spike: Literal["skip", "stop"] = key("skip", "a spike's step changes nothing (fused Adam), or the run ends")
+    steps: int = key(10000, "optimizer steps of the whole run", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU")
     enable_cpu_offload: bool = key(
         False, "keep weights, gradients and optimizer state in CPU memory (CUDA only)", changes="speed"
     )
@@ -271,9 +255,7 @@ class Training(Dataset):
         "dtype of the master weights",
         unsupported="in bfloat16 weights near 1.0 never move; use mixed_precision_param",
     )
-    mixed_precision_param: Literal["bfloat16", "float32"] = key(
-        "bfloat16", "dtype of compute and of gathered weights", changes="losses"
-    )
+    mixed_precision_param: Literal["bfloat16", "float32"] = key("bfloat16", "dtype of compute and of gathered weights")
     mixed_precision_reduce: Literal["bfloat16", "float32"] = key(
         "float32", "", unsupported="gradients are always reduced in float32"
     )
@@ -285,57 +267,47 @@ class Training(Dataset):
 
 @dataclass(frozen=True)
 class Parallelism:
+    CHANGES: ClassVar[Changes] = "speed"
+
     data_parallel_replicate_degree: int = key(
-        1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1, changes="speed"
+        1, "copies of the sharded model (HSDP; with shard degree 1: plain DP)", minimum=1
     )
     data_parallel_shard_degree: int = key(
         -1,
         "ranks that shard one copy (FSDP); -1: inferred from the world size",
-        changes="speed",
         check=_minus_1_or_positive,
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = key(
-        "default", "free gathered weights after the forward; default: unless pipeline parallel is on", changes="speed"
+        "default", "free gathered weights after the forward; default: unless pipeline parallel is on"
     )
     gradient_reduce: Literal["every_microbatch", "last_microbatch"] = key(
         "every_microbatch",
         "when accumulated gradients are reduce-scattered (ZeRO-3/2 against ZeRO-1 memory)",
-        changes="speed",
     )
-    tensor_parallel_degree: int = key(
-        1, "ranks that split each matrix, with sequence parallel between them", minimum=1, changes="speed"
-    )
-    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks", changes="speed")
-    enable_async_tensor_parallel: bool = key(
-        False, "overlap tensor-parallel communication (CUDA with compile only)", changes="speed"
-    )
-    pipeline_parallel_degree: int = key(1, "ranks that each hold a run of layers", minimum=1, changes="speed")
-    module_fqns_per_model_part: list[list[str]] | None = key(
-        None, "the modules of every pipeline stage, by name", changes="speed"
-    )
+    tensor_parallel_degree: int = key(1, "ranks that split each matrix, with sequence parallel between them", minimum=1)
+    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks")
+    enable_async_tensor_parallel: bool = key(False, "overlap tensor-parallel communication (CUDA with compile only)")
+    pipeline_parallel_degree: int = key(1, "ranks that each hold a run of layers", minimum=1)
+    module_fqns_per_model_part: list[list[str]] | None = key(None, "the modules of every pipeline stage, by name")
     pipeline_parallel_first_stage_less_layers: float | None = key(
-        None, "layers the embedding counts for in the split; unset: by its cost", minimum=0, changes="speed"
+        None, "layers the embedding counts for in the split; unset: by its cost", minimum=0
     )
     pipeline_parallel_last_stage_less_layers: float | None = key(
-        None, "layers the head counts for in the split; unset: by its cost", minimum=0, changes="speed"
+        None, "layers the head counts for in the split; unset: by its cost", minimum=0
     )
     pipeline_parallel_layers_per_stage: int | None = key(
-        None, "layers a stage, in place of the schedule's usual stages", minimum=1, changes="speed"
+        None, "layers per stage, in place of the schedule's usual stages", minimum=1
     )
     pipeline_parallel_schedule: Literal[
         "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
-    ] = key("1F1B", "the order of the microbatches' forwards and backwards", changes="speed")
-    pipeline_parallel_schedule_csv: str = key(
-        "", "file with a schedule's compute actions, one row a rank; empty: none", changes="speed"
-    )
-    pipeline_parallel_microbatch_size: int = key(1, "sequences a pipeline microbatch", minimum=1, changes="speed")
-    context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1, changes="speed")
+    ] = key("1F1B", "the order of the microbatches' forwards and backwards")
+    pipeline_parallel_schedule_csv: str = key("", "file of a schedule's compute actions, a row per rank; empty: none")
+    pipeline_parallel_microbatch_size: int = key(1, "sequences per pipeline microbatch", minimum=1)
+    context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1)
     context_parallel_load_balancer: Literal["headtail"] | None = key(
-        "headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous", changes="speed"
+        "headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous"
     )
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key(
-        "allgather", "how keys and values travel", changes="speed"
-    )
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", "how keys and values travel")
     expert_parallel_degree: int = key(1, "", unsupported="mixture-of-experts models are not built yet")
     expert_tensor_parallel_degree: int = key(1, "", unsupported="mixture-of-experts models are not built yet")
 
@@ -368,7 +340,7 @@ class Checkpoint:
     )
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = key(
         "disabled",
-        "async: training goes on from a copy in CPU memory; with_pinned_mem: it does not even wait for the copy (CUDA)",
+        "async: training continues from a copy in CPU memory; with_pinned_mem: without waiting for the copy (CUDA)",
     )
     keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
     keep_every_n_steps: int = key(0, "checkpoints of these steps are never deleted; 0: none", minimum=0)
@@ -387,23 +359,25 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ActivationCheckpoint:
-    mode: Literal["selective", "full", "none"] = key("selective", "what the backward recomputes", changes="speed")
-    selective_ac_option: str = key(
-        "2", '"2": every second block (any n); "op": by operation', check=_every_n_or_op, changes="speed"
-    )
+    CHANGES: ClassVar[Changes] = "speed"
+
+    mode: Literal["selective", "full", "none"] = key("selective", "what the backward recomputes")
+    selective_ac_option: str = key("2", '"2": every second block (any n); "op": by operation', check=_every_n_or_op)
     early_stop: bool = key(False, "", unsupported="torch's default of stopping a recomputation early is kept")
     memory_budget: float = key(0.5, "", unsupported="activation_checkpoint.mode = memory_budget is not built")
-    preserve_rng_state: bool = key(True, "", unsupported="the models have no random operation in their forward")
+    preserve_rng_state: bool = key(True, "", unsupported="recomputation always repeats the forward's random numbers")
     debug: bool = key(False, "", unsupported="use profiling.enable_profiling")
 
 
 @dataclass(frozen=True)
 class Compile:
-    enable: bool = key(False, "torch.compile", changes="speed")
+    CHANGES: ClassVar[Changes] = "speed"
+
+    enable: bool = key(False, "torch.compile")
     components: list[Literal["model", "loss"]] = key(
-        ["model", "loss"], "any of model (block by block, fullgraph) and loss", changes="speed"
+        ["model", "loss"], "any of model (block by block, fullgraph) and loss"
     )
-    backend: str = key("inductor", "torch.compile backend", changes="speed")
+    backend: str = key("inductor", "torch.compile backend")
 
 
 @dataclass(frozen=True)
@@ -431,7 +405,9 @@ class Quantize:
 class Comm:
     init_timeout_seconds: int = key(300, "longest wait for other ranks up to the end of the first step", minimum=1)
     train_timeout_seconds: int = key(100, "longest wait for other ranks after the first step", minimum=1)
-    trace_buf_size: int = key(20000, "last collectives a rank remembers; 0: none, and a hang has no report", minimum=0)
+    trace_buf_size: int = key(
+        20000, "last collectives each rank remembers; 0: none, and a hang has no report", minimum=0
+    )
     save_traces_folder: str = key(
         "comm_traces", "folder of what a hang leaves, inside the run folder", check=_folder_in_run
     )
@@ -446,9 +422,9 @@ class Comm:
 @dataclass(frozen=True)
 class Validation(Dataset):
     enable: bool = key(False, "evaluate on a validation set")
-    only: bool = key(False, "train nothing: tell the loss of checkpoint.initial_load_path on the validation set")
+    only: bool = key(False, "train nothing: evaluate checkpoint.initial_load_path on the validation set")
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
-    seq_len: int | None = key(None, "tokens a sequence; unset: training.seq_len", minimum=1)
+    seq_len: int | None = key(None, "tokens per sequence; unset: training.seq_len", minimum=1)
     freq: int = key(10, "steps between evaluations; the last step is always evaluated", minimum=1)
     steps: int = key(-1, "batches per evaluation; -1: the whole validation set once", check=_minus_1_or_positive)
     dataloader: DataLoader = field(default_factory=DataLoader)

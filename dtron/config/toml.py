@@ -28,7 +28,8 @@ def parse_file(path: Path, named_by: str) -> dict[str, Any]:
     """
     text = _read(path, named_by)
     try:
-        return tomllib.loads(text)
+        tables: dict[str, Any] = tomllib.loads(text)
+        return tables
     except RecursionError:
         raise UserError(f"{path}: its arrays or tables are nested too deeply; expected at most two levels") from None
     except ValueError as error:  # TOMLDecodeError, and Python's own limit on the digits of an integer

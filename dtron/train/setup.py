@@ -1,14 +1,13 @@
 """A checked run, and what is said of it when it starts."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 import dtron
 from dtron.config import Config
 from dtron.mesh import Degrees
-from dtron.models.spec import ModelSpec, meta_model
+from dtron.models.spec import ModelConfig, ModelSpec, meta_model
 from dtron.observe.device import device_name
 from dtron.parallel.compose import stage_plan
 from dtron.parallel.pipeline import StagePlan
@@ -24,7 +23,7 @@ class Setup:
     degrees: Degrees
     device_type: str
     spec: ModelSpec
-    model_config: Any
+    model_config: ModelConfig
 
     def device(self, local_rank: int) -> torch.device:
         """Where a rank computes."""
