@@ -179,9 +179,9 @@ class DataLoader:
     CHANGES: ClassVar[Changes] = "speed"
 
     num_workers: int = key(0, "worker processes per rank; never changes the order of the data", minimum=0)
-    persistent_workers: bool = key(False, "keep the workers between iterators (needs num_workers)")
+    persistent_workers: bool = key(False, "keep the validation's workers from pass to pass (needs num_workers)")
     pin_memory: bool = key(False, "page-locked host memory for the copies to a GPU")
-    prefetch_factor: int | None = key(None, "steps each worker loads ahead (needs num_workers)", minimum=1)
+    prefetch_factor: int = key(2, "steps loaded ahead: by each worker, without workers by a thread", minimum=1)
 
 
 @dataclass(frozen=True)

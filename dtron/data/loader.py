@@ -7,10 +7,12 @@ and a checkpoint needs to hold `consumed` only.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ __all__ = [
     "ValidationLoader",
     "check_dataloader",
     "collate",
+    "prefetch",
     "row_indices",
     "rows_of",
     "seed_of",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
+T = TypeVar("T")
+END: Any = object()
 PADDING = -1  # stands for a row without a sample, where a data-set index is expected
 
 Row = tuple[np.ndarray, ...]  # (inputs [S], labels [S]) or (inputs [S], labels [S], documents [S])
@@ -75,13 +80,17 @@ def check_dataloader(cfg: Config) -> None:
         if section == "training" and cfg.validation.only:
             continue
         name = f"{section}.dataloader"
-        if options.num_workers == 0:
-            for option in ("persistent_workers", "prefetch_factor"):
-                if value := getattr(options, option):
-                    raise UserError(
-                        f"{name}.{option} = {value} has no effect with {name}.num_workers = 0: "
-                        f"set num_workers to 1 or more, or leave {option} out"
-                    )
+        if options.persistent_workers:
+            if section == "training":
+                raise UserError(
+                    "training.dataloader.persistent_workers = True has no effect: the training's workers live as long "
+                    "as the run; leave it out, or set validation.dataloader.persistent_workers"
+                )
+            if options.num_workers == 0:
+                raise UserError(
+                    f"{name}.persistent_workers = True has no effect with {name}.num_workers = 0: "
+                    "set num_workers to 1 or more, or leave persistent_workers out"
+                )
         if options.pin_memory and cfg.training.device == "cpu":
             raise UserError(f'{name}.pin_memory = true has no effect with training.device = "cpu": leave it out')
 
@@ -193,12 +202,13 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def torch_loader(dataset: Any, collate: Any, options: DataLoader, **more: Any) -> torch.utils.data.DataLoader:
+def torch_loader(
+    dataset: Any, collate: Callable[[Any], Any], options: DataLoader, **more: Any
+) -> torch.utils.data.DataLoader:
     """torch's loader with the configured workers. more: further arguments of it, in place of those."""
     arguments = {
         "num_workers": options.num_workers,
-        "persistent_workers": options.persistent_workers,
-        "prefetch_factor": options.prefetch_factor,
+        "prefetch_factor": options.prefetch_factor if options.num_workers else None,
         "worker_init_fn": _ignore_signals,
         # By default every new iterator would draw from the global generator, which a resumed run
         # would then find at another place than a run that was never interrupted.
@@ -208,18 +218,40 @@ def torch_loader(dataset: Any, collate: Any, options: DataLoader, **more: Any) -
 
 
 def _rows_loader(
-    datasets: Sequence[SequenceDataset], batch_sampler: Any, options: DataLoader
+    datasets: Sequence[SequenceDataset], batch_sampler: Any, options: DataLoader, **more: Any
 ) -> torch.utils.data.DataLoader:
     """Over lists of (data set, index); page-locks memory only where there is a GPU to copy to."""
     pin = options.pin_memory and torch.cuda.is_available()
-    return torch_loader(_Rows(datasets), _collate, options, batch_sampler=batch_sampler, pin_memory=pin)
+    return torch_loader(_Rows(datasets), _collate, options, batch_sampler=batch_sampler, pin_memory=pin, **more)
+
+
+def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[T]:
+    """The same batches, taken ahead while a step computes: by the worker processes, or without any by one thread.
+
+    iter(batches) is called here and now. The thread ends with the iterator, which keeps no state: batches that were
+    taken ahead and not handed out are loaded again on a resume. docs/data.md says why this is not torchdata's.
+    """
+    if options.num_workers:
+        return iter(batches)
+    return _taken_ahead(iter(batches), options.prefetch_factor)
+
+
+def _taken_ahead(items: Iterator[T], ahead: int) -> Iterator[T]:
+    thread = ThreadPoolExecutor(1, "prefetch")
+    try:
+        waiting = deque(thread.submit(next, items, END) for _ in range(ahead))
+        while (item := waiting.popleft().result()) is not END:
+            waiting.append(thread.submit(next, items, END))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class StepLoader:
     """One `Batch` an optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
 
     datasets: one, or several mixed by `mixture`. `consumed` counts the global samples of the batches handed
-    out; those that workers merely loaded ahead do not count. UserError unless dp_size divides the batch.
+    out; those that were merely loaded ahead do not count. UserError unless dp_size divides the batch.
     """
 
     def __init__(
@@ -238,7 +270,7 @@ class StepLoader:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
         lengths = [len(dataset) for dataset in datasets]
         self._sampler = _EndlessRows(lengths, mixture, global_batch_size, rows, seed, shuffle, consumed)
-        self._loader = _rows_loader(datasets, self._sampler, options)
+        self._loader, self._options = _rows_loader(datasets, self._sampler, options), options
         self.seek(consumed)
 
     @property
@@ -260,7 +292,7 @@ class StepLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = iter(self._loader)
+            self._batches = prefetch(self._loader, self._options)
         batch, sampler = next(self._batches), self._sampler
         if isinstance(batch, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
@@ -295,14 +327,15 @@ class ValidationLoader:
         whole_pass = -(-len(dataset) // global_batch_size)
         self._n_batches = whole_pass if steps < 0 else min(steps, whole_pass)
         sampler = _PassRows(len(dataset), global_batch_size, rows, self._n_batches)
-        self._loader = _rows_loader([dataset], sampler, options)
+        self._options = options
+        self._loader = _rows_loader([dataset], sampler, options, persistent_workers=options.persistent_workers)
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return self._n_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in prefetch(self._loader, self._options):
             if isinstance(batch, UserError):
                 raise batch
             yield batch

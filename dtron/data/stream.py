@@ -26,7 +26,7 @@ import torch
 import torch.utils.data
 
 from dtron.config.sections import DataLoader
-from dtron.data.loader import Batch, Row, SequenceDataset, collate, rows_of, seed_of, torch_loader
+from dtron.data.loader import Batch, Row, SequenceDataset, collate, prefetch, rows_of, seed_of, torch_loader
 from dtron.data.order import Mixture, Permutation, sample_indices
 from dtron.data.sources import Source
 from dtron.errors import UserError
@@ -42,6 +42,8 @@ TOGETHER = 1 << 14  # characters of small documents that are tokenized in one ca
 WAITING = 1 << 24  # characters that may wait for a slow column, in the middle of a huge document, say
 
 State = dict[str, Any]
+# Of one step, a worker's rows and the states of its columns after them; or, at last, a UserError.
+Part = tuple[Batch, dict[str, State]] | UserError
 
 
 def column_count(global_batch_size: int) -> int:
@@ -259,7 +261,7 @@ def merge_states(states: Sequence[State]) -> State:
 
 @dataclass
 class _StepRows(torch.utils.data.IterableDataset):
-    """A worker's part of every step: (its rows, the states of its columns after them); or, at last, a UserError.
+    """A worker's part of every step.
 
     It refers to no loader, so that an iterator is shut down as soon as its loader is gone.
     """
@@ -285,7 +287,7 @@ class _StepRows(torch.utils.data.IterableDataset):
         size = self.global_batch_size // self.n_columns
         return range(column * size, (column + 1) * size)
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, State]] | UserError]:
+    def __iter__(self) -> Iterator[Part]:
         info = torch.utils.data.get_worker_info()
         columns = self.columns(info.id, info.num_workers) if info else self.columns(0, 1)
         try:
@@ -358,7 +360,7 @@ class StreamLoader:
         self._places = self._first_places(consumed, state)
         self._consumed, self._options = consumed, options
         self._n_workers = min(options.num_workers, len(self._data.columns(0, 1)))
-        self._items: Iterator[Any] | None = None
+        self._batches: Iterator[Part] | None = None
 
     def _first_places(self, consumed: int, state: State | None) -> dict[str, State]:
         places = {}
@@ -389,33 +391,39 @@ class StreamLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self._items is None:
+        if self._batches is None:
             self._data.start, self._data.places = self._consumed, self._places
             workers = self._n_workers
-            self._items = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
-        items = []
-        for _ in range(max(1, self._n_workers)):  # torch takes one item from each worker in turn
-            item = next(self._items)
-            if isinstance(item, UserError):
-                self._items = None  # ends the workers now: the error's traceback holds this loader
-                raise item
-            items.append(item)
-        for _, places in items:
-            self._places = self._places | places
+            parts = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
+            pin = self._options.pin_memory and torch.cuda.is_available()
+            self._batches = prefetch(_whole_batches(self._data, parts, max(1, workers), pin), self._options)
+        item = next(self._batches)
+        if isinstance(item, UserError):
+            self._batches = None  # ends the workers now: the error's traceback holds this loader
+            raise item
+        batch, places = item
+        self._places = self._places | places
         data = self._data
-        batch = self._in_order([part for part, _ in items])
         if len(data.sources) > 1:
             sources, _ = data.mixture(self._consumed + data.rows.start, len(data.rows))
             batch = batch._replace(sources=torch.from_numpy(sources))
         self._consumed += data.global_batch_size
         return batch
 
-    def _in_order(self, batches: list[Batch]) -> Batch:
-        """The workers' parts as one batch, its rows in the order of the global batch."""
-        data, n = self._data, len(batches)
-        columns = [column for worker in range(n) for column in data.columns(worker, n)]
-        rows = [row for column in columns for row in data.rows_of_column(column) if row in data.rows]
-        order = torch.tensor(rows).argsort()
-        pin = self._options.pin_memory and torch.cuda.is_available()
-        whole = (torch.cat(parts)[order] for parts in zip(*batches, strict=True) if parts[0] is not None)
-        return Batch(*(tensor.pin_memory() if pin else tensor for tensor in whole))
+
+def _whole_batches(data: _StepRows, parts: Iterator[Part], n_workers: int, pin: bool) -> Iterator[Part]:
+    """The workers' parts of every step as one, its rows in the order of the global batch."""
+    columns = [column for worker in range(n_workers) for column in data.columns(worker, n_workers)]
+    rows = [row for column in columns for row in data.rows_of_column(column) if row in data.rows]
+    order = torch.tensor(rows).argsort()
+    while True:
+        batches: list[Batch] = []
+        places: dict[str, State] = {}
+        for part in islice(parts, n_workers):  # torch takes one item from each worker in turn
+            if isinstance(part, UserError):
+                yield part
+                return
+            batches.append(part[0])
+            places |= part[1]
+        whole = (torch.cat(tensors)[order] for tensors in zip(*batches, strict=True) if tensors[0] is not None)
+        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in whole)), places

@@ -1,6 +1,8 @@
 """Every layout, worker count and resume point sees the same global batches."""
 
 import gc
+import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -94,7 +96,7 @@ def test_without_shuffle_the_order_is_that_of_the_data():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_seek_drops_what_was_loaded_ahead(workers):
     dataset = Numbered(50)
-    options = DataLoader(num_workers=workers, persistent_workers=workers > 0)
+    options = DataLoader(num_workers=workers)
     loader = StepLoader([dataset], Mixture([1]), global_batch_size=16, dp_rank=0, dp_size=1, seed=5, options=options)
     reference = steps(dataset, 6)
     for start in (0, 4, 1):
@@ -187,7 +189,7 @@ def test_prefetch_factor_and_pin_memory_reach_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("section", ["training", "validation"])
-@pytest.mark.parametrize("option,value", [("persistent_workers", True), ("prefetch_factor", 2), ("pin_memory", True)])
+@pytest.mark.parametrize("option,value", [("persistent_workers", True), ("pin_memory", True)])
 def test_options_without_effect_are_refused(section, option, value):
     cfg = Config()
     check_dataloader(cfg)
@@ -198,7 +200,47 @@ def test_options_without_effect_are_refused(section, option, value):
         check_dataloader(cfg)
     options.num_workers = 1
     cfg.training.device = "auto"
-    check_dataloader(cfg)
+    if (section, option) == ("training", "persistent_workers"):
+        with pytest.raises(UserError, match="training.* no effect: .* as long as the run; .*validation.dataloader"):
+            check_dataloader(cfg)
+    else:
+        check_dataloader(cfg)
+
+
+class Recording(Numbered):
+    """Notes which sequences are read, and by which thread."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.read, self.threads = [], set()
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        self.threads.add(threading.current_thread())
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_a_thread_loads_ahead_of_the_step(ahead):
+    data, options = Recording(64), DataLoader(prefetch_factor=ahead)
+    loader = StepLoader(
+        [data], Mixture([1]), global_batch_size=4, dp_rank=0, dp_size=1, seed=5, options=options, shuffle=False
+    )
+    for step in range(1, 4):
+        next(loader)
+        end = time.monotonic() + 30
+        while len(data.read) < 4 * (step + ahead):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        assert data.read == list(range(4 * (step + ahead))) and loader.consumed == 4 * step
+    [thread] = data.threads
+    assert thread is not threading.current_thread()
+    gc.disable()
+    try:
+        del loader
+        assert not thread.is_alive()
+    finally:
+        gc.enable()
 
 
 # --- mixtures
@@ -247,3 +289,15 @@ def test_an_error_of_the_data_arrives_as_it_is(workers):
     for loader in (StepLoader([Damaged()], Mixture([1]), seed=0, **options), ValidationLoader(Damaged(), **options)):
         with pytest.raises(UserError, match=r"^shard-00003 is damaged, seen at sequence \d+$"):
             next(iter(loader))
+
+
+def test_a_killed_worker_is_reported():
+    others = set(torch.multiprocessing.active_children())
+    options = {"options": DataLoader(num_workers=2), "global_batch_size": 4, "dp_rank": 0, "dp_size": 1}
+    loader = StepLoader([Numbered(50)], Mixture([1]), seed=0, **options)
+    next(loader)
+    worker = (set(torch.multiprocessing.active_children()) - others).pop()
+    worker.kill()
+    with pytest.raises(RuntimeError, match=rf"worker .*{worker.pid}.* (killed|exited)"):
+        for _ in range(10_000):
+            next(loader)

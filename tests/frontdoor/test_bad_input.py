@@ -95,7 +95,11 @@ REFUSED = {
     "recompute": (1, "--activation_checkpoint.selective_ac_option 0", ["selective_ac_option", '"0"', '"op"']),
     "compile": (1, "--compile.components optimizer", ["compile.components", "optimizer", '"model" or "loss"']),
     "load balancer": (2, "--cp 2 --parallelism.context_parallel_load_balancer zigzag", ['"zigzag"', "headtail"]),
-    "data workers": (1, "--training.dataloader.prefetch_factor 2", ["prefetch_factor", "num_workers"]),
+    "data workers": (
+        1,
+        "--training.dataloader.persistent_workers",
+        ["persistent_workers", "no effect"],
+    ),
     "data path": (
         1,
         "--validation.enable --validation.dataset_path x",

@@ -230,7 +230,7 @@ PP = "--pp 4 --parallelism.pipeline_parallel_schedule"
         (2, f"{CHECKPOINT} --cp 2 --validation.seq_len 66", "validation.seq_len 66 is not divisible by 4"),
         (2, f"{CHECKPOINT} --cp 2 --training.seq_len 66", "training.seq_len 66 is not divisible by 4"),
         (4, f"{CHECKPOINT} {PP} 1F1B --validation.local_batch_size 3", "validation.local_batch_size 3 / .* = 3 micro"),
-        (1, f"{CHECKPOINT} --validation.dataloader.prefetch_factor 2", "validation.dataloader.prefetch_factor = 2"),
+        (1, f"{CHECKPOINT} --validation.dataloader.persistent_workers", "dataloader.persistent_workers = True"),
         (1, f"{CHECKPOINT} --validation.steps 0", "validation.steps = 0"),
     ],
 )  # fmt: skip
