@@ -83,7 +83,7 @@ def trained_by_transformers(folder: Path, optimizer_name: str) -> Run:
 
 def read(folder: str, config: LlamaConfig, model: ParallelModel) -> None:
     whole = meta_model(registry.look_up("model", "llama3", ""), config)
-    load_initial(StoragePath.at(folder), model, None, [], whole, (config.n_heads, config.n_kv_heads))
+    load_initial(StoragePath.at(folder), model, None, [], whole)
 
 
 @pytest.mark.parametrize(
