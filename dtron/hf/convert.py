@@ -49,11 +49,13 @@ def convert(
     out = Path(to).expanduser().resolve()
     local = found.path.local
     if local is not None and (out.is_relative_to(local.resolve()) or local.resolve().is_relative_to(out)):
-        raise UserError(f"DST {out} and SRC {found.path} lie in one another; name another DST")
+        raise UserError(f"DST {out} and SRC {found.path} lie in one another; choose another DST")
     if max_file_gb is not None and not 0 < max_file_gb < math.inf:
         raise UserError(f"--max-file-gb is {max_file_gb}; expected a positive number")
     if found.kind != "dtron" and (dtype or max_file_gb):
-        raise UserError("--dtype and --max-file-gb are for what is exported; a checkpoint keeps the folder's dtype")
+        raise UserError(
+            "--dtype and --max-file-gb are for exports; a checkpoint keeps the dtype of SRC: leave them out"
+        )
     check_out(out, force, "DST")
     with torch.device("meta"):
         model = Llama(found.config)

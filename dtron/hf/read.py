@@ -66,8 +66,8 @@ def find_model(path: str) -> Found:
     folder, kind = _find(folder_at(path))
     assets = assets_of(folder)
     if "config.json" not in assets:
-        whose = "a model of its own, which is none of Hugging Face's" if kind == "dtron" else "no model that we know"
-        raise UserError(f"{folder} has no config.json: it is {whose}, or an older checkpoint; put one into it")
+        cause = "; an older checkpoint, or a registered model that has no Hugging Face form" if kind == "dtron" else ""
+        raise UserError(f"{folder} has no config.json{cause}; expected the model's: put it into the folder")
     with _unpacked(assets) as unpacked:
         try:
             config = from_hf_config(unpacked, str(folder))
@@ -103,7 +103,7 @@ def _runs(folder: StoragePath) -> list[StoragePath]:
 
 @contextlib.contextmanager
 def _unpacked(assets: dict[str, bytes]) -> Iterator[Path]:
-    """The files in a local folder: those who read them take nothing else."""
+    """The files in a local folder, since their readers take nothing else."""
     with tempfile.TemporaryDirectory(prefix="dtron-") as folder:
         for name, content in assets.items():
             (Path(folder) / name).write_bytes(content)
@@ -112,7 +112,7 @@ def _unpacked(assets: dict[str, bytes]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone: loading and saving talk to their ranks."""
+    """A process group of this process alone: loading and saving call collectives."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -165,5 +165,5 @@ def _object(found: Found, name: str) -> dict[str, Any]:
 
 
 def _ids(given: Any) -> list[int]:
-    """Token ids of a config: a number, a list, or nothing. What is none is left out."""
+    """Token ids of a config: a number, a list, or nothing. Anything else is left out."""
     return [id_ for id_ in (given if isinstance(given, list) else [given]) if isinstance(id_, int)]
