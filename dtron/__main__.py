@@ -72,14 +72,21 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Turn a folder of Hugging Face (safetensors) into a checkpoint of dtron, or a checkpoint into such a folder; "
-        "which of the two, SRC tells. Weights keep their values and dtype unless --dtype names another."
+        "Turn a folder of Hugging Face (safetensors) into a checkpoint of dtron, or a checkpoint into such a folder, "
+        "depending on what SRC is. Weights keep their values and dtype unless --dtype names another. torchtitan's "
+        "checkpoints of a Llama 3 are read too."
     )
     add = parser.add_argument
-    add("source", metavar="SRC", help="a checkpoint, a run's folder (its newest checkpoint), or a Hugging Face folder")
+    add(
+        "source",
+        metavar="SRC",
+        help="checkpoint, run folder (its newest checkpoint), Hugging Face or torchtitan's",
+    )
     add("out", metavar="DST", help="folder to make")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of exported weights (default: as they are)")
     add("--max-file-gb", type=float, metavar="GB", help="size of exported files (default: 5, as transformers has it)")
+    config = "for torchtitan's checkpoints: the model's Hugging Face config.json, or its folder"
+    add("--config", metavar="FILE", help=config)
     add("--force", action="store_true", help="replace DST where it holds a model and nothing else")
     parser.set_defaults(run=_convert)
 
@@ -87,7 +94,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _convert(given: argparse.Namespace) -> None:
     from dtron.hf.convert import convert  # and with it torch
 
-    convert(given.source, given.out, given.dtype, given.max_file_gb, force=given.force, say=_say)
+    convert(given.source, given.out, given.dtype, given.max_file_gb, given.config, force=given.force, say=_say)
 
 
 def _positive(text: str) -> int:

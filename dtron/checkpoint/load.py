@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from dtron.checkpoint import hf, torchtitan
+from dtron.checkpoint import hf
 from dtron.checkpoint.files import (
     MANIFEST,
     DamagedError,
@@ -38,6 +38,7 @@ __all__ = [
     "check_source",
     "find_good",
     "fitting_entries",
+    "is_torchtitan",
     "kind_of",
     "load",
     "load_initial",
@@ -47,11 +48,11 @@ __all__ = [
 ]
 
 METADATA = ".metadata"
-Kind = Literal["dtron", "torchtitan", "hf"]  # of a checkpoint: whose
+Kind = Literal["dtron", "hf"]  # of a checkpoint: whose
 
 
 def check_source(checkpoint: StoragePath) -> None:
-    """UserError unless weights can be loaded from `checkpoint`: one of dtron's, torchtitan's or Hugging Face's."""
+    """UserError unless weights can be loaded from `checkpoint`: one of dtron's or Hugging Face's."""
     key = "checkpoint.initial_load_path"
     try:
         names = checkpoint.names()
@@ -72,23 +73,30 @@ def check_source(checkpoint: StoragePath) -> None:
 
 
 def kind_of(checkpoint: StoragePath) -> Kind | None:
-    """Whose weights lie there. UserError if DCP's index there is damaged, or neither dtron's nor torchtitan's."""
+    """Whose weights lie there. UserError for DCP files that are not dtron's, torchtitan's with what to do."""
     names = checkpoint.names()
     if MANIFEST in names:
         return "dtron"
+    if is_torchtitan(checkpoint):
+        raise UserError(
+            f"{checkpoint} is a checkpoint of torchtitan, which is not read as it is; convert it, and name the new "
+            f"folder in its place: dtron convert {checkpoint} NEW_FOLDER --config CONFIG_JSON_OF_THE_MODEL"
+        )
     if METADATA in names:
-        return _check_torchtitan(checkpoint)
+        raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
     return "hf" if hf.is_hf(names) else None
 
 
-def _check_torchtitan(checkpoint: StoragePath) -> Literal["torchtitan"]:
+def is_torchtitan(checkpoint: StoragePath) -> bool:
+    """Whether torchtitan saved a Llama there, as its tensors' names show. UserError if DCP's index is damaged."""
+    names = checkpoint.names()
+    if METADATA not in names or MANIFEST in names:
+        return False
     try:
-        names = checkpoint.reader().read_metadata().state_dict_metadata
+        saved = checkpoint.reader().read_metadata().state_dict_metadata
     except Exception as error:  # a pickle that is damaged may raise anything
         raise UserError(f"{checkpoint / METADATA} cannot be read: {type(error).__name__}: {error}") from None
-    if not torchtitan.is_torchtitan(names):
-        raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
-    return "torchtitan"
+    return not {"tok_embeddings.weight", "model.tok_embeddings.weight"}.isdisjoint(saved)
 
 
 def load_initial(
@@ -97,15 +105,13 @@ def load_initial(
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str],
     whole: nn.Module,
-    heads: tuple[int, int],
 ) -> None:
-    """What a fresh run starts with, from another run of dtron, verified first, from torchtitan or Hugging Face.
+    """What a fresh run starts with, from another run of dtron, verified first, or from Hugging Face.
 
-    whole: the plain model, on meta. heads: its query and key/value heads.
+    whole: the plain model, on meta.
     UserError on all ranks if the checkpoint is damaged or does not fit.
     """
-    kind = from_rank_0(lambda: kind_of(checkpoint))
-    if kind in ("dtron", None):
+    if from_rank_0(lambda: kind_of(checkpoint)) != "hf":
         verify_on_all_ranks(checkpoint)
         load(checkpoint, model, optimizers, exclude)
         return
@@ -114,15 +120,12 @@ def load_initial(
         return _is_excluded(name, exclude)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        if kind == "hf":
-            dcp.load(tensors, storage_reader=hf.Reader(hf.local(checkpoint), entries))
-        else:
-            torchtitan.load(checkpoint.reader(), tensors, *heads, excluded=excluded)
+        dcp.load(tensors, storage_reader=hf.Reader(hf.local(checkpoint), entries))
 
-    if kind == "hf" and optimizers:
+    if optimizers:
         raise UserError(f"{checkpoint} holds no optimizer state; set checkpoint.initial_load_model_only = true")
     hint = "choose the dimensions of its config.json: model.hf_config_path, and no keys that override it"
-    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, hint)) if kind == "hf" else {}
+    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, hint))
     _fill(checkpoint, model, optimizers, exclude, read)
 
 
@@ -295,6 +298,8 @@ def _check_fits(checkpoint: StoragePath, reader: Any, tensors: dict[str, Tensor]
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[0].startswith("optimizer."), item[0])):
         if name not in saved:
             problem = f"it has no {name}"
+            if name.startswith("optimizer."):
+                problem += " (set checkpoint.initial_load_model_only = true to take the weights alone)"
         elif tuple(saved[name].size) != tuple(tensor.shape):
             problem = f"{name} is {list(saved[name].size)} there and {list(tensor.shape)} in this model"
         if problem:

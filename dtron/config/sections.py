@@ -323,7 +323,7 @@ class Checkpoint:
     interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
     initial_load_path: str | None = key(
         None,
-        "initial weights: a checkpoint (.../step-N, also by fsspec URL), torchtitan's, or a Hugging Face folder",
+        "initial weights: a checkpoint (.../step-N, also by fsspec URL), or a Hugging Face folder",
         changes="training",
     )
     initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too", changes="training")

@@ -1,7 +1,7 @@
-"""Token after token from a model: a cache of keys and values, and the choice of the next token.
+"""Generating token by token: a cache of keys and values, and the choice of the next token.
 
-The cache takes the place of each block's attention core only while the model runs. So between two tokens, and whatever
-becomes of the iterator, the model is as it was.
+The cache replaces each block's attention core only while the model runs. So between two tokens, and whatever becomes of
+the iterator, the model is as it was.
 """
 
 import math
@@ -22,11 +22,11 @@ __all__ = ["CachedAttention", "CachedModel", "SampleOptions", "filter_logits", "
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How a text goes on; UserError for what is out of range.
+    """How a text is continued; UserError for a value out of range.
 
-    max_new_tokens: at most so many. temperature: logits are divided by it; 0 takes the most likely token always.
-    top_k: only the so many most likely tokens; 0 all. top_p: of these, the fewest whose probabilities add up to it
-    (Holtzman et al. 2019, arXiv 1904.09751); 1 all. seed: of the choice.
+    max_new_tokens: an upper bound. temperature: logits are divided by it; 0 always takes the most likely token.
+    top_k: draw from this many of the most likely tokens; 0: from all. top_p: of these, from the fewest whose
+    probabilities add up to it (Holtzman et al. 2019, arXiv 1904.09751); 1: from all. seed: of the random choice.
     """
 
     max_new_tokens: int = 100
@@ -48,9 +48,9 @@ class SampleOptions:
 
 
 class CachedAttention(nn.Module):
-    """CausalAttention over all tokens since it was made, of which it keeps keys and values.
+    """CausalAttention over all tokens so far, whose keys and values it keeps.
 
-    max_len: tokens it has room for. The buffers [B, K, max_len, D] are made at the first call and stay as they are.
+    max_len: tokens it has room for. The buffers [B, K, max_len, D] are allocated at the first call and never grow.
     """
 
     def __init__(self, max_len: int) -> None:
@@ -63,7 +63,7 @@ class CachedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         """q [B, H, S, D], k and v [B, K, S, D] of the next S tokens -> [B, H, S, D]."""
         if mask is not None:
-            raise ValueError("a cache holds one document: it has no use for a mask of documents")
+            raise ValueError("a document mask was given; expected none: a cache holds one document")
         if self.keys is None or self.values is None:
             shape = (*k.shape[:2], self.max_len, k.size(3))
             self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
@@ -79,7 +79,7 @@ class CachedAttention(nn.Module):
 
 
 class CachedModel:
-    """A model that remembers one sequence of at most `max_len` tokens, given part by part."""
+    """A model with the cache of one sequence of at most `max_len` tokens, which is read part by part."""
 
     def __init__(self, model: Llama, max_len: int) -> None:
         self.model = model
@@ -92,14 +92,14 @@ class CachedModel:
         """Append `ids` to the sequence; the logits [V] of the token after them, in fp32."""
         x = torch.tensor([ids], device=self.device)  # [1, S]
         positions = torch.arange(self.length, self.length + len(ids), device=self.device)[None]
-        with self._in_place():
+        with self._with_caches():
             h = self.model(x, positions)  # [1, S, E]
         self.length += len(ids)
         return self.model.lm_head(h[0, -1]).float()  # of the last token alone: [S, V] of a long prompt is gigabytes
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """The caches for the attention cores, and no head: the model then gives the hidden states."""
+    def _with_caches(self) -> Iterator[None]:
+        """Caches in place of the attention cores, and no head: the model then returns the hidden states."""
         attentions: list[Any] = [block.self_attn for block in self.model.layers.values()]
         cores, head = [attention.core for attention in attentions], self.model.lm_head
         try:
@@ -141,15 +141,15 @@ def generate(
     seed: int,
     stop_ids: Collection[int],
 ) -> Iterator[int]:
-    """The tokens after `prompt_ids`, one by one, until one of `stop_ids`, which is not given, or the last.
+    """The tokens after `prompt_ids`, one by one, until one of `stop_ids`, which is not yielded, or the last.
 
-    SampleOptions says what the options are. The same seed gives the same tokens, on one device type and dtype.
+    The options are those of SampleOptions. The same seed gives the same tokens, on one device type and dtype.
     Raises UserError for wrong options, ids that the model does not have, and (at a token) logits that are not finite.
     """
     options = SampleOptions(max_new_tokens, temperature, top_k, top_p, seed)
     vocab_size = model.config.vocab_size
     if not prompt_ids:
-        raise UserError("the prompt has no tokens: expected at least one, such as the one that begins a text")
+        raise UserError("the prompt has no tokens; expected at least one, such as the token that begins a text")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
         raise UserError(
             f"the prompt has token ids from {min(prompt_ids)} to {max(prompt_ids)}, but the model's end at "

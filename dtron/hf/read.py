@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,7 @@ from dtron.models.llama import Llama, LlamaConfig
 from dtron.parallel.compose import ParallelModel, TokenMean
 from dtron.registry import cross_entropy
 
-__all__ = ["Found", "OpenedModel", "find_model", "one_rank", "open_model"]
-
+__all__ = ["Found", "OpenedModel", "find_model", "folder_at", "one_rank", "open_model"]
 
 DOWNLOAD = "a model of the hub has to be downloaded first: hf download NAME --local-dir FOLDER"
 
@@ -32,8 +31,8 @@ DOWNLOAD = "a model of the hub has to be downloaded first: hf download NAME --lo
 class Found:
     """A model on disk: where, whose, what lies beside its weights, and its dimensions."""
 
-    place: StoragePath
-    kind: Kind
+    path: StoragePath
+    kind: Kind | Literal["torchtitan"]
     assets: dict[str, bytes]
     config: LlamaConfig
 
@@ -55,51 +54,56 @@ class OpenedModel:
     name: str
 
 
-def find_model(path: str) -> Found:
-    """The model at `path`; of a run's folder, or that of several runs, the newest checkpoint. UserError without one."""
+def folder_at(path: str) -> StoragePath:
+    """A local path or an fsspec URL. UserError for the address of a model of the hub."""
     if path.split("://")[0] in ("http", "https", "hf") or not path.rstrip("/"):
         raise UserError(f"{path!r} is no folder to read a model from; {DOWNLOAD}")
-    place, kind = _find(StoragePath.at(Path(path).expanduser() if "://" not in path else path))
-    assets = assets_of(place)
+    return StoragePath.at(Path(path).expanduser() if "://" not in path else path)
+
+
+def find_model(path: str) -> Found:
+    """The model at `path`; of a run's folder, or that of several runs, the newest checkpoint. UserError without one."""
+    folder, kind = _find(folder_at(path))
+    assets = assets_of(folder)
     if "config.json" not in assets:
-        whose = "a model of its own, which is none of Hugging Face's" if kind == "dtron" else "no model that we know"
-        raise UserError(f"{place} has no config.json: it is {whose}, or an older checkpoint; put one into it")
-    with _unpacked(assets) as folder:
+        cause = "; an older checkpoint, or a registered model that has no Hugging Face form" if kind == "dtron" else ""
+        raise UserError(f"{folder} has no config.json{cause}; expected the model's: put it into the folder")
+    with _unpacked(assets) as unpacked:
         try:
-            config = from_hf_config(folder, str(place))
+            config = from_hf_config(unpacked, str(folder))
         except UserError as error:
-            raise UserError(str(error).replace(str(folder), str(place))) from None
-    return Found(place, kind, assets, config)
+            raise UserError(str(error).replace(str(unpacked), str(folder))) from None
+    return Found(folder, kind, assets, config)
 
 
-def _find(place: StoragePath) -> tuple[StoragePath, Kind]:
+def _find(folder: StoragePath) -> tuple[StoragePath, Kind]:
     try:
-        if kind := kind_of(place):
-            return place, kind
-        for folder in (place, place / "checkpoint", *_runs(place)):
-            for step in reversed(steps_in(folder)):
+        if kind := kind_of(folder):
+            return folder, kind
+        for inside in (folder, folder / "checkpoint", *_runs(folder)):
+            for step in reversed(steps_in(inside)):
                 with contextlib.suppress(DamagedError):
-                    read_manifest(folder / f"step-{step}")
-                    return folder / f"step-{step}", "dtron"
-        there = ", ".join(place.names()[:5]) or "nothing"
-        found = f"there is no model in {place} (but {there})" if place.exists() else f"there is no folder {place}"
+                    read_manifest(inside / f"step-{step}")
+                    return inside / f"step-{step}", "dtron"
+        there = ", ".join(folder.names()[:5]) or "nothing"
+        found = f"there is no model in {folder} (but {there})" if folder.exists() else f"there is no folder {folder}"
     except OSError as error:
-        raise UserError(f"{place} cannot be read: {error}") from None
+        raise UserError(f"{folder} cannot be read: {error}") from None
     raise UserError(
         f"{found}; expected a checkpoint (outputs/RUN/checkpoint/step-N), a run's folder, or a folder of Hugging Face "
         f"with safetensors; {DOWNLOAD}"
     )
 
 
-def _runs(place: StoragePath) -> list[StoragePath]:
+def _runs(folder: StoragePath) -> list[StoragePath]:
     """The folders of checkpoints of the runs in a local folder, the one that was last written to first."""
-    found = list(place.local.glob("*/checkpoint")) if place.local else []
+    found = list(folder.local.glob("*/checkpoint")) if folder.local else []
     return [StoragePath.at(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
 @contextlib.contextmanager
 def _unpacked(assets: dict[str, bytes]) -> Iterator[Path]:
-    """The files in a local folder: those who read them take nothing else."""
+    """The files in a local folder, since their readers take nothing else."""
     with tempfile.TemporaryDirectory(prefix="dtron-") as folder:
         for name, content in assets.items():
             (Path(folder) / name).write_bytes(content)
@@ -108,7 +112,7 @@ def _unpacked(assets: dict[str, bytes]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone: loading and saving talk to their ranks."""
+    """A process group of this process alone: loading and saving call collectives."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -126,7 +130,7 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedMod
         model.lm_head.weight = model.embed_tokens.weight  # to_empty makes two of it
     whole = ParallelModel([model], None, TokenMean(cross_entropy, device), {}, True, False)
     with one_rank():
-        load_initial(found.place, whole, None, [], model, (found.config.n_heads, found.config.n_kv_heads))
+        load_initial(found.path, whole, None, [], model)
     encoder = _encoder(found)
     config, generation = _object(found, "config.json"), _object(found, "generation_config.json")
     ends = _ids(generation.get("eos_token_id")) or _ids(config.get("eos_token_id"))
@@ -135,7 +139,7 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedMod
     longest = config.get("max_position_embeddings")
     return OpenedModel(
         model, encoder, ends, begins[0] if begins else None, longest if isinstance(longest, int) else None,
-        str(found.place),
+        str(found.path),
     )  # fmt: skip
 
 
@@ -144,9 +148,9 @@ def _encoder(found: Found) -> TextEncoder | None:
         return None
     with _unpacked(found.assets) as folder:
         try:
-            return read_tokenizer(str(folder), folder, str(found.place))
+            return read_tokenizer(str(folder), folder, str(found.path))
         except UserError as error:
-            raise UserError(str(error).replace(f"{found.place} = '{folder}'", str(found.place))) from None
+            raise UserError(str(error).replace(f"{found.path} = '{folder}'", str(found.path))) from None
 
 
 def _object(found: Found, name: str) -> dict[str, Any]:
@@ -154,12 +158,12 @@ def _object(found: Found, name: str) -> dict[str, Any]:
     try:
         content = json.loads(found.assets.get(name, b"{}"))
     except ValueError as error:
-        raise UserError(f"{found.place}/{name} is not readable JSON: {error}") from None
+        raise UserError(f"{found.path}/{name} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{found.place}/{name} holds a JSON {type(content).__name__}; expected an object")
+        raise UserError(f"{found.path}/{name} holds a JSON {type(content).__name__}; expected an object")
     return content
 
 
 def _ids(given: Any) -> list[int]:
-    """Token ids of a config: a number, a list, or nothing. What is none is left out."""
+    """Token ids of a config: a number, a list, or nothing. Anything else is left out."""
     return [id_ for id_ in (given if isinstance(given, list) else [given]) if isinstance(id_, int)]

@@ -1,4 +1,4 @@
-"""The command `dtron sample`: text from a model, as it comes. torch is only imported when it runs."""
+"""The command `dtron sample`: text from a model, written as it is generated. torch is only imported when it runs."""
 
 import argparse
 import sys
@@ -23,15 +23,21 @@ UNFINISHED = "\ufffd"  # what a decoder makes of the bytes of a character that i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `dtron sample`, with `run` as what it does."""
-    parser.description = "Let MODEL continue text, and say how fast it did."
+    parser.description = "Let MODEL continue text, and report how fast it did."
     add = parser.add_argument
     add("model", metavar="MODEL", help="checkpoint, run folder or Hugging Face folder")
-    prompt = "text to go on from, or - to read it from stdin; may be given again (default: a text from its beginning)"
+    prompt = "text to continue, or - to read it from stdin; may be repeated (default: start a new text)"
     add("--prompt", metavar="TEXT", action="append", help=prompt)
     add("--max-new-tokens", type=int, default=100, metavar="N", help="at most (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: %(default)s)")
-    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all (default: %(default)s)")
-    top_p = "only the likeliest tokens that together have probability P (default: %(default)s, all)"
+    add("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely (default: %(default)s)")
+    add(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="of the K most likely tokens; 0: of all (default: %(default)s)",
+    )
+    top_p = "only the most likely tokens that together have probability P (default: %(default)s, all)"
     add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
     add("--seed", type=int, default=0, metavar="N", help="the same gives the same text (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda where there is one)")
@@ -75,10 +81,10 @@ def _prompts(given: list[str], parser: argparse.ArgumentParser) -> list[str]:
 
 
 def sample(opened: "OpenedModel", prompts: Sequence[str], options: "SampleOptions", out: TextIO) -> None:
-    """Write each prompt, what the model says after it, as it comes, and a line of how fast that was.
+    """Write each prompt, its continuation as it is generated, and a line that says how fast that was.
 
     A prompt without tokens, such as the empty one, starts from the token that begins a text, or else from the one that
-    ends one. Every prompt has the same seed, so its text does not depend on those before it. Raises UserError.
+    ends a text. Every prompt has the same seed, so its text does not depend on those before it. Raises UserError.
     """
     if opened.encoder is None:
         raise UserError(
@@ -105,12 +111,12 @@ def _sample_one(
     out.write(prompt)
     out.flush()
     arrivals: list[float] = []
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for piece in stream_text(encoder, ids, _noting(tokens, arrivals)):
         out.write(piece)
         out.flush()
     ended = len(arrivals) < options.max_new_tokens
-    out.write(f"\n--- {opened.name}: {_speed(begun, arrivals)}{'; the model ended the text' if ended else ''}\n")
+    out.write(f"\n--- {opened.name}: {_speed(start, arrivals)}{'; the model ended the text' if ended else ''}\n")
 
 
 def _noting(tokens: Iterable[int], arrivals: list[float]) -> Iterator[int]:
@@ -119,12 +125,12 @@ def _noting(tokens: Iterable[int], arrivals: list[float]) -> Iterator[int]:
         yield token
 
 
-def _speed(begun: float, arrivals: list[float]) -> str:
+def _speed(start: float, arrivals: list[float]) -> str:
     """Time to the first token, in which the prompt is read, and the rate of those after it."""
     after = len(arrivals) - 1
     if after < 0:
         return "0 tokens"
-    first_s = arrivals[0] - begun
+    first_s = arrivals[0] - start
     if not after:
         return f"1 token, after {first_s:.3f} s"
     rate = after / (arrivals[-1] - arrivals[0])
@@ -136,21 +142,21 @@ def stream_text(encoder: TextEncoder, prompt_ids: Sequence[int], ids: Iterable[i
 
     A token's text depends on its neighbours: a character may need several, a space may vanish at the beginning. So a
     piece is what the decoded text has grown by, and waits for whole characters. The tokens of the piece before are
-    decoded with it: enough to be no beginning, and the cost does not grow with the text.
+    decoded with it, so that it is not at the beginning, and the cost does not grow with the text.
     """
-    window, done = list(prompt_ids), len(prompt_ids)  # of the window, `done` tokens are told
-    told = text = encoder.decode(window)
+    window, done = list(prompt_ids), len(prompt_ids)  # the text of the first `done` tokens of the window is out
+    written = text = encoder.decode(window)
     for token in ids:
         window.append(token)
         text = encoder.decode(window)
         whole = text.rstrip(UNFINISHED)
-        if len(whole) <= len(told):
+        if len(whole) <= len(written):
             continue
-        yield whole[len(told) :]
-        told = whole
+        yield whole[len(written) :]
+        written = whole
         if whole == text:
             del window[:done]
             done = len(window)
-            told = text = encoder.decode(window)
-    if len(text) > len(told):
-        yield text[len(told) :]
+            written = text = encoder.decode(window)
+    if len(text) > len(written):
+        yield text[len(written) :]

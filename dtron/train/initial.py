@@ -99,8 +99,7 @@ def load_weights(setup: Setup, model: ParallelModel, optimizers: list[torch.opti
     path = StoragePath.at(c.initial_load_path)
     whole = meta_model(setup.spec, setup.model_config)
     check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
-    heads = setup.model_config.n_heads, setup.model_config.n_kv_heads
-    load_initial(path, model, optimizers, c.exclude_from_loading, whole, heads)
+    load_initial(path, model, optimizers, c.exclude_from_loading, whole)
     log.info("weights from %s", path)
 
 

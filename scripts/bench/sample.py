@@ -1,11 +1,11 @@
-"""Rate of dtron's sampling beside transformers' generate, on the same random weights.
+"""Tokens per second of dtron's sampling against transformers' generate, on the same random weights.
 
     python scripts/bench/sample.py [--family smollm] [--flavor 135M] [--prompt 512] [--new 64] [--rounds 5]
         [--device cpu] [--dtype float32]
 
-Both continue one prompt of random tokens greedily, with their caches; they take turns. `tokens_per_s` are medians over
-the rounds, the reading of the prompt included; `dtron_over_transformers` is the median of the rounds' own ratios: above
-1 dtron is faster. `same_tokens` says whether both wrote the same. The result is one JSON object.
+Both continue one prompt of random tokens greedily, with their caches, in alternation. `tokens_per_s` are medians over
+the rounds, including the prefill; `dtron_over_transformers` is the median of the ratios per round: above 1 dtron is
+faster. `same_tokens`: whether both generated the same tokens. The result is one JSON object.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def main() -> None:
     texts: dict[str, list[int]] = {}
     for turn in range(given.rounds + 1):  # the first warms up
         for name, contestant in contestants.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             texts[name] = contestant()
             if turn:
-                rates[name].append(given.new / (time.perf_counter() - begun))
+                rates[name].append(given.new / (time.perf_counter() - start))
     ratios = [ours / theirs for ours, theirs in zip(rates["dtron"], rates["transformers"], strict=True)]
     result = {
         **vars(given),

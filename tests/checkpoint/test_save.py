@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from dtron import registry
 from dtron.checkpoint import save as saving
-from dtron.checkpoint import torchtitan
 from dtron.checkpoint.files import MANIFEST, Progress, steps_in
 from dtron.checkpoint.load import find_good, load, load_initial, verify_on_all_ranks
 from dtron.checkpoint.save import Saved, Saver, named_tensors
@@ -33,8 +32,7 @@ from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
-from dtron.models.llama import LlamaConfig, RopeScaling
-from dtron.models.spec import meta_model
+from dtron.models.llama import LlamaConfig
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.ranks.agree import from_rank_0
 from dtron.train.optimizer import build_optimizers
@@ -42,8 +40,6 @@ from dtron.train.optimizer import build_optimizers
 MODES = ("disabled", "async", "async_with_pinned_mem")
 BESIDE = MODES[1:]
 NO_SPACE = "OSError: [Errno 28] No space left on device"
-TORCHTITAN = Path(__file__).parent / "torchtitan" / "step-5"
-TITAN = LlamaConfig(2048, 64, 2, 4, 2, 256, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
 WIDE = LlamaConfig(vocab_size=512, dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256)  # 5.1 MB with AdamW
 
 State = dict[str, Tensor]  # this rank's own shards, by layout-free names
@@ -558,38 +554,10 @@ def test_parts_that_are_not_loaded(ranks: Ranks, two: Path, with_optimizer: bool
             assert fate == ("initial" if name.startswith("model.") else "zero"), name
 
 
-def from_torchtitan(exclude: list[str]) -> dict[str, str]:
-    """A rank's job: of each weight, whether it is the one torchtitan saved, or still the initial one."""
-
-    def fresh() -> ParallelModel:
-        spec, config = registry.look_up("model", "llama3", "model.name"), build_config(Case("titan", FSDP2))
-        return parallelize(spec, TITAN, config, Mesh(FSDP2, "cpu"), CPU, registry.cross_entropy, [])
-
-    model, expected_model = fresh(), fresh()
-    initial = state_of(model, None)
-    tensors = {name: tensor for name, tensor, _ in named_tensors(expected_model, None)}
-    torchtitan.load(dcp.FileSystemReader(TORCHTITAN), tensors, TITAN.n_heads, TITAN.n_kv_heads)
-    expected = state_of(expected_model, None)
-    whole = meta_model(registry.look_up("model", "llama3", "model.name"), TITAN)
-    load_initial(StoragePath.at(TORCHTITAN), model, None, exclude, whole, (TITAN.n_heads, TITAN.n_kv_heads))
-    fates = {}
-    for name, tensor in state_of(model, None).items():
-        kinds = {"torchtitan's": expected[name], "initial": initial[name]}
-        fates[name] = next((kind for kind, value in kinds.items() if value.equal(tensor)), "odd")
-    return fates
-
-
-def test_weights_of_torchtitan(ranks: Ranks) -> None:
-    assert set(alike(ranks.run(2, from_torchtitan, [])).values()) == {"torchtitan's"}
-    fates = alike(ranks.run(2, from_torchtitan, ["*.q_proj.weight"]))
-    for name, fate in fates.items():
-        assert fate == ("initial" if "q_proj" in name else "torchtitan's"), name
-
-
 def refused(folder: str) -> str:
     model, _ = begin_with_state()
     try:
-        load_initial(StoragePath.at(folder), model, None, [], model.parts[0], (4, 2))
+        load_initial(StoragePath.at(folder), model, None, [], model.parts[0])
     except UserError as error:
         return str(error)
     return "loaded"

@@ -12,8 +12,11 @@ import pytest
 from frontdoor import CONFIG, ROOT, Run, torchrun
 from warm import Warm, children, ranks_of
 
+from dtron.__main__ import main
 from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.storage import StoragePath
+from dtron.models.hf import to_hf_config
+from dtron.models.llama import LlamaConfig, RopeScaling
 from dtron.observe.metrics import read_metrics
 
 SAVING = CONFIG + "[checkpoint]\nenable = true\ninterval = 4\n[debug]\ndeterministic = true\n"
@@ -277,6 +280,7 @@ def test_goodput_goes_on_over_restarts(tmp_path: Path, whole: list[list[Any]]) -
 
 # --- beginning from other weights
 
+TORCHTITAN = ROOT / "tests/hf/torchtitan/step-5"
 TITAN = f"""
 [model]
 name = "llama3.1"
@@ -288,6 +292,7 @@ ffn_dim = 256
 vocab_size = 2048
 [training]
 device = "cpu"
+dataset = "uneven"
 seq_len = 64
 local_batch_size = 2
 steps = 1
@@ -299,24 +304,35 @@ enable_tensorboard = false
 cache_folder = "{ROOT / ".cache"}"
 custom_import = ["frontdoor_parts"]
 [checkpoint]
-initial_load_path = "{ROOT / "tests/checkpoint/torchtitan/step-5"}"
+initial_load_path = "{TORCHTITAN}"
 """
 
 
+def convert_from_torchtitan(folder: Path) -> Path:
+    config = LlamaConfig(2048, 64, 2, 4, 2, 256, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
+    command = f"convert {TORCHTITAN} {folder / 'converted'} --config {folder / 'config.json'}"
+    assert main(command.split()) == 0
+    return folder / "converted"
+
+
 def test_weights_of_torchtitan(tmp_path: Path) -> None:
-    """What each layout makes of them is in tests/checkpoint/test_torchtitan.py."""
-    config = TITAN.replace("[training]\n", '[training]\ndataset = "uneven"\n')
-    both = ("--checkpoint.no_initial_load_model_only",)
-    run = good(torchrun(tmp_path, 1, *both, config=config))
-    assert "weights from " in run.out[0] and "torchtitan/step-5" in run.out[0]
+    """What each layout makes of them is in tests/hf/test_torchtitan.py."""
+    run = torchrun(tmp_path, 1, config=TITAN)
+    assert run.code == 1 and "Traceback" not in run.err[0], run.everything()
+    assert run.err[0].count("error") == 1 and f"dtron convert {TORCHTITAN} NEW_FOLDER --config " in run.err[0]
+    converted = convert_from_torchtitan(tmp_path)
+    both = ("--checkpoint.no_initial_load_model_only", "--checkpoint.initial_load_path", str(converted))
+    run = good(torchrun(tmp_path, 1, *both, config=TITAN))
+    assert f"weights from {converted}" in run.out[0]
 
 
 @pytest.mark.long
 def test_weights_of_torchtitan_of_another_model(tmp_path: Path) -> None:
-    config = TITAN.replace("[training]\n", '[training]\ndataset = "uneven"\n')
-    run = torchrun(tmp_path, 1, "--model.n_layers", "1", config=config)
+    path = ("--checkpoint.initial_load_path", str(convert_from_torchtitan(tmp_path)))
+    run = torchrun(tmp_path, 1, "--model.n_layers", "1", *path, config=TITAN)
     assert run.code != 0
-    assert "layers.1.attention" in run.err[0] and "Traceback" not in run.err[0], run.everything()
+    assert "n_layers" in run.err[0] and "Traceback" not in run.err[0], run.everything()
 
 
 @pytest.mark.long

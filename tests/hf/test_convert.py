@@ -228,7 +228,7 @@ def test_names_of_another_kind_of_model_are_told(
     assert "it has no model.embed_tokens.weight" in refused(capsys, base, tmp_path / "out")
 
 
-def test_a_lost_index_and_a_pointer_are_told(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_index_and_a_pointer_are_named(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first_file(broken).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "it is a pointer of git-lfs" in refused(capsys, broken, tmp_path / "out")
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
@@ -237,7 +237,7 @@ def test_a_lost_index_and_a_pointer_are_told(broken: Path, tmp_path: Path, capsy
     assert "the index of the others there" in refused(capsys, broken, tmp_path / "out")
 
 
-def test_what_is_no_model_is_told(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a checkpoint" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
     for name in ("HuggingFaceTB/SmolLM-135M", "https://huggingface.co/HuggingFaceTB/SmolLM-135M", ""):
         assert "hf download" in refused(capsys, name, tmp_path / "out")
@@ -284,7 +284,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_a_full_disk_is_reported_and_leaves_nothing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = tmp_path / "here"

@@ -301,14 +301,14 @@ def test_text_comes_with_its_token_and_broken_characters_at_the_end(encoder: Tex
     def tokens():
         for token in (ids[-1], *snake, ids[-1], *snake[:-1]):
             yield token
-            seen.append("".join(told))
+            seen.append("".join(pieces))
 
-    told: list[str] = []
+    pieces: list[str] = []
     for piece in stream_text(encoder, ids[:1], tokens()):
-        told.append(piece)
+        pieces.append(piece)
     assert seen[0] == "y" and seen[len(snake)] == "y🐍" and seen[len(snake) + 1] == "y🐍y" and seen[-1] == "y🐍y"
     assert set(seen[1 : len(snake)]) == {"y"}
-    assert "".join(told) == encoder.decode([ids[-1], *snake, ids[-1], *snake[:-1]])  # at last, as it is
+    assert "".join(pieces) == encoder.decode([ids[-1], *snake, ids[-1], *snake[:-1]])  # at last, as it is
 
 
 def test_streaming_costs_the_same_for_every_token(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch):
@@ -337,8 +337,8 @@ def test_what_is_printed(model: Llama, encoder: TextEncoder):
     options = SampleOptions(max_new_tokens=30, seed=5)
     ids = [*generate(model, encoder.encode_prompt("Ünder"), **vars(options), stop_ids=[])]
     expected = encoder.decode([*encoder.encode_prompt("Ünder"), *ids])
-    told = written(opened(model, encoder), ["Ünder", "Ünder"], options)
-    assert re.fullmatch(f"{re.escape(expected)}\n{SPEED}\n{re.escape(expected)}\n{SPEED}", told)
+    output = written(opened(model, encoder), ["Ünder", "Ünder"], options)
+    assert re.fullmatch(f"{re.escape(expected)}\n{SPEED}\n{re.escape(expected)}\n{SPEED}", output)
     stop = replace(opened(model, encoder), stop_ids=[ids[1]])
     assert re.search(r"\n--- tiny: 1 token, after [\d.]+ s; the model ended the text\n$",
                      written(stop, ["Ünder"], options))  # fmt: skip
@@ -349,9 +349,9 @@ def test_what_is_printed(model: Llama, encoder: TextEncoder):
 def test_an_empty_prompt_starts_where_a_text_does(model: Llama, encoder: TextEncoder):
     options = SampleOptions(30, temperature=0)
     for change, first in (({}, encoder.eos_id), ({"bos_id": 0}, 0), ({"bos_id": 7}, 7)):
-        told = written(opened(model, encoder, **change), [""], options)
+        output = written(opened(model, encoder, **change), [""], options)
         ids = [*generate(model, [first], **GREEDY | {"max_new_tokens": 30})]
-        assert told.startswith("".join(stream_text(encoder, [first], ids)) + "\n--- tiny")
+        assert output.startswith("".join(stream_text(encoder, [first], ids)) + "\n--- tiny")
     begins = with_bos(encoder)
     bos = begins.encode_prompt("")
     assert len(bos) == 1 and written(opened(model, begins, bos_id=7), [""], options).startswith(
@@ -391,13 +391,13 @@ def test_the_command(
     monkeypatch.setattr(sys, "stdin", io.StringIO("from\nstdin\n"))
     numbers = ["--max-new-tokens", "30", "--temperature", "0.5", "--top-k", "20", "--top-p", "0.8", "--seed", "3"]
     assert main(["sample", "some/model", *numbers, "--prompt", "Ü", "--prompt", "-"]) == 0
-    told = capsys.readouterr()
-    texts = re.split(SPEED + "\n?", told.out)
+    output = capsys.readouterr()
+    texts = re.split(SPEED + "\n?", output.out)
     for text, prompt in zip(texts, ("Ü", "from\nstdin"), strict=False):
         ids = encoder.encode_prompt(prompt)
         options = {"temperature": 0.5, "top_k": 20, "top_p": 0.8, "seed": 3, "max_new_tokens": 30}
         assert text == encoder.decode([*ids, *generate(model, ids, **GREEDY | options)]) + "\n"
-    assert len(texts) == 3 and texts[2] == "" and told.err == ""
+    assert len(texts) == 3 and texts[2] == "" and output.err == ""
     assert reading == [("some/model", torch.device("cpu"), torch.float32)]
     assert main(["sample", "m", "--dtype", "bfloat16", "--max-new-tokens", "1"]) == 0
     assert reading[1] == ("m", torch.device("cpu"), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Training goes on from Hugging Face weights as transformers itself would, on every layout from the first step."""
+"""Training continues from Hugging Face weights as in transformers itself, on every layout from the first step."""
 
 import ctypes
 import threading
@@ -83,13 +83,13 @@ def trained_by_transformers(folder: Path, optimizer_name: str) -> Run:
 
 def read(folder: str, config: LlamaConfig, model: ParallelModel) -> None:
     whole = meta_model(registry.look_up("model", "llama3", ""), config)
-    load_initial(StoragePath.at(folder), model, None, [], whole, (config.n_heads, config.n_kv_heads))
+    load_initial(StoragePath.at(folder), model, None, [], whole)
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] if case.long else []) for case in CASES]
 )
-def test_every_layout_goes_on_like_transformers(case: Case, ranks: Ranks, folder_of: FolderOf) -> None:
+def test_every_layout_continues_like_transformers(case: Case, ranks: Ranks, folder_of: FolderOf) -> None:
     folder = folder_of(case.model)
     expected = {name: trained_by_transformers(folder, name) for name in OPTIMIZERS}
     arrays = {name: {n: w.numpy() for n, w in run.weights.items()} for name, run in expected.items()}

@@ -1,13 +1,17 @@
-"""A checkpoint that torchtitan wrote gives its logits, its next AdamW step, and the same shards on every layout.
+"""What torchtitan wrote, converted: its logits, its next AdamW step, and the same shards on every layout.
 
 `torchtitan/step-5`: Llama 3 of CONFIG's dimensions after 5 AdamW steps as FSDP2 x TP2, saved by torchtitan in its last
 version configured by TOML. `torchtitan/reference.npz`: tokens [2, 129] and, of tokens[:, :-1], torchtitan's own logits
 at every 16th position, mean loss and gradient norm, in fp32.
 """
 
-from collections.abc import Iterator
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +25,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import distribute_tensor
 
 from dtron import registry
-from dtron.checkpoint import torchtitan
+from dtron.__main__ import main
+from dtron.checkpoint.files import read_manifest
+from dtron.checkpoint.load import check_source, is_torchtitan, load, load_initial
+from dtron.checkpoint.save import named_tensors
+from dtron.checkpoint.storage import StoragePath
+from dtron.config.sections import Optimizer
 from dtron.errors import UserError
+from dtron.hf import torchtitan
+from dtron.hf.read import one_rank
 from dtron.mesh import Degrees, Mesh
+from dtron.models.hf import to_hf_config
 from dtron.models.llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
-from dtron.parallel.compose import parallelize
+from dtron.parallel.compose import ParallelModel, parallelize
+from dtron.train.optimizer import build_optimizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -42,6 +55,7 @@ LAYOUTS = {
 # a step moves by 1e-3 and more in the mean.
 LOGITS, STEP = 1e-6, 1e-6
 STATES = ("exp_avg", "exp_avg_sq", "step")
+Convert = Callable[..., Path]
 # Written out once more, not taken from the code under test.
 THEIRS = {
     "embed_tokens.weight": "tok_embeddings.weight",
@@ -60,12 +74,30 @@ THEIRS = {
 THEIRS = {ours.format(i): theirs.format(i) for ours, theirs in THEIRS.items() for i in range(CONFIG.n_layers)}
 
 
-def fill(tensors: dict[str, Tensor], path: str = SAVED, **more: object) -> None:
-    torchtitan.load(dcp.FileSystemReader(path), tensors, CONFIG.n_heads, CONFIG.n_kv_heads, **more)  # type: ignore[arg-type]
+def config_json(folder: Path, config: LlamaConfig = CONFIG) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
+    return folder / "config.json"
+
+
+def converted(folder: Path, source: str = SAVED, config: LlamaConfig = CONFIG) -> Path:
+    """What `dtron convert` makes of torchtitan's checkpoint `source`, inside `folder`."""
+    out = folder / "converted"
+    assert main(["convert", source, str(out), "--config", str(config_json(folder, config))]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(tmp_path_factory.mktemp("torchtitan"))
+
+
+def fill(tensors: dict[str, Tensor], path: Path) -> None:
+    dcp.load(tensors, checkpoint_id=str(path))
 
 
 def named(parameters: Iterator[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """What `load` is given for a model's parameters, and for their AdamW state, made here, if there is an optimizer."""
+    """A model's parameters by their names in a checkpoint, with AdamW state, made here, if there is an optimizer."""
     tensors: dict[str, Tensor] = {}
     for name, p in parameters:
         tensors[f"model.{name}"] = p.detach()
@@ -87,19 +119,19 @@ def reference() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def model() -> Llama:
+def model(checkpoint: Path) -> Llama:
     """dtron's model with the checkpoint's weights, on this one process."""
     model = Llama(CONFIG)
-    fill(named(model.named_parameters(), None))
+    fill(named(model.named_parameters(), None), checkpoint)
     return model
 
 
 @pytest.fixture(scope="module")
-def whole() -> Weights:
+def whole(checkpoint: Path) -> Weights:
     """Every tensor as one process loads it."""
     model = Llama(CONFIG)
     tensors = named(model.named_parameters(), adamw(model.parameters()))
-    fill(tensors)
+    fill(tensors, checkpoint)
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
@@ -122,21 +154,24 @@ def test_logits_loss_and_gradient_norm_are_torchtitans(model: Llama, reference: 
 
 
 def test_without_the_reordering_they_are_not(
-    model: Llama, reference: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    model: Llama, reference: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchtitan, "_pairs_to_halves", lambda tensor, heads: None)
-    fill(named(model.named_parameters(), None))
+    monkeypatch.setattr(torchtitan, "_pairs_to_halves", lambda tensor, heads: tensor)
+    fill(named(model.named_parameters(), None), converted(tmp_path))
     off = (model(reference["tokens"][:, :-1])[:, ::16] - reference["logits"]).abs().max()
     assert off > 100 * LOGITS
 
 
-def test_values_are_cast_to_the_models_dtype(whole: Weights) -> None:
+def test_values_are_cast_to_the_models_dtype(whole: Weights, checkpoint: Path) -> None:
     half = torch.empty(64, 64, dtype=torch.bfloat16)
-    fill({"model.layers.1.self_attn.q_proj.weight": half}, excluded=lambda name: True)
+    fill({"model.layers.1.self_attn.q_proj.weight": half}, checkpoint)
     assert torch.equal(half, torch.from_numpy(whole["model.layers.1.self_attn.q_proj.weight"]).bfloat16())
 
 
-def test_every_tensor_of_the_file_has_a_place(whole: Weights) -> None:
+def test_every_tensor_of_the_file_is_converted(whole: Weights, checkpoint: Path) -> None:
+    assert set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata) == set(whole)
+    manifest = read_manifest(StoragePath.at(checkpoint))
+    assert not manifest.progress.model_only and "config.json" in manifest.files
     assert {name.removeprefix("model.") for name in whole if name.startswith("model.")} == set(THEIRS)
     assert all(np.abs(value).max() > 0 for value in whole.values()), "none was left as it was made"
     assert {value.item() for name, value in whole.items() if name.endswith(".step")} == {5.0}
@@ -193,7 +228,7 @@ def in_our_order(name: str, theirs: Tensor) -> Tensor:
     return ours
 
 
-def test_the_next_adamw_step_is_torchtitans(model: Llama, reference: dict[str, Tensor]) -> None:
+def test_the_next_adamw_step_is_torchtitans(model: Llama, reference: dict[str, Tensor], checkpoint: Path) -> None:
     tokens = reference["tokens"]
     theirs, their_optimizer = torchtitans_own()
     logits = interleaved_logits(theirs, tokens[:, :-1])
@@ -201,7 +236,7 @@ def test_the_next_adamw_step_is_torchtitans(model: Llama, reference: dict[str, T
     loss_of(logits, tokens).backward()
     their_optimizer.step()
     optimizer = adamw(model.parameters())
-    fill(named(model.named_parameters(), optimizer))
+    fill(named(model.named_parameters(), optimizer), checkpoint)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss_of(model(tokens[:, :-1]), tokens).backward()
     optimizer.step()
@@ -216,13 +251,18 @@ def test_the_next_adamw_step_is_torchtitans(model: Llama, reference: dict[str, T
 # --- layouts
 
 
-def shards_differ(degrees: Degrees, whole: Weights) -> tuple[list[str], list[str]]:
-    """A rank's job: load on this layout; (tensors whose shard is not that of the one process, all tensors)."""
-    config = build_config(Case("torchtitan", degrees))
+def parallel(degrees: Degrees, config: LlamaConfig = CONFIG) -> ParallelModel:
     spec = registry.look_up("model", "llama3", "model.name")
-    model = parallelize(spec, CONFIG, config, Mesh(degrees, "cpu"), CPU, registry.cross_entropy, [])
-    tensors = named(model.named_parameters(), adamw(p for _, p in model.named_parameters()))
-    fill(tensors)
+    run = build_config(Case("torchtitan", degrees))
+    return parallelize(spec, config, run, Mesh(degrees, "cpu"), CPU, registry.cross_entropy, [])
+
+
+def shards_differ(degrees: Degrees, whole: Weights, checkpoint: str) -> tuple[list[str], list[str]]:
+    """A rank's job: load on this layout; (tensors whose shard is not that of the one process, all tensors)."""
+    model = parallel(degrees)
+    optimizers = build_optimizers(model, Optimizer())
+    load_initial(StoragePath.at(checkpoint), model, optimizers, [], Llama(CONFIG))
+    tensors = {name: tensor for name, tensor, _ in named_tensors(model, optimizers)}
     wrong = []
     for name, tensor in tensors.items():
         expected = torch.from_numpy(whole[name])
@@ -234,10 +274,31 @@ def shards_differ(degrees: Degrees, whole: Weights) -> tuple[list[str], list[str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_shard_is_that_of_one_process(ranks: Ranks, whole: Weights, layout: str) -> None:
-    results = ranks.run(LAYOUTS[layout].world, shards_differ, LAYOUTS[layout], whole)
+def test_every_shard_is_that_of_one_process(ranks: Ranks, whole: Weights, checkpoint: Path, layout: str) -> None:
+    results = ranks.run(LAYOUTS[layout].world, shards_differ, LAYOUTS[layout], whole, str(checkpoint))
     assert [wrong for wrong, _ in results] == [[]] * len(results)
     assert {name for _, names in results for name in names} == set(whole)
+
+
+def kept(checkpoint: str, exclude: list[str]) -> tuple[dict[str, bool], bool]:
+    """A rank's job: load but for `exclude`; whether each weight is the initial one, and whether AdamW's state is 0."""
+    model = parallel(LAYOUTS["hsdp"])
+    optimizers = build_optimizers(model, Optimizer())
+    initial = {name: local(p).detach().clone() for name, p in model.named_parameters()}
+    load_initial(StoragePath.at(checkpoint), model, optimizers, exclude, Llama(CONFIG))
+    same = {name: torch.equal(local(p), initial[name]) for name, p in model.named_parameters()}
+    names = [name for name, left in same.items() if left]
+    states = [
+        x
+        for name, x, _ in named_tensors(model, optimizers)
+        if name.startswith("optimizer.") and any(n in name for n in names)
+    ]
+    return same, all(not local(x).any() for x in states)
+
+
+def test_parameters_left_out_keep_their_initial_values(ranks: Ranks, checkpoint: Path) -> None:
+    for same, zero in ranks.run(4, kept, str(checkpoint), ["*.q_proj.weight"]):
+        assert zero and [name for name, left in same.items() if left] == [name for name in same if "q_proj" in name]
 
 
 # --- other files of torchtitan's
@@ -248,17 +309,30 @@ def save(path: Path, weights: dict[str, Tensor], **more: Tensor) -> str:
     return str(path)
 
 
-def test_names_of_2024_begin_with_model(model: Llama, whole: Weights, tmp_path: Path) -> None:
-    theirs, _ = torchtitans_own()
-    old = save(tmp_path / "old", {f"model.{name}": p.detach() for name, p in theirs.items()})
-    assert torchtitan.is_torchtitan(dcp.FileSystemReader(old).read_metadata().state_dict_metadata)
-    assert torchtitan.is_torchtitan(dcp.FileSystemReader(SAVED).read_metadata().state_dict_metadata)
-    assert not torchtitan.is_torchtitan(named(model.named_parameters(), None)), "dtron's own names"
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    fill(tensors := named(model.named_parameters(), None), old)
+def today(name: str) -> str:
+    name = re.sub(r"attention\.(w[qkv])\.", r"attention.qkv_linear.\1.", name)
+    return re.sub(r"^output\.", "lm_head.", name)
+
+
+@pytest.mark.parametrize("rename", [lambda name: f"model.{name}", today], ids=["2024", "today"])
+def test_names_of_other_years(rename: Callable[[str], str], whole: Weights, tmp_path: Path) -> None:
+    theirs, optimizer = torchtitans_own()
+    state = {
+        f"optimizer.state.{rename(name) if rename is today else name}.{key}": value
+        for name, p in theirs.items()
+        for key, value in optimizer.state[p].items()
+    }
+    other = save(tmp_path / "other", {rename(name): p.detach() for name, p in theirs.items()}, **state)
+    assert is_torchtitan(StoragePath.at(other)) and is_torchtitan(StoragePath.at(SAVED))
+    checkpoint = converted(tmp_path, other)
+    tensors = {name: torch.zeros(value.shape) for name, value in whole.items()}
+    fill(tensors, checkpoint)
     assert all(np.array_equal(tensor, whole[name]) for name, tensor in tensors.items())
+
+
+def test_other_dcp_files_are_not_torchtitans(model: Llama, checkpoint: Path, tmp_path: Path) -> None:
+    own_names = save(tmp_path / "own", named(model.named_parameters(), None))
+    assert not is_torchtitan(StoragePath.at(own_names)) and not is_torchtitan(StoragePath.at(checkpoint))
 
 
 class Tied(nn.Module):
@@ -284,7 +358,10 @@ def test_tied_embeddings_are_loaded_if_the_file_ties_them(tmp_path: Path) -> Non
     ours = Llama(replace(CONFIG, n_layers=0, tie_embeddings=True))
     tensors = named(ours.named_parameters(), adamw(ours.parameters()))
     assert "model.lm_head.weight" not in tensors
-    fill(tensors, path)
+    found = torchtitan.read_torchtitan(StoragePath.at(path), ours)
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        tensors[name].copy_(tensor)
     assert torch.equal(tensors["model.embed_tokens.weight"], theirs.output.weight)
     moment = optimizer.state[theirs.output.weight]["exp_avg"]
     assert torch.equal(tensors["optimizer.embed_tokens.weight.exp_avg"], moment)
@@ -293,20 +370,14 @@ def test_tied_embeddings_are_loaded_if_the_file_ties_them(tmp_path: Path) -> Non
 # --- mistakes
 
 
-def refused(degrees: Degrees, config: LlamaConfig, path: str) -> str:
-    """A rank's job: the text of the error."""
-    spec = registry.look_up("model", "llama3", "model.name")
-    run = build_config(Case("torchtitan", degrees))
-    model = parallelize(spec, config, run, Mesh(degrees, "cpu"), CPU, registry.cross_entropy, [])
-    named_here = model.named_parameters()
-    if config.tie_embeddings:  # as on a stage between the first and the last, the second rank then has neither copy
-        named_here = ((name, p) for name, p in named_here if name not in model.aliases)
-    tensors = named(named_here, None)
-    try:
-        fill(tensors, path)
-    except UserError as error:
-        return str(error)
-    return "loaded"
+def refused(capsys: pytest.CaptureFixture[str], source: str, out: Path, *more: str) -> str:
+    """What `dtron convert` says, having made nothing."""
+    capsys.readouterr()
+    assert main(["convert", source, str(out), *more]) == 1
+    assert not out.exists() and not list(out.parent.glob(f"{out.name}.*"))
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
 
 
 @pytest.mark.parametrize(
@@ -315,47 +386,96 @@ def refused(degrees: Degrees, config: LlamaConfig, path: str) -> str:
         (
             {"ffn_dim": 320},
             "model.layers.0.mlp.gate_proj.weight (torchtitan's name: layers.0.feed_forward.w1.weight) "
-            "is of shape [256, 64] there and of shape [320, 64] in the model; choose the model.flavor",
+            "is [256, 64] there and [320, 64] in the model; expected the config.json of the model",
         ),
         (
             {"n_layers": 4},
-            "model.layers.2.input_layernorm.weight (torchtitan's name: layers.2.attention_norm.weight) "
-            "is missing there and of shape [64] in the model; choose the model.flavor",
+            "it has no model.layers.2.input_layernorm.weight (torchtitan's name: layers.2.attention_norm.weight); "
+            "expected the config.json of the model",
         ),
-        ({"tie_embeddings": True}, "output.weight differs from tok_embeddings.weight, but the model's embeddings are"),
+        (
+            {"n_layers": 1},
+            "which has no model.layers.1.input_layernorm.weight (torchtitan's name: layers.1.attention_norm.weight)",
+        ),
+        ({"tie_embeddings": True}, "output.weight differs from tok_embeddings.weight, but the embeddings are tied"),
+        ({"qk_norm": True}, "it has no model.layers.0.self_attn.q_norm.weight (torchtitan's name: none)"),
     ],
-    ids=["width", "layers", "tied"],
+    ids=["width", "layers", "fewer layers", "tied", "no such parameter"],
 )  # fmt: skip
-def test_another_model_is_refused_alike_on_all_ranks(ranks: Ranks, change: dict[str, int], expected: str) -> None:
-    texts = ranks.run(2, refused, Degrees(pp=2), replace(CONFIG, **change), SAVED)
-    assert texts[0] == texts[1]
-    assert texts[0].startswith(SAVED) and expected in texts[0]
+def test_another_model_is_refused(
+    change: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_json(tmp_path, replace(CONFIG, **change))
+    said = refused(capsys, SAVED, tmp_path / "out", "--config", str(config))
+    assert SAVED in said and expected in said
 
 
-def test_a_file_with_more_layers_is_refused_before_anything_is_read() -> None:
-    small = Llama(replace(CONFIG, n_layers=1))
-    before = {name: p.detach().clone() for name, p in small.named_parameters()}
-    with pytest.raises(UserError, match=r"which has no model\.layers\.1\.self_attn.* \(torchtitan's name: layers\.1\."):
-        fill(named(small.named_parameters(), None))
-    assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
-    fill(named(small.named_parameters(), None), excluded=lambda name: name.startswith("model.layers.1."))
-    assert not torch.equal(small.norm.weight, before["norm.weight"])
+def test_misfits_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dcp, "load", lambda *_, **__: pytest.fail("read"))
+    config = config_json(tmp_path, replace(CONFIG, n_layers=1))
+    assert main(["convert", SAVED, str(tmp_path / "out"), "--config", str(config)]) == 1
 
 
-def test_a_parameter_that_torchtitan_has_not_is_refused() -> None:
-    with pytest.raises(UserError, match=r"self_attn\.q_norm\.weight \(torchtitan's name: none\) is missing there"):
-        fill({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("layers.0.attention.wq.bias", torch.ones(64), "which has no layers.0.attention.wq.bias"),
+        ("optimizer.state.norm.weight.exp_avg", torch.ones(8), "optimizer.norm.weight.exp_avg (torchtitan's name"),
+        ("optimizer.state.layers.7.ffn_norm.weight.exp_avg", torch.ones(64), "no optimizer.layers.7.post_att"),
+    ],
+    ids=["bias", "state of another shape", "state of another parameter"],
+)  # fmt: skip
+def test_what_has_no_counterpart_is_refused(
+    name: str, tensor: Tensor, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, _ = torchtitans_own()
+    path = save(tmp_path / "more", {name: p.detach() for name, p in theirs.items()}, **{name: tensor})
+    assert expected in refused(capsys, path, tmp_path / "out", "--config", str(config_json(tmp_path)))
 
 
-def test_state_that_the_file_lacks_is_named_after_the_weights(model: Llama, tmp_path: Path) -> None:
+def test_the_dimensions_have_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    assert "add --config FOLDER_OR_FILE" in refused(capsys, SAVED, tmp_path / "out")
+    assert "--config: there is no file" in refused(capsys, SAVED, tmp_path / "out", "--config", str(tmp_path / "none"))
+    said = refused(capsys, str(checkpoint), tmp_path / "out", "--config", str(config_json(tmp_path)))
+    assert f"--config is for the folders of torchtitan, which {checkpoint} is not" in said
+
+
+def test_what_lies_beside_the_config_is_taken_along(tmp_path: Path) -> None:
+    config_json(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert main(["convert", SAVED, str(tmp_path / "out"), "--config", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = shutil.copytree(SAVED, tmp_path / "broken")
+    (broken / "__2_0.distcp").unlink()
+    said = refused(capsys, str(broken), tmp_path / "out", "--config", str(config_json(tmp_path)))
+    assert f"{broken} cannot be read" in said and "__2_0.distcp" in said
+
+
+@pytest.mark.parametrize("command", ["sample", "train"])
+def test_elsewhere_the_command_that_converts_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command == "sample":
+        assert main(["sample", SAVED]) == 1
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(UserError) as error:
+            check_source(StoragePath.at(SAVED))
+        said = str(error.value)
+    assert f"{SAVED} is a checkpoint of torchtitan" in said and f"dtron convert {SAVED} NEW_FOLDER --config" in said
+
+
+def test_state_that_the_file_lacks_is_named_after_the_weights(tmp_path: Path) -> None:
     theirs, _ = torchtitans_own()
     path = save(tmp_path / "weights", {name: p.detach() for name, p in theirs.items()})
-    fill(named(model.named_parameters(), None), path)
-    tensors = named(model.named_parameters(), adamw(model.parameters()))
-    states_first = dict(reversed(tensors.items()))
-    with pytest.raises(UserError, match=r"optimizer\.lm_head.*missing.*set checkpoint\.initial_load_model_only = true"):
-        fill(states_first, path)
-    with pytest.raises(UserError, match=r"momentum_buffer.*missing.*set checkpoint\.initial_load_model_only = true"):
-        fill({"optimizer.norm.weight.momentum_buffer": torch.ones(64)})
-    with pytest.raises(UserError, match=r"model\.norm\.weight .*shape \[64\].*choose the model"):
-        fill({**states_first, "model.norm.weight": torch.ones(8)}, path)
+    checkpoint = StoragePath.at(converted(tmp_path, path))
+    assert read_manifest(checkpoint).progress.model_only
+    with one_rank():
+        model = parallel(Degrees())
+        load(checkpoint, model, None)
+        with pytest.raises(UserError, match=r"no optimizer\..*set checkpoint\.initial_load_model_only = true"):
+            load(checkpoint, model, build_optimizers(model, Optimizer()))
+        wider = parallel(Degrees(), replace(CONFIG, vocab_size=4096))
+        with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is .*change the model's dimensions"):
+            load(checkpoint, wider, build_optimizers(wider, Optimizer()))
