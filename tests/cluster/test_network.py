@@ -187,7 +187,7 @@ LONG = 300  # steps
 
 
 @pytest.mark.long
-def test_a_short_cut_and_a_killed_rank(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
+def test_a_short_link_outage_and_a_killed_rank(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
     """A link that is down for less than the timeouts costs nothing; a rank that dies comes back.
 
     Each torchrun counts its own restarts: that of node1, whose rank only lost contact, counts none.
@@ -232,7 +232,7 @@ def test_nodes_train_as_one_rank_does(
 
 @pytest.mark.long
 @pytest.mark.parametrize("i", [1, 2])
-def test_a_killed_rank_comes_back_without_a_rendezvous(
+def test_a_killed_rank_restarts_without_a_rendezvous(
     i: int, job_of: Callable[..., Job], check: Callable[[Job], None]
 ) -> None:
     job = job_of(QUICK)
@@ -378,7 +378,7 @@ def test_a_lost_node_of_a_fixed_number(job_of: Callable[..., Job], check: Callab
 
 
 @pytest.mark.long
-def test_a_lost_node_that_comes_back(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
+def test_a_lost_node_that_returns(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
     """While the others of a fixed number wait for it."""
     job = job_of(LONG)
     job.start_all(WITH_OWN_STORE)
@@ -406,7 +406,9 @@ def test_the_node_of_the_rendezvous_is_lost(job_of: Callable[..., Job], check: C
 
 
 @pytest.mark.long
-def test_fewer_nodes_go_on_and_take_a_new_one_in(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
+def test_training_continues_on_fewer_nodes_and_admits_a_new_one(
+    job_of: Callable[..., Job], check: Callable[[Job], None]
+) -> None:
     job = job_of(3 * LONG)
     job.start_all(ELASTIC)
     job.reach(20)
@@ -423,7 +425,7 @@ def test_fewer_nodes_go_on_and_take_a_new_one_in(job_of: Callable[..., Job], che
 
 
 @pytest.mark.long
-def test_what_elastic_asks_of_torch(job_of: Callable[..., Job]) -> None:
+def test_elastic_needs_a_torch_variable(job_of: Callable[..., Job]) -> None:
     """Without its variable torch lets nobody in; if this fails, docs/multinode.md can do without."""
     job = job_of(10 * LONG)
     without = ELASTIC.partition(" ")[2]

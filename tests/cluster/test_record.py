@@ -22,8 +22,8 @@ def git(root: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A checkout with a commit, a change, a new file, and what is ignored."""
-    at = tmp_path / "checkout"
+    """A source_root with a commit, a change, a new file, and what is ignored."""
+    at = tmp_path / "source_root"
     (at / "dtron").mkdir(parents=True)
     (at / "dtron/a.py").write_text("a = 1\n")
     (at / "gone.py").write_text("")

@@ -146,7 +146,7 @@ def urgent(slurm: Slurm, folder: Path, nodes: int, seconds: int) -> str:
     return slurm.run("sbatch", *own, cwd=folder).strip()
 
 
-def test_a_preempted_job_goes_on_by_itself(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_a_preempted_job_resumes(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     slurm.environment["HF_TOKEN"] = secret = "a-token-that-" + "nobody-is-to-see"  # in two parts: not in this file
     job = Job(slurm, tmp_path, 2, "--training.steps", "80")
     job.wait_for_step(10)
@@ -227,7 +227,7 @@ def test_the_templates_by_hand(slurm: Slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_it_goes_on_after_the_time_limit(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_a_job_resumes_after_the_time_limit(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--time", "2", "--save-s", "60", "--training.steps", "500", pause_ms=50)
     job.wait_until_done()
     job.check(alone(500))
@@ -236,7 +236,7 @@ def test_it_goes_on_after_the_time_limit(slurm: Slurm, tmp_path: Path, alone: An
 
 
 @pytest.mark.long
-def test_a_run_that_does_not_save_in_time_goes_on_from_the_checkpoint_before(
+def test_a_run_that_does_not_save_in_time_resumes_from_the_previous_checkpoint(
     slurm: Slurm, tmp_path: Path, alone: Any
 ) -> None:
     """A rank stands still when the time limit comes near: the batch script does not wait for it too long."""
@@ -253,7 +253,7 @@ def test_a_run_that_does_not_save_in_time_goes_on_from_the_checkpoint_before(
 
 
 @pytest.mark.long
-def test_scancel_saves_and_the_same_submission_goes_on(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_scancel_saves_and_the_same_submission_resumes(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     slurm.run("scancel", job.id)
@@ -328,7 +328,7 @@ def test_in_a_container(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
 
 
 @pytest.mark.long
-def test_ranks_that_are_told_to_end_by_nobody_we_know(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_ranks_signalled_by_an_unknown_sender(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     for pid in slurm.nodes.pids(job.hosts()[1]):
@@ -375,7 +375,7 @@ def test_a_node_cut_off_from_all(slurm: Slurm, tmp_path: Path, alone: Any) -> No
     ],
     ids=["mistake", "crash", "nan"],
 )
-def test_what_would_fail_again_is_not_tried_for_ever(
+def test_permanent_failures_are_not_retried_forever(
     slurm: Slurm, tmp_path: Path, arguments: list[str], state: str, says: str, starts: int
 ) -> None:
     job = Job(slurm, tmp_path, 2, "--retries", "1", *arguments)

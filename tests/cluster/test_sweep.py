@@ -27,9 +27,9 @@ from dtron.cluster.sweep import main  # noqa: E402
 from dtron.cluster.sweep import runner as sweep_runner  # noqa: E402
 from dtron.cluster.sweep import slurm as sweep_slurm  # noqa: E402
 from dtron.cluster.sweep.file import read_sweep  # noqa: E402
-from dtron.cluster.sweep.local import LocalRunner, how_it_ended  # noqa: E402
+from dtron.cluster.sweep.local import LocalRunner, end_of_torchrun  # noqa: E402
 from dtron.cluster.sweep.points import Point, check_machine, make_points  # noqa: E402
-from dtron.cluster.sweep.results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
+from dtron.cluster.sweep.results import advice, format_table, loss_notes, rank_points, write_csv  # noqa: E402
 from dtron.cluster.sweep.runner import End, Record, Sweep, classify, read_record  # noqa: E402
 from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options  # noqa: E402
 from dtron.config import replace  # noqa: E402
@@ -255,7 +255,7 @@ class FakeJob:
 class FakeRunner:
     """behaviours: by tensor-parallel degree, files and end."""
 
-    at_once, goes_on = 1, False
+    at_once, outlives_sweep = 1, False
 
     def __init__(self, behaviours: dict[int, tuple[dict[str, Any], End | None]]) -> None:
         self.behaviours, self.started = behaviours, list[int]()
@@ -289,7 +289,7 @@ TP = HEAD + "[axes]\ntp = [1, 2, 4]\n[fixed]\nmodel.n_kv_heads = 4\n"
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_polling_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_runner, "POLL_S", 0.0)
 
 
@@ -380,7 +380,7 @@ def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "outcome", "ours", "state"),
+    ("end", "outcome", "ended_by_us", "state"),
     [
         (End("timeout", "late"), Outcome("done"), True, "done"),  # it was, just before it was ended
         (End("timeout", "late"), Outcome("failed", "stopped by a signal"), True, "timeout"),
@@ -393,18 +393,18 @@ def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
         (End(), Outcome("saved", step=3), False, "interrupted"),
     ],
 )
-def test_classes(end: End, outcome: Outcome, ours: bool, state: str) -> None:
-    assert classify(end, outcome, ours)[0] == state
+def test_classes(end: End, outcome: Outcome, ended_by_us: bool, state: str) -> None:
+    assert classify(end, outcome, ended_by_us)[0] == state
 
 
 def test_what_torchrun_tells() -> None:
     killed = "  exitcode  : -9 (pid: 7)\n  traceback : Signal 9 (SIGKILL) received by PID 7\n"
-    assert how_it_ended(1, killed, oom_kills=True).state == "oom"
-    assert how_it_ended(1, killed, oom_kills=False).state == "lost"
-    assert how_it_ended(1, "x\nModuleNotFoundError: No module named 'y'\nRoot Cause\n", True) == End(
+    assert end_of_torchrun(1, killed, oom_kills=True).state == "oom"
+    assert end_of_torchrun(1, killed, oom_kills=False).state == "lost"
+    assert end_of_torchrun(1, "x\nModuleNotFoundError: No module named 'y'\nRoot Cause\n", True) == End(
         "", "ModuleNotFoundError: No module named 'y'"
     )
-    assert how_it_ended(3, "", False).why == "torchrun ended with 3, without a word"
+    assert end_of_torchrun(3, "", False).why == "torchrun ended with 3, without a word"
 
 
 # --- results
@@ -412,7 +412,7 @@ def test_what_torchrun_tells() -> None:
 
 def measured(write: Any, text: str, records: list[Record]) -> Any:
     points = points_of(write(text))
-    return make_rows(points, {p.name: record for p, record in zip(points, records, strict=True)})
+    return rank_points(points, {p.name: record for p, record in zip(points, records, strict=True)})
 
 
 def done(tokens_per_s: float, loss: float = 3.0, spread: float = 0.01, gib: int = 2) -> Record:
@@ -425,7 +425,7 @@ def test_the_best_is_on_top_and_named(write: Any, tmp_path: Path) -> None:
     rows = measured(write, TP, [done(100.0), done(150.0), Record("oom", "out of memory")])
     assert [row.point.degrees.tp for row in rows] == [2, 1, 4] and [row.best for row in rows] == [True, False, False]
     assert advice(rows) == ["take dp_shard 2 x tp 2: 150 tokens/s, 2.00 GiB a rank; 50% more than the next, dp_shard 4"]
-    table = as_table(rows).splitlines()
+    table = format_table(rows).splitlines()
     assert table[1].split()[:3] == ["*", "2", "2"] and table[3].endswith("oom: out of memory")
     write_csv(tmp_path / "r.csv", rows)
     with (tmp_path / "r.csv").open() as file:
@@ -461,7 +461,7 @@ def test_losses_that_should_agree_and_do_not(write: Any) -> None:
     assert not rows[0].best and rows[1].best  # the fastest is not to be taken
     (note,) = loss_notes(rows)
     assert note.startswith("losses differ: dp_shard 2 x tp 2 ends at 3.00100 and the 2 other(s)")
-    assert "3.0010!" in as_table(rows)
+    assert "3.0010!" in format_table(rows)
     seeds = measured(write, HEAD + "[axes]\ndebug.seed = [1, 2]\n", [done(100.0, 3.0), done(150.0, 4.0)])
     assert loss_notes(seeds) == []  # these do not promise the same
 
@@ -523,13 +523,15 @@ class FakeSlurm:
         self.words: dict[str, str] = {}
         self.submitted: list[tuple[list[str], SlurmOptions]] = []
         monkeypatch.setattr(sweep_slurm, "submit", self.submit)
-        monkeypatch.setattr(sweep_slurm, "states", lambda: {job: (word, "None") for job, word in self.words.items()})
+        monkeypatch.setattr(
+            sweep_slurm, "queue_states", lambda: {job: (word, "None") for job, word in self.words.items()}
+        )
         monkeypatch.setattr(sweep_slurm, "QUERY_S", 0.0)
-        monkeypatch.setattr(sweep_slurm, "MISSING_S", 0.0)
+        monkeypatch.setattr(sweep_slurm, "UNREPORTED_S", 0.0)
         monkeypatch.setattr(sweep_slurm, "STOP_S", 1.0)
-        monkeypatch.setattr(status, "_ended", lambda job_id: ("", ""))
+        monkeypatch.setattr(status, "_accounted_state", lambda job_id: ("", ""))
 
-    def submit(self, argv: list[str], options: SlurmOptions, say: Any) -> SlurmJob:
+    def submit(self, argv: list[str], options: SlurmOptions, log: Any) -> SlurmJob:
         self.submitted.append((argv, options))
         job = SlurmJob(Path(argv[argv.index("--job.dump_folder") + 1]) / "slurm" / "x", str(len(self.submitted)))
         job.control.mkdir(parents=True)
@@ -559,7 +561,7 @@ def test_jobs_are_left_alone_and_found_again(write: Any, tmp_path: Path, monkeyp
         slurm.event(out, "1", "started", "2 nodes")
 
     with pytest.raises(KeyboardInterrupt):
-        Sweep(points, out, SlurmRunner(options, at_once=2), 1800.0, told=interrupt).run()
+        Sweep(points, out, SlurmRunner(options, at_once=2), 1800.0, on_update=interrupt).run()
     assert seen == ["queued", "queued", "running", "queued"]
     assert [options.name for _, options in slurm.submitted] == [p.name for p in points[:2]]
     with pytest.raises(UserError, match="is job 1 of Slurm: add --slurm"):
@@ -575,7 +577,7 @@ def test_jobs_are_left_alone_and_found_again(write: Any, tmp_path: Path, monkeyp
         out,
         SlurmRunner(options, at_once=2),
         1800.0,
-        told=lambda p, r: slurm.words.update({"3": "OUT_OF_MEMORY"}),
+        on_update=lambda p, r: slurm.words.update({"3": "OUT_OF_MEMORY"}),
     )
     assert sweep.left == 3
     sweep.run()
@@ -591,7 +593,7 @@ def test_a_time_limit_of_slurm_is_a_timeout(write: Any, tmp_path: Path, monkeypa
             slurm.event(out, "1", "ended", "the time limit, asked at step 3")
             slurm.words.pop("1", None)
 
-    sweep = Sweep(points, out, SlurmRunner(slurm_options({}, 1, 4, 60.0), 1), 60.0, told=limit)
+    sweep = Sweep(points, out, SlurmRunner(slurm_options({}, 1, 4, 60.0), 1), 60.0, on_update=limit)
     sweep.run()
     record = sweep.records[points[0].name]
     assert (record.state, record.reason) == ("timeout", "Slurm's: the time limit, asked at step 3")
