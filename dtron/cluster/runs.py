@@ -43,7 +43,7 @@ def read_control_file(path: Path) -> dict[str, Any] | None:
 
 
 def read_outcome(control_folder: Path) -> Outcome:
-    """What the files in a control folder log, the newest of DONE, SAVED and FAILED before HEARTBEAT."""
+    """From a control folder: the newest of DONE, SAVED and FAILED, or else HEARTBEAT."""
     rows = {name: read_control_file(control_folder / name) for name in ("DONE", "SAVED", "FAILED")}
     ended = {name: row for name, row in rows.items() if row is not None}
     beat = read_control_file(control_folder / "HEARTBEAT") or {}

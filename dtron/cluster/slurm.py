@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FOLDER = "slurm"  # in job.dump_folder
-TEMPLATE = Path("scripts/slurm/train.sbatch")  # in the source_root
+TEMPLATE = Path("scripts/slurm/train.sbatch")  # in the checkout
 MIN_TRAINING_S = 60  # that a job must have for training before it is requested to save
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 
@@ -120,10 +120,10 @@ def add_options(
 
 
 def submit(argv: list[str], options: SlurmOptions, log: Callable[[str], None]) -> SlurmJob:
-    """Submit the training of a command line of train.py. UserError for what cannot work, before Slurm is directives.
+    """Submit a training, given as train.py's command line. UserError for mistakes, before anything is submitted.
 
-    The job is given a folder of its own, where the code and the resolved configuration are kept: what the source_root
-    becomes while it waits does not matter to it. It runs in the present folder, which relative paths count from.
+    The job gets its own folder with copies of the code and the resolved configuration, so changes to the checkout while
+    it is queued do not affect it. It runs in the current folder, to which relative paths refer.
     """
     config, folder = prepare(argv, options)
     folder = _make_folder(folder)

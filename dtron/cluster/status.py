@@ -50,7 +50,8 @@ def list_jobs(dump_folder: Path) -> list[JobStatus]:
     folders = sorted(path.parent for path in (dump_folder / FOLDER).glob("*/job.json"))
     if not folders:
         raise UserError(
-            f"no jobs in {dump_folder / FOLDER}; give another job.dump_folder, or submit one with scripts/slurm/submit.py"
+            f"no jobs in {dump_folder / FOLDER}; give another job.dump_folder, or submit one with "
+            "scripts/slurm/submit.py"
         )
     queue = queue_states()
     return [job_status(folder, queue) for folder in folders]

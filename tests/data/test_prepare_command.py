@@ -118,7 +118,7 @@ def test_the_embedded_corpus_by_its_name(tmp_path, capsys):
         (["prepare", "{source}", "--tokenizer", "bpe:300", "--out", "{out}"], 1, "'body'"),  # the column there is
         (["prepare", "--show", "{out}"], 1, "manifest.json is missing"),
         (["prepare", "--show", "{out}", "--out", "x"], 2, "--show takes no"),
-        (["prepare", "{source}", "--out", "{out}"], 2, "--tokenizer and --out are needed"),
+        (["prepare", "{source}", "--out", "{out}"], 2, "--tokenizer and --out are required"),
         (["prepare", "{source}", "--processes", "0"], 2, "0: expected 1 or more"),
         ([], 2, "COMMAND"),
     ],
