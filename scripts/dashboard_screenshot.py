@@ -49,20 +49,20 @@ def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
         if server.poll() is not None:
             sys.exit(f"tensorboard stopped with exit code {server.returncode}")
         try:
-            with urllib.request.urlopen(url + "data/plugin/scalars/tags", timeout=5) as answer:
-                if answer.read().strip() not in (b"", b"{}"):
+            with urllib.request.urlopen(url + "data/plugin/scalars/tags", timeout=5) as response:
+                if response.read().strip() not in (b"", b"{}"):
                     return
         except (urllib.error.URLError, TimeoutError):
             pass  # the server is still starting; the deadline above ends the wait
         time.sleep(0.5)
-    sys.exit(f"no scalars within {seconds:.0f} s: does the folder hold TensorBoard events?")
+    sys.exit(f"no scalars within {seconds:.0f} s: does the folder contain TensorBoard events?")
 
 
 def take(run_folder: Path, picture: Path, width: int, height: int, page: str) -> None:
     """Serve `run_folder` on 127.0.0.1 and write the page as a PNG of width x height pixels."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
-        sys.exit(f"no browser: none of {', '.join(BROWSERS)} is on the PATH; on Debian install chromium")
+        sys.exit(f"no browser found: none of {', '.join(BROWSERS)} is on the PATH; on Debian: apt-get install chromium")
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run_folder), "--host", "127.0.0.1"]

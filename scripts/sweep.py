@@ -1,9 +1,9 @@
-"""Run every point of a sweep and say which is best: python scripts/sweep.py SWEEP.toml (docs/sweeps.md)."""
+"""Run every point of a sweep and report the best: python scripts/sweep.py SWEEP.toml (docs/sweeps.md)."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's dtron, also where another is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's dtron, even if another is installed
 
 from dtron.cluster.sweep import main  # noqa: E402
 

@@ -1,10 +1,10 @@
-"""What ran: the code, copied so that a requeued job runs it again, its commit and diff, and the nodes' environment.
+"""Records what runs: a copy of the code, so that a requeued job runs it again, its commit and diff, the environment.
 
-    JOB/code/              the checkout's files as they were, what is ignored by git left out
-    JOB/git.json, git.diff the commit, and what the checkout had changed since
-    JOB/environment.json   Python, packages, driver and the variables that steer libraries, of the job's first node
+    JOB/code/              the checkout's files as they are, without those ignored by git
+    JOB/git.json, git.diff the commit, and the uncommitted changes
+    JOB/environment.json   Python, packages, driver and the variables that configure libraries, of the job's first node
 
-`python -m dtron.cluster.record JOB` writes the last, on that node. Nothing written here holds a secret.
+`python -m dtron.cluster.record JOB` writes the last, on that node. Secrets are refused or masked.
 """
 
 import importlib.metadata
@@ -26,35 +26,35 @@ from dtron.errors import UserError
 __all__ = ["record_code", "record_environment"]
 
 MAX_FILE_BYTES = 5 * 2**20
-UNTRACKED = {".py", ".toml", ".csv", ".sh"}  # of files that git does not know yet, those that a run may need
+UNTRACKED = {".py", ".toml", ".csv", ".sh"}  # suffixes of untracked files that a run may need
 VARIABLES = re.compile(r"^(SLURM_|NCCL_|GLOO_|UCX_|FI_|TORCH|PYTORCH|CUDA_|OMP_|MKL_|TRITON_)|^(PATH|LD_LIBRARY_PATH)$")
 
 
-def checkout() -> Path:
-    """The folder that holds the dtron package that is running."""
+def source_root() -> Path:
+    """The folder that contains the running dtron package, a checkout or site-packages."""
     return Path(dtron.__file__).resolve().parents[1]
 
 
-def record_code(job: Path, root: Path, say: Callable[[str], None]) -> Path:
-    """Copy the code in `root` to JOB/code, and note its commit and diff; returns the copy.
+def record_code(job: Path, root: Path, log: Callable[[str], None]) -> Path:
+    """Copy the code in `root` to JOB/code and record its commit and diff; returns the copy.
 
-    UserError, before anything is written, if a file of it holds a secret. Without git, train.py and the package are
-    copied.
+    UserError, before anything is written, if a file contains a secret. Without git, train.py and the
+    package are copied.
     """
-    names = _files(root)
+    names = _files_to_copy(root)
     kept = []
     for name in names:
         path = root / name
         if path.is_symlink() and not path.exists():
             continue
         if path.is_dir() or is_secret_file(name):
-            say(f"not in the copy of the code: {name}")
+            log(f"not copied with the code: {name}, its name looks like that of a secret or it is a folder")
         elif path.stat().st_size > MAX_FILE_BYTES:
-            say(f"not in the copy of the code: {name}, over {MAX_FILE_BYTES >> 20} MiB")
+            log(f"not copied with the code: {name}, over {MAX_FILE_BYTES >> 20} MiB")
         elif what := find_secret(path.read_bytes().decode(errors="replace")):
             raise UserError(
-                f"{path} holds {what}, and code that runs is copied beside its logs: take it out (a variable of the "
-                "environment reaches the job too), or let git ignore the file"
+                f"{path} contains {what}, and the code is copied next to the job's logs: remove it (an environment "
+                "variable reaches the job too), or add the file to .gitignore"
             )
         else:
             kept.append(name)
@@ -74,7 +74,7 @@ def record_code(job: Path, root: Path, say: Callable[[str], None]) -> Path:
     return job / "code"
 
 
-def _files(root: Path) -> list[str]:
+def _files_to_copy(root: Path) -> list[str]:
     tracked = _git(root, "ls-files", "-z").split("\0")
     if not any(tracked):
         found = [root / "train.py", *sorted((root / "dtron").rglob("*.py"))]
@@ -85,7 +85,7 @@ def _files(root: Path) -> list[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git prints; empty where `root` is no checkout of its own, or there is no git."""
+    """The output of git; empty if `root` is not the top of a checkout, or git is not installed."""
     if not (root / ".git").exists():
         return ""
     try:
@@ -96,7 +96,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def record_environment(job: Path) -> None:
-    """Write JOB/environment.json from this process."""
+    """Write this process's environment to JOB/environment.json."""
     variables = {name: mask(value) for name, value in sorted(os.environ.items()) if VARIABLES.search(name)}
     about = {
         "unix_s": time.time(),
@@ -105,7 +105,7 @@ def record_environment(job: Path) -> None:
         "python": sys.version.split()[0],
         "executable": sys.executable,
         "dtron": dtron.__file__,
-        "gpus": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "gpus": _command_output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
         "packages": sorted({_package(found) for found in importlib.metadata.distributions()}, key=str.lower),
         "variables": variables,
     }
@@ -113,13 +113,13 @@ def record_environment(job: Path) -> None:
 
 
 def _package(found: importlib.metadata.Distribution) -> str:
-    """As pip freeze has it."""
+    """As pip freeze prints it."""
     source = found.read_text("direct_url.json")
     url = json.loads(source).get("url", "") if source else ""
     return mask(f"{found.name} @ {url}" if url else f"{found.name}=={found.version}")
 
 
-def _output(*command: str) -> list[str]:
+def _command_output(*command: str) -> list[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""How a run went, read from what it left: its control files (dtron/ranks/control.py) and its metrics.jsonl."""
+"""The outcome of a run, read from its files: the control files (dtron/ranks/control.py) and metrics.jsonl."""
 
 import json
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any
 
 from dtron.observe.metrics import read_metrics
 
-__all__ = ["Outcome", "read_outcome", "read_row"]
+__all__ = ["Outcome", "read_outcome", "read_control_file"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """state: done, saved (stopped as asked), running (or ended without a word), nonfinite, oom, hang, lost, failed;
-    none where the run has written nothing. why: the message of a failure; run_folder: None where it had not come to it;
-    phase, beat_unix_s: of its last heartbeat.
+    """state: done, saved (stopped on request), running (or killed), nonfinite, oom, hang, lost, failed; none if the run
+    has written nothing. why: the message of a failure; run_folder: None if not created yet; phase, beat_unix_s: of its
+    last heartbeat.
 
-    Of the last logged step: `step`, `loss` (nats a token), `mfu` and `goodput` (shares of 1), `max_memory_bytes` of a
-    rank; of the median step `tokens_per_s` and `step_s`. Each None where not known.
+    Of the last logged step: `step`, `loss` (nats per token), `goodput` (a fraction), `max_memory_bytes` of any rank; of
+    the median step: `tokens_per_s`, `step_s` and `mfu` (a fraction). Each None if unknown.
     """
 
     state: str = "none"
@@ -34,8 +34,8 @@ class Outcome:
     max_memory_bytes: int | None = None
 
 
-def read_row(path: Path) -> dict[str, Any] | None:
-    """A control file; None where there is none."""
+def read_control_file(path: Path) -> dict[str, Any] | None:
+    """The contents of a control file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -43,25 +43,25 @@ def read_row(path: Path) -> dict[str, Any] | None:
 
 
 def read_outcome(control_folder: Path) -> Outcome:
-    """What the files in a control folder say, the newest of DONE, SAVED and FAILED before HEARTBEAT."""
-    rows = {name: read_row(control_folder / name) for name in ("DONE", "SAVED", "FAILED")}
+    """From a control folder: the newest of DONE, SAVED and FAILED, or else HEARTBEAT."""
+    rows = {name: read_control_file(control_folder / name) for name in ("DONE", "SAVED", "FAILED")}
     ended = {name: row for name, row in rows.items() if row is not None}
-    beat = read_row(control_folder / "HEARTBEAT") or {}
+    beat = read_control_file(control_folder / "HEARTBEAT") or {}
     run_folder = Path(beat["run_folder"]) if "run_folder" in beat else None
-    seen: dict[str, Any] = {"run_folder": run_folder, "phase": beat.get("phase", ""), "step": beat.get("step")}
-    seen["beat_unix_s"] = beat.get("unix_s", 0.0)
+    known: dict[str, Any] = {"run_folder": run_folder, "phase": beat.get("phase", ""), "step": beat.get("step")}
+    known["beat_unix_s"] = beat.get("unix_s", 0.0)
     if run_folder is not None:
-        seen |= _measured(run_folder)
+        known |= _read_metrics(run_folder)
     if not ended:
-        return Outcome("running" if beat else "none", **seen)
+        return Outcome("running" if beat else "none", **known)
     name = max(ended, key=lambda name: ended[name]["unix_s"])
     if name != "FAILED":
-        return Outcome(name.lower(), **{**seen, "step": ended[name]["step"]})
+        return Outcome(name.lower(), **{**known, "step": ended[name]["step"]})
     kind = ended[name]["kind"]
-    return Outcome("failed" if kind in ("mistake", "error") else kind, ended[name]["message"], **seen)
+    return Outcome("failed" if kind in ("mistake", "error") else kind, ended[name]["message"], **known)
 
 
-def _measured(run_folder: Path) -> dict[str, Any]:
+def _read_metrics(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     steps = [row for row in rows if "loss" in row]

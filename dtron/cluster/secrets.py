@@ -1,4 +1,4 @@
-"""Finds what must not be written into scripts, records and snapshots: tokens, keys and passwords."""
+"""Finds tokens, keys and passwords, which must not be written to scripts, records and code copies."""
 
 import os
 import re
@@ -11,8 +11,8 @@ _FILES = re.compile(
     r"|[^/]*(credential|secret)s?[^/]*\.(json|toml|ya?ml|txt|ini|cfg)|(hf_?)?token(\.txt)?)$",
     re.IGNORECASE,
 )
-# The last group of each is what is hidden.
-_TEXTS: dict[str, re.Pattern[str]] = {
+# Group 1 of each is the secret.
+_PATTERNS: dict[str, re.Pattern[str]] = {
     "a Hugging Face token": re.compile(r"\b(hf_[A-Za-z0-9]{20,})"),
     "a GitHub token": re.compile(r"\b((?:gh[pousr]_|github_pat_)[A-Za-z0-9_]{20,})"),
     "a GitLab token": re.compile(r"\b(glpat-[A-Za-z0-9_-]{20,})"),
@@ -30,18 +30,18 @@ _TEXTS: dict[str, re.Pattern[str]] = {
     ),
 }
 _NAMES = re.compile(r"TOKEN|SECRET|PASSW|_PASS$|KEY$|CREDENTIAL|PRIVATE", re.IGNORECASE)
-_SHORTEST = 8  # of a variable's value: a shorter one would be found by chance
+_MIN_LENGTH = 8  # of a variable's value: a shorter one would match by chance
 
 
 def is_secret_file(name: str) -> bool:
-    """Whether a file of this name is kept for secrets."""
+    """Whether a file of this name usually contains secrets."""
     return bool(_FILES.search(name))
 
 
 def find_secret(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """What a text holds that is secret, and in which line, without the secret itself; empty if nothing.
+    """The kind and line of the first secret in a text, without the secret itself; empty if there is none.
 
-    environment: the values of variables that are named like secrets (HF_TOKEN) are secrets.
+    environment: values of variables whose names look like secrets (HF_TOKEN) count as secrets.
     """
     for what, start, _ in _secrets(text, environment):
         return f"{what} in line {text.count(chr(10), 0, start) + 1}"
@@ -49,7 +49,7 @@ def find_secret(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def mask(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with *** for every secret."""
+    """The text with every secret replaced by ***."""
     for _, start, end in sorted(_secrets(text, environment), key=lambda found: -found[1]):
         text = text[:start] + "***" + text[end:]
     return text
@@ -59,14 +59,14 @@ def _secrets(text: str, environment: Mapping[str, str]) -> Iterator[tuple[str, i
     """(what it is, start, end), none of them within another."""
     taken: list[tuple[int, int]] = []
     for name, value in environment.items():
-        if _NAMES.search(name) and len(value) >= _SHORTEST and not os.path.exists(value):
+        if _NAMES.search(name) and len(value) >= _MIN_LENGTH and not os.path.exists(value):
             pattern = re.compile(f"({re.escape(value)})")
-            yield from _new(pattern, f"the value of {name}", text, taken)
-    for what, pattern in _TEXTS.items():
-        yield from _new(pattern, what, text, taken)
+            yield from _unclaimed_matches(pattern, f"the value of {name}", text, taken)
+    for what, pattern in _PATTERNS.items():
+        yield from _unclaimed_matches(pattern, what, text, taken)
 
 
-def _new(
+def _unclaimed_matches(
     pattern: re.Pattern[str], what: str, text: str, taken: list[tuple[int, int]]
 ) -> Iterator[tuple[str, int, int]]:
     for match in pattern.finditer(text):

@@ -1,8 +1,8 @@
-"""Jobs of Slurm: a configuration and options -> a folder with all that runs, and a batch script -> a job.
+"""Slurm jobs: a configuration and options become a folder with everything that runs, a batch script and a job.
 
 outputs/slurm/NAME-DATE/   job.sbatch, config.toml (resolved), code/, git.json, git.diff, environment.json
-                           job.json: the job's number, and how it was submitted
-                           control/: dtron/ranks/control.py; logs/: one a node and attempt; events.jsonl
+                           job.json: the job ID, and how it was submitted
+                           control/: dtron/ranks/control.py; logs/: one per node and attempt; events.jsonl
 """
 
 import argparse
@@ -18,28 +18,39 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dtron.cluster.record import checkout, record_code
+from dtron.cluster.record import record_code, source_root
 from dtron.cluster.secrets import find_secret
 from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
 from dtron.train.folder import saves
 from dtron.train.resolve import resolve
 
-__all__ = ["FOLDER", "SlurmJob", "SlurmOptions", "add_options", "prepare", "render", "states", "submit", "time_limit_s"]
+__all__ = [
+    "FOLDER",
+    "SlurmJob",
+    "SlurmOptions",
+    "add_options",
+    "prepare",
+    "render",
+    "queue_states",
+    "submit",
+    "time_limit_s",
+]
 
 FOLDER = "slurm"  # in job.dump_folder
 TEMPLATE = Path("scripts/slurm/train.sbatch")  # in the checkout
-LEAST_S = 60  # that a job has for training before it is asked to save
+MIN_TRAINING_S = 60  # that a job must have for training before it is requested to save
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What a job asks of the cluster. Of those without a value the template's or the cluster's default is taken.
+    """What a job requests of the cluster. Empty values mean the template's or the cluster's default.
 
-    gpus: False for ranks on CPUs. time: in a form of sbatch's. save_s: before the end, that a save may take. sbatch:
-    further options, as --mem=0. requeue: False: the job ends where it would otherwise requeue itself. python: on the
-    nodes. prolog: a file to source there. container: command that runs another in it. interface: of the network.
+    gpus: False for ranks on CPUs. time: in one of sbatch's formats. save_s: seconds before the time limit at which to
+    save. sbatch: further options, such as --mem=0. requeue: False ends the job where it would requeue itself. python:
+    the interpreter on the nodes. prolog: a file to source there. container: command prefix that runs a command in it.
+    interface: the network interface.
     """
 
     nodes: int = 1
@@ -65,29 +76,29 @@ class SlurmOptions:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job that was submitted."""
+    """A submitted job."""
 
     folder: Path
     job_id: str
 
     @property
     def control(self) -> Path:
-        """Where the run says how it goes."""
+        """The run's control folder."""
         return self.folder / "control"
 
 
-OPTIONS = {  # of the command line, with what they are
+OPTION_HELP = {  # field of SlurmOptions -> help of its command-line option
     "nodes": "number of nodes",
-    "ranks_per_node": "ranks, and GPUs, of a node",
-    "name": "of the job, and of its folder",
-    "time": "time limit; the job goes on after it by requeueing itself",
+    "ranks_per_node": "ranks, and GPUs, per node",
+    "name": "name of the job and of its folder",
+    "time": "time limit; the job requeues itself before it and resumes",
     "partition": "partition",
     "account": "account",
     "qos": "quality of service",
-    "save_s": "seconds before the end at which the run is told to save",
-    "retries": "failures in a row from one checkpoint after which it gives up",
-    "python": "on the nodes",
-    "modules": "for module load",
+    "save_s": "seconds before the time limit at which the run saves",
+    "retries": "consecutive retries from one checkpoint before the job fails",
+    "python": "Python interpreter on the nodes",
+    "modules": "arguments of module load",
     "prolog": "file that the batch script sources first",
     "container": "command that runs another in a container: 'apptainer exec --nv image.sif'",
     "srun_args": "options for every srun: '--container-image=image.sqsh'",
@@ -96,30 +107,30 @@ OPTIONS = {  # of the command line, with what they are
 
 
 def add_options(
-    parser: "argparse._ActionsContainer", names: Sequence[str] = tuple(OPTIONS), *, defaults: bool = True
+    parser: "argparse._ActionsContainer", names: Sequence[str] = tuple(OPTION_HELP), *, defaults: bool = True
 ) -> None:
-    """Options for fields of SlurmOptions, to a parser or a group; without defaults one that is not given is None."""
+    """Add options for fields of SlurmOptions to a parser or group; without defaults, options not given are None."""
     for option in fields(SlurmOptions):
         if option.name in names:
             default: Any = option.default if defaults else None
-            text = OPTIONS[option.name] + (f" (default: {default})" if default else "")
+            text = OPTION_HELP[option.name] + (f" (default: {default})" if default else "")
             kind = type(option.default)
             flag = f"--{option.name.replace('_', '-')}"
             parser.add_argument(flag, type=kind, default=default, metavar="X", help=text)
 
 
-def submit(argv: list[str], options: SlurmOptions, say: Callable[[str], None]) -> SlurmJob:
-    """Submit the training of a command line of train.py. UserError for what cannot work, before Slurm is asked.
+def submit(argv: list[str], options: SlurmOptions, log: Callable[[str], None]) -> SlurmJob:
+    """Submit a training, given as train.py's command line. UserError for mistakes, before anything is submitted.
 
-    The job is given a folder of its own, where the code and the resolved configuration are kept: what the checkout
-    becomes while it waits does not matter to it. It runs in the present folder, which relative paths count from.
+    The job gets its own folder with copies of the code and the resolved configuration, so changes to the checkout while
+    it is queued do not affect it. It runs in the current folder, to which relative paths refer.
     """
     config, folder = prepare(argv, options)
-    folder = _make(folder)
+    folder = _make_folder(folder)
     try:
-        job = _submit(folder, config, options, say)
+        job = _submit(folder, config, options, log)
     except UserError:
-        shutil.rmtree(folder)  # there is no job; after an interrupt there may be one
+        shutil.rmtree(folder)  # there is no job; after an interrupt there might be one
         raise
     about = {"job_id": job.job_id, "unix_s": time.time(), "command": argv, "cwd": str(Path.cwd())}
     about |= {"nodes": options.nodes, "ranks_per_node": options.ranks_per_node, "steps": config.training.steps}
@@ -127,68 +138,68 @@ def submit(argv: list[str], options: SlurmOptions, say: Callable[[str], None]) -
     return job
 
 
-def _submit(folder: Path, config: Config, options: SlurmOptions, say: Callable[[str], None]) -> SlurmJob:
-    record_code(folder, checkout(), say)
+def _submit(folder: Path, config: Config, options: SlurmOptions, log: Callable[[str], None]) -> SlurmJob:
+    record_code(folder, source_root(), log)
     (folder / "config.toml").write_text(to_toml(config))
     script = folder / "job.sbatch"
     script.write_text(render(folder, options))
-    (folder / "logs").mkdir()  # Slurm's own log needs it before the job begins
+    (folder / "logs").mkdir()  # Slurm writes its log here before the job starts
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError("there is no sbatch here; submit from a machine that has Slurm's commands") from None
+        raise UserError("sbatch is not installed here; submit from a machine with Slurm's commands") from None
     if done.returncode:
-        raise UserError(f"sbatch refuses the job: {done.stderr.strip()}")
-    return SlurmJob(folder, done.stdout.strip().split(";")[0])  # a cluster's name may follow
+        raise UserError(f"sbatch rejected the job: {done.stderr.strip()}")
+    return SlurmJob(folder, done.stdout.strip().split(";")[0])  # the cluster's name may follow
 
 
 def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
-    """The checked configuration of a job, and the folder it is to have. UserError for what cannot work."""
+    """The checked configuration of a job, and the path of its folder. UserError for mistakes."""
     for name, least in (("nodes", 1), ("ranks_per_node", 1), ("save_s", 1), ("retries", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more")
     if options.prolog and not Path(options.prolog).is_file():
         raise UserError(f"--prolog: there is no file {options.prolog}")
-    if time_limit_s(options.time) < options.save_s + LEAST_S:
+    if time_limit_s(options.time) < options.save_s + MIN_TRAINING_S:
         raise UserError(
-            f"--time {options.time} leaves less than {LEAST_S} s before the {options.save_s} s in which the run is to "
-            "save (--save-s); raise the one or lower the other"
+            f"--time {options.time} leaves less than {MIN_TRAINING_S} s for training before the {options.save_s} s for "
+            "saving (--save-s); raise --time or lower --save-s"
         )
     if not re.fullmatch(r"[\w.+-]+", options.name):
-        raise UserError(f"--name {options.name!r}; expected letters, digits and . _ + -, as it names a folder too")
+        raise UserError(f"--name {options.name!r}; expected letters, digits and . _ + -, as it is also a folder's name")
     for name in ("container", "srun_args"):
         try:
             shlex.split(getattr(options, name))
         except ValueError as error:
-            said = f"--{name.replace('_', '-')} {getattr(options, name)}"
-            raise UserError(f"{said}: {error}; expected words as in a shell") from None
+            given = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UserError(f"{given}: {error}; expected words quoted as in a shell") from None
     config = load(argv)
     if config.job.control_folder is not None:
-        raise UserError("job.control_folder is the job's own, in its folder: take it out of the configuration")
+        raise UserError("job.control_folder is set by the job: remove it from the configuration")
     if what := find_secret(to_toml(config)):
         raise UserError(
-            f"the configuration holds {what} of it, resolved; it is written beside the logs, so put it into a "
-            "variable of the environment, which the job is given too"
+            f"the resolved configuration contains {what}; it is written next to the logs, so put the secret into an "
+            "environment variable, which the job gets too"
         )
     setup = resolve(config, options.nodes * options.ranks_per_node, "cuda" if options.gpus else "cpu")
     device = config.training.device
     if device != "auto" and device != setup.device_type:
         raise UserError(
-            f"training.device is {device}, but the job {'asks for GPUs' if options.gpus else 'has CPUs only (--cpu)'}"
+            f"training.device is {device}, but the job {'requests GPUs' if options.gpus else 'has only CPUs (--cpu)'}"
         )
     if options.requeue and not config.validation.only and not saves(config.checkpoint):
         raise UserError(
-            "a job that requeues itself needs checkpoints to go on from: set checkpoint.enable = true (and load_only "
-            "false), or give --no-requeue"
+            "a job that requeues itself needs checkpoints to resume from: set checkpoint.enable = true (and load_only "
+            "false), or add --no-requeue"
         )
     dump = Path(config.job.dump_folder).absolute()
     if "%" in str(dump):
-        raise UserError(f"job.dump_folder {dump} has a %, which Slurm takes for its own in the names of logs")
+        raise UserError(f"job.dump_folder {dump} contains %, which Slurm expands in the names of logs; choose another")
     return config, dump / FOLDER / f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _make(folder: Path) -> Path:
-    """Another of the same second gets a number."""
+def _make_folder(folder: Path) -> Path:
+    """Create it; a job submitted in the same second gets a number."""
     for number in range(1, 1000):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
@@ -198,29 +209,29 @@ def _make(folder: Path) -> Path:
             continue
         except OSError as error:
             raise UserError(f"job.dump_folder: {error}") from None
-    raise UserError(f"there are 999 jobs as {folder}")
+    raise UserError(f"{folder} and 998 numbered ones exist; choose another --name")
 
 
 def render(folder: Path, options: SlurmOptions) -> str:
-    """The batch script of a job: the template with its settings. UserError if a secret would stand in it."""
-    text = (checkout() / TEMPLATE).read_text()
-    asked: dict[str, str | int] = {"job-name": options.name, "nodes": options.nodes, "time": options.time}
-    asked |= {"signal": f"B:USR1@{options.save_s}", "output": f"{folder}/logs/batch.log"}
-    asked |= {"gpus-per-node": options.ranks_per_node} if options.gpus else {}
-    asked |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
+    """The batch script of a job: the template with its settings. UserError if it would contain a secret."""
+    text = (source_root() / TEMPLATE).read_text()
+    directives: dict[str, str | int] = {"job-name": options.name, "nodes": options.nodes, "time": options.time}
+    directives |= {"signal": f"B:USR1@{options.save_s}", "output": f"{folder}/logs/batch.log"}
+    directives |= {"gpus-per-node": options.ranks_per_node} if options.gpus else {}
+    directives |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
     more = [
         f'#SBATCH --{key}="{value}"' if " " in str(value) else f"#SBATCH --{key}={value}"
-        for key, value in asked.items()
+        for key, value in directives.items()
     ]
     more += [f"#SBATCH {option if option.startswith('-') else '--' + option}" for option in options.sbatch]
     more += [] if options.requeue else ["#SBATCH --no-requeue"]
-    kept = [
+    lines = [
         line
         for line in text.splitlines()
-        if not _is_replaced(line, [*asked, *([] if options.requeue else ["requeue"])])
+        if not _is_replaced(line, [*directives, *([] if options.requeue else ["requeue"])])
     ]
-    at = max(i for i, line in enumerate(kept) if line.startswith("#SBATCH")) + 1
-    script = "\n".join([*kept[:at], *more, *kept[at:]]) + "\n"
+    at = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) + 1
+    script = "\n".join([*lines[:at], *more, *lines[at:]]) + "\n"
     prolog = Path(options.prolog).absolute() if options.prolog else ""
     values: dict[str, Any] = {
         "CONFIG": folder / "config.toml", "JOB": folder, "CODE": folder / "code", "PYTHON": options.python,
@@ -235,8 +246,8 @@ def render(folder: Path, options: SlurmOptions) -> str:
         script = f"{script[: line.start()]}{name}={shlex.quote(str(value))}{script[line.end() :]}"
     if what := find_secret(script):
         raise UserError(
-            f"the batch script would hold {what}, and Slurm shows scripts to others: put it into a variable of the "
-            "environment, which the job is given too"
+            f"the batch script would contain {what}, and Slurm shows scripts to other users: put the secret into an "
+            "environment variable, which the job gets too"
         )
     return script
 
@@ -246,7 +257,7 @@ def _is_replaced(line: str, keys: Sequence[str]) -> bool:
 
 
 def time_limit_s(text: str) -> float:
-    """Seconds of a time limit as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or UNLIMITED."""
+    """Seconds of a time limit in sbatch's formats: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or UNLIMITED."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     found = _TIME.fullmatch(text)
@@ -260,14 +271,14 @@ def time_limit_s(text: str) -> float:
     return a * 60 + b
 
 
-def states() -> dict[str, tuple[str, str]]:
-    """Job number -> (Slurm's state, its reason) of this user's jobs in the queue; empty where there is no Slurm."""
-    lines = _slurm("squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r")
+def queue_states() -> dict[str, tuple[str, str]]:
+    """Job ID -> (Slurm's state, reason) of this user's jobs in the queue; empty without Slurm."""
+    lines = _run_slurm("squeue", "--me", "--noheader", "--states=all", "-o", "%i|%T|%r")
     rows = [line.split("|") for line in lines]
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
-def _slurm(*command: str) -> list[str]:
+def _run_slurm(*command: str) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

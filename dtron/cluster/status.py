@@ -1,4 +1,4 @@
-"""The state of jobs: what Slurm says of them, what their batch scripts noted, and what their runs left."""
+"""The state of jobs, from Slurm, the events of their batch scripts and the files of their runs."""
 
 import json
 import subprocess
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtron.cluster.runs import Outcome, read_outcome, read_row
-from dtron.cluster.slurm import FOLDER, states
+from dtron.cluster.runs import Outcome, read_control_file, read_outcome
+from dtron.cluster.slurm import FOLDER, queue_states
 from dtron.errors import UserError
 
 __all__ = ["JobStatus", "job_status", "list_jobs", "table"]
 
-GONE = {  # Slurm's word for a job that has ended -> ours
+ENDED_BY_SLURM = {  # Slurm's state of an ended job -> ours
     "TIMEOUT": "timeout",
     "OUT_OF_MEMORY": "oom",
     "PREEMPTED": "preempted",
@@ -20,21 +20,20 @@ GONE = {  # Slurm's word for a job that has ended -> ours
     "NODE_FAIL": "lost",
     "DEADLINE": "timeout",
 }
-NEVER = (
+NEVER_STARTS = (
     "PartitionNodeLimit",
     "PartitionTimeLimit",
     "AssocMaxNodePerJobLimit",
     "QOSMaxNodePerUserLimit",
     "BadConstraints",
 )
-TELLING = ("oom", "hang", "nonfinite", "lost", "failed")  # outcomes that say why a job ended
+FAILURES = ("oom", "hang", "nonfinite", "lost", "failed")  # outcomes of a run that explain why its job ended
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """state: queued, running, stopping, preempted (and queued again), done, stopped (as somebody asked), cancelled,
-    timeout, oom, hang, nonfinite, lost, failed, ended. why: a line; restarts: how often it began again; outcome: of
-    its run; steps: how many there are to be.
+    """state: queued, running, stopping, preempted (and requeued), done, stopped (by a user), cancelled, timeout, oom,
+    hang, nonfinite, lost, failed, ended. why: the reason; outcome: of its run; steps: training.steps.
     """
 
     name: str
@@ -47,20 +46,23 @@ class JobStatus:
 
 
 def list_jobs(dump_folder: Path) -> list[JobStatus]:
-    """Every job whose folder lies in a dump folder, oldest first. UserError if there is none."""
+    """Every job whose folder is in a dump folder, by folder name. UserError if there is none."""
     folders = sorted(path.parent for path in (dump_folder / FOLDER).glob("*/job.json"))
     if not folders:
-        raise UserError(f"there are no jobs in {dump_folder / FOLDER}; scripts/slurm/submit.py makes them")
-    queue = states()
+        raise UserError(
+            f"no jobs in {dump_folder / FOLDER}; give another job.dump_folder, or submit one with "
+            "scripts/slurm/submit.py"
+        )
+    queue = queue_states()
     return [job_status(folder, queue) for folder in folders]
 
 
 def job_status(folder: Path, queue: dict[str, tuple[str, str]]) -> JobStatus:
-    """One job's; queue: what `states` gave."""
-    about = read_row(folder / "job.json") or {}
+    """The status of one job; queue: from `queue_states`."""
+    about = read_control_file(folder / "job.json") or {}
     job_id = str(about.get("job_id", ""))
     events, outcome = _events(folder), read_outcome(folder / "control")
-    slurm, reason = queue.get(job_id) or _ended(job_id)
+    slurm, reason = queue.get(job_id) or _accounted_state(job_id)
     state, why = _state(slurm, reason, events, outcome)
     restarts = max((event["attempt"] for event in events), default=0)
     return JobStatus(folder.name, job_id, state, why, restarts, outcome, about.get("steps"))
@@ -72,25 +74,25 @@ def _state(slurm: str, reason: str, events: list[dict[str, Any]], outcome: Outco
     if outcome.state == "done":
         return "done", ""
     if slurm in ("PENDING", "REQUEUED", "CONFIGURING"):
-        queued = f"waits: {reason}" if reason and reason != "None" else "waits"
-        if reason in NEVER:
-            queued += ", and for ever: the cluster has no such nodes or limits; scancel it and ask for others"
+        queued = f"waiting: {reason}" if reason and reason != "None" else "waiting"
+        if reason in NEVER_STARTS:
+            queued += ", which will not change: the cluster has no such nodes or limits; scancel it and request others"
         if not events:
             return "queued", queued
-        before = detail if what == "requeued" else _unsaid(reason)
+        before = detail if what == "requeued" else _slurm_requeue_reason(reason)
         return "preempted" if "preempted" in before else "queued", f"{before}; {queued}"
     if slurm in ("RUNNING", "COMPLETING", "SUSPENDED"):
         if what == "stopping":
             return "stopping", detail
-        is_new = what == "started" and last["unix_s"] > outcome.beat_unix_s  # the heartbeat is of the attempt before
+        is_new = what == "started" and last["unix_s"] > outcome.beat_unix_s  # the heartbeat is of the previous attempt
         return "running", "starting" if is_new else outcome.phase or "starting"
-    if slurm in GONE and outcome.state == "saved":
-        return GONE[slurm], f"saved at step {outcome.step}; the same submission goes on"
-    if slurm in GONE:
-        return GONE[slurm], outcome.why or detail
+    if slurm in ENDED_BY_SLURM and outcome.state == "saved":
+        return ENDED_BY_SLURM[slurm], f"saved at step {outcome.step}; submit it again to resume"
+    if slurm in ENDED_BY_SLURM:
+        return ENDED_BY_SLURM[slurm], outcome.why or detail
     if what == "stopped":
         return what, detail
-    if outcome.state in TELLING:
+    if outcome.state in FAILURES:
         return outcome.state, outcome.why
     if what == "hang" or (what in ("ended", "failed") and detail.startswith("hang")):
         return "hang", detail
@@ -98,16 +100,19 @@ def _state(slurm: str, reason: str, events: list[dict[str, Any]], outcome: Outco
         return "failed", detail or f"Slurm says {slurm}: see logs/batch.log"
     if what in ("ended", "taken"):
         return "ended", detail
-    return "ended", "without a word: cancelled, or over its time limit" if events else "before it began: cancelled"
+    return (
+        "ended",
+        "no reason recorded: cancelled, or over its time limit" if events else "before it started: cancelled",
+    )
 
 
-def _unsaid(reason: str) -> str:
-    """Why Slurm itself put a job back into the queue, of which the batch script could say nothing."""
-    return "its node was lost" if "Nodes" in reason or "NODE" in reason.upper() else "Slurm put it back into the queue"
+def _slurm_requeue_reason(reason: str) -> str:
+    """Why Slurm requeued a job by itself, which the batch script cannot record."""
+    return "a node was lost" if "Nodes" in reason or "NODE" in reason.upper() else "requeued by Slurm"
 
 
-def _ended(job_id: str) -> tuple[str, str]:
-    """Slurm's accounting of a job that has left the queue, where there is one."""
+def _accounted_state(job_id: str) -> tuple[str, str]:
+    """The state, from Slurm's accounting if there is any, of a job that has left the queue."""
     try:
         command = ["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -118,7 +123,7 @@ def _ended(job_id: str) -> tuple[str, str]:
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:
-    """What the batch script noted; a line that a kill cut short is passed over."""
+    """The batch script's events; a line truncated by a kill is skipped."""
     rows = []
     path = folder / "events.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -130,7 +135,7 @@ def _events(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(jobs: list[JobStatus]) -> str:
-    """One row a job, and under those that need one a line that says why."""
+    """One row per job, followed by its reason if there is one."""
     head = ["name", "job", "state", "step", "loss", "tokens/s", "MFU", "goodput", "restarts"]
     rows = [head] + [_cells(job) for job in jobs]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

@@ -1,4 +1,4 @@
-"""List the jobs that submit.py made: state, last step, loss, tokens/s, MFU, goodput, and why a failed one failed.
+"""List the jobs that submit.py made: state, last step, loss, tokens/s, MFU, goodput, and why a failed job failed.
 
 python scripts/slurm/status.py [outputs]
 """
@@ -15,7 +15,9 @@ from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dump_folder", nargs="?", default="outputs", help="job.dump_folder of the jobs")
+    parser.add_argument(
+        "dump_folder", nargs="?", default="outputs", help="job.dump_folder of the jobs (default: outputs)"
+    )
     try:
         with quiet_broken_pipe():
             print(table(list_jobs(Path(parser.parse_args().dump_folder))))

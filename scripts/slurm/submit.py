@@ -1,4 +1,4 @@
-"""Submit a training to Slurm: it resumes by itself until training.steps is reached. See docs/slurm.md.
+"""Submit a training to Slurm; the job resumes automatically until training.steps is reached. See docs/slurm.md.
 
     python scripts/slurm/submit.py configs/llama3-8b.toml --nodes 4 --time 24:00:00 [--section.key value ...]
 
@@ -25,11 +25,17 @@ def main() -> int:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="TOML file of the run")
     add_options(parser)
-    add("--cpu", dest="gpus", action="store_false", help="ask for no GPUs: the ranks compute on CPUs")
-    add("--no-requeue", dest="requeue", action="store_false", help="end where the job would requeue itself")
-    add("--no-preflight", dest="preflight", action="store_false", help="do not check the nodes first")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="one more of sbatch's, as --sbatch=--mem=0")
-    add("--dry-run", action="store_true", help="print the script; make and submit nothing")
+    add("--cpu", dest="gpus", action="store_false", help="request no GPUs: the ranks compute on CPUs")
+    add("--no-requeue", dest="requeue", action="store_false", help="end the job where it would requeue itself")
+    add("--no-preflight", dest="preflight", action="store_false", help="do not run preflight first")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another sbatch option, such as --sbatch=--mem=0",
+    )
+    add("--dry-run", action="store_true", help="print the batch script and submit nothing")
     with quiet_broken_pipe():
         given, overrides = parser.parse_known_args()
     options = SlurmOptions(**{option.name: getattr(given, option.name) for option in fields(SlurmOptions)})
@@ -47,7 +53,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"job {job.job_id} in {job.folder}")
-    print(f"its state: python {Path(__file__).with_name('status.py')} {shlex.quote(str(job.folder.parents[1]))}")
+    print(f"to see its state: python {Path(__file__).with_name('status.py')} {shlex.quote(str(job.folder.parents[1]))}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the jobs of these tests register: random tokens that take their time."""
+"""Registered by the jobs of these tests: a slow dataset of random tokens."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from dtron.registry import register  # noqa: E402
 
 
 class Slow(Uneven):
-    """So that a run lasts long enough to be disturbed: `pause_s` for each sequence."""
+    """`pause_s` per sequence, so that a run lasts long enough to be interrupted."""
 
     pause_s = 0.0
 
@@ -24,7 +24,7 @@ class Slow(Uneven):
 
 
 def slow(config: Any, section: Any, split: str, seq_len: int, vocab_size: int, log: Any) -> Slow:
-    """`dataset_path`: milliseconds a sequence."""
+    """`dataset_path`: milliseconds per sequence."""
     data = Slow(seq_len, vocab_size, *((0, 203) if split == "train" else (10**6, 19)))
     data.pause_s = float(section.dataset_path or 0) / 1e3 if split == "train" else 0.0
     return data

@@ -28,8 +28,8 @@ __all__ = ["Nodes", "available"]
 
 HOSTS = Path("/etc/hosts")
 NAMESPACES = Path("/run/netns")
-WAIT_S = 900  # for another process that has nodes of the same prefix
-# Tried in namespaces of its own, which end with it. A file system as /run/netns is needs a mount.
+WAIT_S = 900  # for another process that uses nodes of the same prefix
+# Tried in its own namespaces, which end with it. A file system like that of /run/netns needs a mount.
 TRIAL = """
 set -e
 ip link add name br type bridge
@@ -60,11 +60,11 @@ def available() -> str:
 class Nodes:
     """Hosts `PREFIX1` .. `PREFIXn`, numbered from 1, at SUBNET.1 .. SUBNET.n; a context manager.
 
-    One process at a time has the nodes of a prefix, another waits for it. What an earlier one left when it was killed,
-    processes included, is taken down first.
+    Only one process at a time uses the nodes of a prefix; others wait. What a killed process left behind, its processes
+    included, is removed first.
 
     prefix: small letters. subnet: the first three numbers of the addresses; by default 10.77.0 for the prefix n and
-    another for (almost) every other. RuntimeError if it is taken.
+    another for (almost) every other. RuntimeError if it is in use.
     """
 
     def __init__(self, count: int, prefix: str = "n", subnet: str | None = None) -> None:
@@ -101,7 +101,7 @@ class Nodes:
     # --- up and down
 
     def up(self) -> None:
-        """Make all nodes, from nothing. RuntimeError if that cannot be; then nothing of it is left."""
+        """Create all nodes. RuntimeError if that fails; then nothing is left of them."""
         self._take_lock()
         try:
             self._clear()
@@ -111,7 +111,7 @@ class Nodes:
             raise
 
     def down(self) -> None:
-        """End all processes in the nodes and take them away. Of nodes that are not up, nothing."""
+        """Kill all processes in the nodes and remove the nodes. Does nothing if they are not up."""
         if self._lock is None:
             return
         try:
@@ -130,12 +130,12 @@ class Nodes:
                 return
             if time.monotonic() > end:
                 self._lock = None
-                raise RuntimeError(f"another process has had nodes of the prefix {self.prefix} for {WAIT_S} s")
+                raise RuntimeError(f"another process has used nodes of the prefix {self.prefix} for {WAIT_S} s")
             time.sleep(0.1)
 
     def _make(self) -> None:
         if f" {self.subnet}." in _run("ip", "-4", "-o", "addr"):
-            raise RuntimeError(f"the subnet {self.subnet} of the nodes {self.prefix}1.. is taken; give another")
+            raise RuntimeError(f"the subnet {self.subnet} of the nodes {self.prefix}1.. is in use; choose another")
         _run("ip", "link", "add", "name", self._bridge, "type", "bridge")
         _run("ip", "addr", "add", f"{self.controller}/24", "dev", self._bridge)
         _run("ip", "link", "set", self._bridge, "up")
@@ -144,7 +144,7 @@ class Nodes:
             name, link = self.name(i), self._link(i)
             _run("ip", "netns", "add", name)
             _run("ip", "link", "add", "name", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-            _run("ip", "-n", name, "link", "set", "eth0", "addrgenmode", "none")  # IPv4 is the only way
+            _run("ip", "-n", name, "link", "set", "eth0", "addrgenmode", "none")  # IPv4 only
             _run("ip", "-n", name, "addr", "add", f"{self.address(i)}/24", "dev", "eth0")
             _run("ip", "-n", name, "link", "set", "lo", "up")
             _run("ip", "-n", name, "link", "set", "eth0", "up")
@@ -152,7 +152,7 @@ class Nodes:
         _change_hosts(self._mark, [f"{self.address(i)} {self.name(i)}" for i in range(1, self.count + 1)])
 
     def _clear(self) -> None:
-        """Take away everything that bears this prefix, whoever made it."""
+        """Remove everything with this prefix, whichever process created it."""
         found = [path.name for path in NAMESPACES.glob("*") if re.fullmatch(rf"{self.prefix}\d+", path.name)]
         for name in found:
             _kill(functools.partial(_pids_in, name))
@@ -194,13 +194,13 @@ class Nodes:
         return _pids_in(self.name(i))
 
     def kill(self, i: int) -> None:
-        """The node loses its power: SIGKILL to all its processes. Returns when none is left."""
+        """Simulate a power loss: SIGKILL to all processes of the node. Returns when none is left."""
         _kill(functools.partial(self.pids, i))
 
     # --- the network
 
     def cut(self, i: int) -> None:
-        """Take the cable of node i out, at the switch's end: the node sees its link up, or not, as it likes."""
+        """Take down the link of node i, at the switch's end: the node itself may still see its link as up."""
         _run("ip", "link", "set", self._link(i), "down")
 
     def drop(self, i: int, j: int) -> None:
@@ -218,7 +218,7 @@ class Nodes:
 
 
 def _run(*command: str) -> str:
-    """What it printed. RuntimeError, with what it said, if it fails."""
+    """Its output. RuntimeError with its stderr if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -269,7 +269,7 @@ def _change_hosts(mark: str, lines: list[str]) -> None:
         new = "".join(kept + [f"{line} {mark}\n" for line in lines])
         if new != old:
             file.seek(0)
-            file.write(new)  # one write, then cut off: nobody who reads meanwhile finds it empty
+            file.write(new)  # one write, then truncate: concurrent readers never find it empty
             file.flush()
             file.truncate()
 

@@ -1,7 +1,7 @@
 """A real Slurm on one Linux machine: a controller here, and a slurmd in each of several hosts (nodes.py).
 
     python tests/cluster/slurm.py 4 -- bash      # a shell in which sbatch, squeue, ... reach a cluster of four nodes
-    python tests/cluster/slurm.py --check        # says what is missing for one, if anything is
+    python tests/cluster/slurm.py --check        # prints what is missing for one, if anything
 
 Two partitions over the same nodes: `low`, whose jobs are requeued when `high` wants them, and `high`. Processes, users
 and files are this machine's. Needs root and the Debian packages slurmctld, slurmd, slurm-client, munge, iptables and
@@ -26,7 +26,7 @@ from nodes import Nodes  # noqa: E402
 
 __all__ = ["Slurm", "available"]
 
-NODE_TIMEOUT_S = 20  # of silence, until a node counts as lost
+NODE_TIMEOUT_S = 20  # without an answer, until a node counts as lost
 UP_S = 60
 CONF = """
 ClusterName=test
@@ -83,10 +83,9 @@ def available() -> str:
 class Slurm:
     """A context manager. `nodes`: its hosts, to cut and to kill. `environment`: in which Slurm's commands reach it.
 
-    requeue_s: seconds after which a requeued job may begin again. Slurm's default is 120, a matter of patience and of
-    safety: within a minute it may tell a node that was lost, and is back, to end the attempt that was lost, which ends
-    the one that runs.
-    grace_s: seconds that a preempted job is given. signals_preempted: send it the signal of --signal then, as clusters
+    requeue_s: seconds after which a requeued job may start again. Slurm's default is 120, for a reason: within a
+    minute it may order a node that was lost, and is back, to end the lost attempt, which ends the running one.
+    grace_s: seconds until a preempted job is killed. signals_preempted: send it the signal of --signal then, as clusters
     do that set preempt_send_user_signal; else SIGTERM.
     """
 
@@ -172,10 +171,10 @@ class Slurm:
             command = ["slurmd", "-D", "-N", name]
             self._daemons[name] = self.nodes.popen(i, command, env=self.environment, stdout=out, stderr=out)
 
-    # --- what a user does
+    # --- commands of a user
 
     def run(self, *command: str | Path, check: bool = True, **kwargs: Any) -> str:
-        """The output of a command. RuntimeError, with all it said, where it fails."""
+        """The output of a command. RuntimeError with all its output if it fails."""
         done = subprocess.run(
             [*map(str, command)], env=self.environment, capture_output=True, text=True, timeout=120, **kwargs
         )
@@ -187,16 +186,16 @@ class Slurm:
         return self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%t", check=False).split()
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The fields of `scontrol show job`."""
         text = self.run("scontrol", "-o", "show", "job", job_id)
         return dict(re.findall(r"(\w[\w:/]*)=(\S*)", text))
 
-    def wait(self, until: Callable[[], Any], longest_s: float, what: str) -> Any:
-        """What `until` gives once it is true. TimeoutError, with the state of the cluster, where it does not come."""
-        end = time.monotonic() + longest_s
+    def wait(self, until: Callable[[], Any], timeout_s: float, what: str) -> Any:
+        """The value of `until` once it is true. TimeoutError, with the state of the cluster, if it never is."""
+        end = time.monotonic() + timeout_s
         while not (value := until()):
             if time.monotonic() > end:
-                raise TimeoutError(f"{longest_s} s, and not yet: {what}\n{self._state()}")
+                raise TimeoutError(f"{timeout_s} s, still waiting for: {what}\n{self._state()}")
             time.sleep(0.25)
         return value
 

@@ -1,6 +1,6 @@
-"""dtron on several hosts by torchrun alone, as docs/multinode.md has it, while hosts, links and ranks are lost.
+"""dtron on several hosts with torchrun alone, while hosts, links and ranks fail.
 
-The commands are the page's. Every run that ends must have the losses of the one that one rank made undisturbed.
+The commands are those of docs/multinode.md. Every finished run must have the losses of an undisturbed run of one rank.
 """
 
 import functools
@@ -27,7 +27,7 @@ from dtron.observe.metrics import read_metrics  # noqa: E402
 pytestmark = pytest.mark.skipif(bool(available()), reason=available())
 
 PAGE = ROOT / "docs" / "multinode.md"
-# An epsilon that keeps Adam from making much of the rounding in which layouts differ; see tests/parity/single.py.
+# This epsilon keeps Adam from amplifying the rounding differences between layouts; see tests/parity/single.py.
 TINY = (
     CONFIG.replace("lr = 3e-3", "lr = 1e-3\neps = 1e-4")
     + """
@@ -50,7 +50,7 @@ def commands(section: str) -> list[str]:
 
 
 class Job:
-    """A command of the page on the first `count` nodes, for a tiny model: `per_node` ranks each, so many steps."""
+    """A command of the page on the first `count` nodes, for a tiny model: `per_node` ranks each, `steps` steps."""
 
     def __init__(self, nodes: Nodes, folder: Path, steps: int, count: int = 2, per_node: int = 1) -> None:
         self.nodes, self.folder, self.steps, self._count, self._per_node = nodes, folder, steps, count, per_node
@@ -99,7 +99,7 @@ class Job:
         end = time.monotonic() + within_s
         while not until():
             running = [i for i, process in self.torchruns.items() if process.poll() is None]
-            assert running and time.monotonic() < end, f"in vain; {self}"
+            assert running and time.monotonic() < end, f"condition not reached; {self}"
             time.sleep(0.02)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    """The rows of one rank on one machine that nothing happens to, of so many steps."""
+    """The rows of an undisturbed run of `steps` steps on one rank."""
 
     @functools.cache
     def rows(steps: int) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], lis
 
 @pytest.fixture
 def check(undisturbed: Callable[[int], list[dict[str, Any]]]) -> Callable[[Job], None]:
-    """That a job did every step, with the losses of the undisturbed run."""
+    """Checks that a job did every step, with the losses of the undisturbed run."""
 
     def whole(job: Job) -> None:
         (path,) = job.folder.glob("outputs/*/metrics.jsonl")
@@ -187,8 +187,8 @@ LONG = 300  # steps
 
 
 @pytest.mark.long
-def test_a_short_cut_and_a_killed_rank(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
-    """A link that is down for less than the timeouts costs nothing; a rank that dies comes back.
+def test_a_short_link_outage_and_a_killed_rank(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
+    """A link that is down for less than the timeouts costs nothing; a rank that dies is restarted.
 
     Each torchrun counts its own restarts: that of node1, whose rank only lost contact, counts none.
     """
@@ -197,11 +197,11 @@ def test_a_short_cut_and_a_killed_rank(job_of: Callable[..., Job], check: Callab
     job.reach(15)
     job.nodes.cut(2)
     time.sleep(0.5)
-    stood = len(job.rows())
+    n_rows = len(job.rows())
     time.sleep(2)
-    assert len(job.rows()) == stood < QUICK, "nothing goes on while it is down"
+    assert len(job.rows()) == n_rows < QUICK, "no step is done while it is down"
     job.nodes.heal(2)
-    job.reach(stood + 10)
+    job.reach(n_rows + 10)
     assert len(job.attempts()) == 1
     os.kill(job.rank(2), signal.SIGKILL)
     assert job.ends() == [0, 0], str(job)
@@ -209,13 +209,13 @@ def test_a_short_cut_and_a_killed_rank(job_of: Callable[..., Job], check: Callab
     check(job)
 
 
-def test_the_page_names_the_tests_of_this_file() -> None:
-    ours = {name for name in globals() if name.startswith("test_")} - {"test_the_page_names_the_tests_of_this_file"}
+def test_the_page_lists_all_tests_of_this_file() -> None:
+    ours = {name for name in globals() if name.startswith("test_")} - {"test_the_page_lists_all_tests_of_this_file"}
     named = set(re.findall(r"`(test_\w+)`", PAGE.read_text()))
     assert named == ours
 
 
-# --- in `make test-long`: nothing is lost
+# --- in `make test-long`: without faults
 
 
 @pytest.mark.long
@@ -232,7 +232,7 @@ def test_nodes_train_as_one_rank_does(
 
 @pytest.mark.long
 @pytest.mark.parametrize("i", [1, 2])
-def test_a_killed_rank_comes_back_without_a_rendezvous(
+def test_a_killed_rank_restarts_without_a_rendezvous(
     i: int, job_of: Callable[..., Job], check: Callable[[Job], None]
 ) -> None:
     job = job_of(QUICK)
@@ -312,7 +312,7 @@ def test_a_link_that_is_down_for_longer_than_the_timeout(
 def test_a_link_that_stays_down(
     when: Callable[[Job], None], job_of: Callable[..., Job], check: Callable[[Job], None]
 ) -> None:
-    """The side with the rendezvous says for whom it waits; the ranks of the other end and say that they are alone."""
+    """The side with the rendezvous reports which rank it waits for; ranks on the other side exit and report it."""
     job = job_of(LONG)
     set_retries(job.nodes, 2, 6)
     job.start_all(SAME, "--max-restarts 0")
@@ -323,7 +323,7 @@ def test_a_link_that_stays_down(
         r"the run hangs after step \d+: rank 0 has waited ([\d.]+) s for rank 1; comm.train", job.log(1)
     )
     assert waited_s is not None, str(job)
-    assert float(waited_s[1]) < (6 if when is in_a_step else 18), "the limit, or thrice the limit"
+    assert float(waited_s[1]) < (6 if when is in_a_step else 18), "the limit, or three times the limit"
     assert "rank 1 did not answer within 1.5 s: stopped, gone, cut off, or in code" in job.log(1)
     alone = "error: rank 1 (lost contact with the others, nor can|cannot reach) the rendezvous store"
     # In a save they wait for the kernel, as torchrun does, which then ends its rank.
@@ -338,7 +338,7 @@ def test_a_link_that_stays_down(
 
 
 def set_retries(nodes: Nodes, i: int, count: int) -> None:
-    """How often node i sends again what is not acknowledged, before the kernel gives a connection up: 15 are 15 min."""
+    """How often node i retransmits before the kernel gives up a connection: 15 times take 15 min."""
     with nodes.popen(i, ["sh", "-c", f"echo {count} >/proc/sys/net/ipv4/tcp_retries2"]) as process:
         assert process.wait(10) == 0
 
@@ -353,9 +353,9 @@ def test_two_nodes_that_cannot_reach_each_other(job_of: Callable[..., Job]) -> N
     assert job.ends(within_s=60) == [1] * 4, str(job)
     logs = "".join(map(job.log, job.torchruns))
     assert len(re.findall("error: the run hangs after step", logs)) == 1
-    told = "others have finished what ranks? [0123, -]+ still wait in: look at the network of these|"
-    told += "every rank waits in the same collective: look at the network between them"
-    assert re.search(told, logs), logs
+    expected = "others have finished what ranks? [0123, -]+ still wait in: look at the network of these|"
+    expected += "every rank waits in the same collective: look at the network between them"
+    assert re.search(expected, logs), logs
 
 
 # --- nodes
@@ -363,7 +363,7 @@ def test_two_nodes_that_cannot_reach_each_other(job_of: Callable[..., Job]) -> N
 
 @pytest.mark.long
 def test_a_lost_node_of_a_fixed_number(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
-    """The others wait for it, as long as join_timeout says, and end; the same line starts it where it was."""
+    """The others wait for it for join_timeout, and exit; the same command resumes the run."""
     job = job_of(LONG)
     job.start_all(SAME, "--rdzv-conf join_timeout=30")
     job.reach(20)
@@ -378,7 +378,7 @@ def test_a_lost_node_of_a_fixed_number(job_of: Callable[..., Job], check: Callab
 
 
 @pytest.mark.long
-def test_a_lost_node_that_comes_back(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
+def test_a_lost_node_that_returns(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
     """While the others of a fixed number wait for it."""
     job = job_of(LONG)
     job.start_all(WITH_OWN_STORE)
@@ -393,7 +393,7 @@ def test_a_lost_node_that_comes_back(job_of: Callable[..., Job], check: Callable
 
 @pytest.mark.long
 def test_the_node_of_the_rendezvous_is_lost(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
-    """All end soon, whatever --nnodes and --max-restarts say."""
+    """All exit soon, regardless of --nnodes and --max-restarts."""
     job = job_of(LONG)
     job.start_all(ELASTIC)
     job.reach(20)
@@ -406,7 +406,9 @@ def test_the_node_of_the_rendezvous_is_lost(job_of: Callable[..., Job], check: C
 
 
 @pytest.mark.long
-def test_fewer_nodes_go_on_and_take_a_new_one_in(job_of: Callable[..., Job], check: Callable[[Job], None]) -> None:
+def test_training_continues_on_fewer_nodes_and_admits_a_new_one(
+    job_of: Callable[..., Job], check: Callable[[Job], None]
+) -> None:
     job = job_of(3 * LONG)
     job.start_all(ELASTIC)
     job.reach(20)
@@ -418,13 +420,13 @@ def test_fewer_nodes_go_on_and_take_a_new_one_in(job_of: Callable[..., Job], che
     assert job.ends() == [0, 0], str(job)
     first, second, third = job.attempts()
     assert first[1] - 10 <= second[0] <= first[1] + 1, "at most the steps since a checkpoint are done again"
-    assert third[0] == second[1] + 1, "none is: the ranks are asked to stop, and save"
+    assert third[0] == second[1] + 1, "none is: the ranks are stopped, and save"
     check(job)
 
 
 @pytest.mark.long
-def test_what_elastic_asks_of_torch(job_of: Callable[..., Job]) -> None:
-    """Without its variable torch lets nobody in; if this fails, docs/multinode.md can do without."""
+def test_elastic_needs_a_torch_variable(job_of: Callable[..., Job]) -> None:
+    """Without the variable torch admits no new node; if this test fails, docs/multinode.md no longer needs it."""
     job = job_of(10 * LONG)
     without = ELASTIC.partition(" ")[2]
     assert without.startswith("torchrun ")

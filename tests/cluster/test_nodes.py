@@ -1,4 +1,4 @@
-"""The hosts that tests/cluster makes are apart as hosts are, can be cut off, and leave nothing behind."""
+"""The hosts of tests/cluster are isolated like real ones, can be cut off, and leave nothing behind."""
 
 import signal
 import socket
@@ -14,7 +14,7 @@ from nodes import HOSTS, Nodes, available
 
 pytestmark = pytest.mark.skipif(bool(available()), reason=available())
 
-# A machine that is reached refuses to connect to a port nobody listens at; one that is not says nothing.
+# A reachable machine refuses a connection to a port without a listener; an unreachable one does not answer.
 ASK = """
 import socket, sys
 try:
@@ -36,7 +36,7 @@ def reaches(nodes: Nodes, i: int, j: int) -> bool:
 
 
 def traces(prefix: str) -> list[str]:
-    """What of this machine bears the prefix of nodes."""
+    """Everything on this machine with the prefix of nodes."""
     commands = ("ip -br link", "ip netns", "ip -br addr", "iptables -S")
     text = HOSTS.read_text() + "".join(subprocess.getoutput(command) + "\n" for command in commands)
     return [line for line in text.splitlines() if prefix in line]
@@ -85,7 +85,7 @@ def test_kill_ends_a_node_and_no_other(three: Nodes) -> None:
         time.sleep(0.01)
     assert dead.pid in three.pids(1), "the pid is the command's"
     three.kill(1)
-    # Which of them dies first decides whether its parent still lives to tell.
+    # Which of them dies first decides whether its parent is still there to report it.
     assert three.pids(1) == set() and dead.wait(10) in (-signal.SIGKILL, 128 + signal.SIGKILL)
     assert alive.poll() is None and len(three.pids(2)) == 4
     three.kill(2)
@@ -101,8 +101,8 @@ def test_nothing_is_left() -> None:
     assert traces("ntl") == [] and own_hosts() == before != []
 
 
-def test_a_subnet_that_is_taken_is_refused(three: Nodes) -> None:
-    with pytest.raises(RuntimeError, match=f"the subnet {three.subnet} of the nodes nto1.. is taken"):
+def test_a_subnet_in_use_is_an_error(three: Nodes) -> None:
+    with pytest.raises(RuntimeError, match=f"the subnet {three.subnet} of the nodes nto1.. is in use"):
         Nodes(1, prefix="nto", subnet=three.subnet).up()
     assert traces("nto") == []
 
@@ -117,13 +117,13 @@ with Nodes(3, prefix="ntk") as nodes:
 """
 
 
-def test_what_a_killed_run_left_is_taken_down() -> None:
-    """And while it runs, another waits for it."""
+def test_leftovers_of_a_killed_run_are_removed() -> None:
+    """While it runs, another process waits for it."""
     folder = Path(nodes_module.__file__).parent
     with subprocess.Popen([sys.executable, "-c", LEAVE], cwd=folder, stdin=-1, stdout=-1, text=True) as run:
         assert run.stdout is not None
         sleeper = int(run.stdout.readline())
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="another process has had nodes"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="another process has used nodes"):
             patch.setattr(nodes_module, "WAIT_S", 0.3)
             Nodes(1, prefix="ntk").up()
         run.kill()

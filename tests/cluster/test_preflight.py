@@ -1,4 +1,4 @@
-"""`dtron preflight`: its formulas, what it calls slow, how it ends, and what a rank that hangs does to the others."""
+"""`dtron preflight`: its formulas, limits for slow ranks, exit codes, and what happens when a rank hangs."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ from dtron.cluster.preflight import machine as preflight_machine
 from dtron.cluster.preflight import measure as preflight_measure
 from dtron.cluster.preflight import report as preflight_report
 from dtron.cluster.preflight import stages as preflight_stages
-from dtron.cluster.preflight.facts import EQUAL, code_hash, compare, facts, machines
-from dtron.cluster.preflight.guard import Guard, RankState, stalled
-from dtron.cluster.preflight.measure import Meter, Spent, Timer, bus_factor, dimensions, link_rounds
-from dtron.cluster.preflight.report import SCHEMA, SLOW_LINK, assemble_dimensions, reference, table, warnings_of
-from dtron.cluster.preflight.stages import Crew, Plan, measure, meet
+from dtron.cluster.preflight.facts import MUST_MATCH, compare_facts, facts, hash_code, machines
+from dtron.cluster.preflight.guard import Guard, RankState, stall_report
+from dtron.cluster.preflight.measure import Elapsed, Meter, Timer, bus_factor, dimensions, link_rounds
+from dtron.cluster.preflight.report import SCHEMA, SLOW_LINK, find_warnings, summarize_dimensions, table, upper_median
+from dtron.cluster.preflight.stages import Peers, Plan, compare_versions, measure
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
@@ -39,7 +39,7 @@ from dtron.ranks.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-FACTS = dict.fromkeys(EQUAL, "1") | {"device": "cpu", "git": None, "host": "n1", "node": 0, "threads": 1}
+FACTS = dict.fromkeys(MUST_MATCH, "1") | {"device": "cpu", "git": None, "host": "n1", "node": 0, "threads": 1}
 
 
 def facts_of(*hosts: str) -> list[dict[str, Any]]:
@@ -47,9 +47,14 @@ def facts_of(*hosts: str) -> list[dict[str, Any]]:
 
 
 def quick() -> Any:
-    """What is measured takes next to no time, in this process."""
-    small = {"RATE_S": 0.005, "MESSAGE_S": 0.005, "SIZES": {"cpu": (4, 4096, 65536)}, "BUFFER": {"cpu": 1 << 16}}
-    return mock.patch.multiple(preflight_measure, MATRIX={"cpu": 64}, **small)
+    """Measurements take almost no time in this process."""
+    small = {
+        "RATE_BUDGET_S": 0.005,
+        "MESSAGE_BUDGET_S": 0.005,
+        "MESSAGE_BYTES": {"cpu": (4, 4096, 65536)},
+        "COPY_BYTES": {"cpu": 1 << 16},
+    }
+    return mock.patch.multiple(preflight_measure, MATMUL_SIZE={"cpu": 64}, **small)
 
 
 def world_of(folder: Path) -> World:
@@ -58,8 +63,8 @@ def world_of(folder: Path) -> World:
     return World(rank, rank, size, dist.PrefixStore("dtron/0", dist.FileStore(str(folder / "store"), size)))
 
 
-def said_to(path: Path) -> None:
-    """Let this process, which is a forked one, write its stderr to a file, and nothing that pytest holds back."""
+def redirect_stderr(path: Path) -> None:
+    """Write this forked process's stderr to a file, without what pytest has buffered."""
     os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w")
 
@@ -78,7 +83,7 @@ def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
         [{"names": ["tp"], "ranks": [0, 1, 2, 3], "all_reduce": sizes, "all_gather": sizes, "links": its}]
         for its in links
     ]
-    tp = assemble_dimensions(measured, ["n1"] * 4)["tp"]
+    tp = summarize_dimensions(measured, ["n1"] * 4)["tp"]
     assert tp["all_reduce"]["latency_s"] == 2e-5
     assert tp["all_reduce"]["sizes"][1]["bytes_per_s"] == pytest.approx((1 << 20) / 2e-3)
     assert tp["all_reduce"]["sizes"][1]["bus_bytes_per_s"] == pytest.approx(1.5 * (1 << 20) / 2e-3)
@@ -89,9 +94,9 @@ def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
 class Clockwork(Timer):
     """Every call takes 1 ms, of which the rank has a core for half; the first in a row takes a second more."""
 
-    def spent(self, run: Callable[[], Any], calls: int) -> Spent:
+    def elapsed(self, run: Callable[[], Any], calls: int) -> Elapsed:
         run()
-        return Spent(calls * 1e-3, calls * 5e-4)
+        return Elapsed(calls * 1e-3, calls * 5e-4)
 
 
 def test_rates_are_work_over_time() -> None:
@@ -114,95 +119,97 @@ def test_a_ring_of_links_in_rounds(n: int) -> None:
         assert len(ranks) == len(set(ranks)), "one partner at a time"
 
 
-def test_every_place_of_a_machine_has_a_link_to_the_next_machine() -> None:
+def test_every_local_rank_has_a_link_to_the_next_machine() -> None:
     rounds = link_rounds([0, 1, 2, 3], [0, 0, 1, 1], in_order=False)
     assert rounds == [[(0, 1), (2, 3)], [(0, 2), (1, 3)]]
     assert (1, 2) in link_rounds([0, 1, 2, 3], [0, 0, 1, 1], in_order=True)[1], "as a pipeline sends"
     assert link_rounds([0, 1, 2], [0, 0, 1], in_order=False) == [[(0, 1)], [(1, 2)], [(2, 0)]]
 
 
-def test_skew_by_ntps_formula() -> None:
-    assert preflight_machine.offset(100, 205, 206, 111) == (100, 5), "100 ahead, 5 each way"
-    assert preflight_machine.offset(0, 8, 8, 10) == (3, 5), "as wrong as the ways differ, at most half the round trip"
+def test_clock_skew_by_the_ntp_formula() -> None:
+    assert preflight_machine.clock_offset(100, 205, 206, 111) == (100, 5), "100 ahead, 5 each way"
+    assert preflight_machine.clock_offset(0, 8, 8, 10) == (3, 5), "off by the asymmetry, at most half the round trip"
 
 
-def ask_or_answer() -> Any:
+def ask_or_answer_clock() -> Any:
     if dist.get_rank() == 0:
         return preflight_machine.ask_clock(1)
     return preflight_machine.answer_clock(0, clock=lambda: time.time_ns() - 5_000_000_000)
 
 
 def test_a_clock_that_is_behind(ranks: Ranks) -> None:
-    found = ranks.run(2, ask_or_answer)[0]
+    found = ranks.run(2, ask_or_answer_clock)[0]
     assert found["clock_skew_s"] == pytest.approx(-5, abs=0.1)
     assert abs(found["clock_skew_s"] + 5) <= found["clock_uncertainty_s"]
 
 
-def test_the_disk_is_left_as_it_was(tmp_path: Path) -> None:
-    found = preflight_machine.disk_write(tmp_path, 0.05)
+def test_the_disk_measurement_leaves_no_file(tmp_path: Path) -> None:
+    found = preflight_machine.measure_disk_write(tmp_path, 0.05)
     assert found["disk_write_bytes_per_s"] > 0 and found["disk_free_bytes"] > 0
     assert [*tmp_path.iterdir()] == []
     marker = preflight_machine.write_marker(tmp_path / "new")
-    assert preflight_machine.sees(tmp_path / "new", marker.name)
-    assert not preflight_machine.sees(tmp_path, marker.name, longest_s=0)
+    assert preflight_machine.sees_marker(tmp_path / "new", marker.name)
+    assert not preflight_machine.sees_marker(tmp_path, marker.name, timeout_s=0)
 
 
-# --- what is equal
+# --- what must match
 
 
 def test_facts_of_this_machine() -> None:
     found = facts(CPU)
     assert found["torch"] == torch.__version__ and found["device"] == "cpu" and set(found) == set(FACTS)
-    assert compare([found, found]) == ""
+    assert compare_facts([found, found]) == ""
 
 
-def test_code_is_told_apart(tmp_path: Path) -> None:
+def test_different_code_has_another_hash(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1")
-    before = code_hash(tmp_path)
+    before = hash_code(tmp_path)
     (tmp_path / "a.py").write_text("x = 2")
-    assert code_hash(tmp_path) != before
+    assert hash_code(tmp_path) != before
     (tmp_path / "a.py").write_text("x = 1")
-    assert code_hash(tmp_path) == before
+    assert hash_code(tmp_path) == before
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert code_hash(tmp_path) != before
+    assert hash_code(tmp_path) != before
 
 
-def test_the_odd_one_is_named_first() -> None:
+def test_the_outlier_is_named_first() -> None:
     of_ranks = facts_of("n1", "n1", "n2", "n2")
     of_ranks[3] |= {"torch": "2.11.0", "code": "abc", "git": "123"}
-    assert compare(of_ranks) == (
-        "the ranks are not equal: torch is 2.11.0 on rank 3 (n2) and 1 on ranks 0-2 (n1, n2); dtron's code is abc "
-        "(commit 123) on rank 3 (n2) and 1 on ranks 0-2 (n1, n2); install the same on every machine"
+    assert compare_facts(of_ranks) == (
+        "the ranks differ: torch is 2.11.0 on rank 3 (n2) and 1 on ranks 0-2 (n1, n2); dtron's code is abc "
+        "(commit 123) on rank 3 (n2) and 1 on ranks 0-2 (n1, n2); install the same versions on every machine"
     )
     of_ranks = facts_of("n1", "n2", "n3")
     of_ranks[0] |= {"triton": None, "git": "another, with the same code"}
-    assert "triton is not there on rank 0 (n1) and 1 on ranks 1-2 (n2, n3); install" in compare(of_ranks)
+    assert "triton is not installed on rank 0 (n1) and 1 on ranks 1-2 (n2, n3); install" in compare_facts(of_ranks)
 
 
-def test_machines_are_hosts_with_one_agent() -> None:
+def test_each_agent_of_a_host_is_a_machine() -> None:
     of_ranks = facts_of("a", "a", "b", "a")
     of_ranks[3]["node"] = 2
     assert machines(of_ranks) == [[0, 1], [2], [3]]
 
 
-def meeting(folder: Path, versions: list[str]) -> Any:
+def exchange_facts(folder: Path, versions: list[str]) -> Any:
     world = world_of(folder)
     try:
-        crew = meet(world, Guard(world, 20), FACTS | {"torch": versions[world.rank], "host": f"n{world.rank}"})
+        peers = compare_versions(
+            world, Guard(world, 20), FACTS | {"torch": versions[world.rank], "host": f"n{world.rank}"}
+        )
     except UserError as error:
         return str(error)
-    return crew.hosts, crew.machine_of, len(crew.facts)
+    return peers.hosts, peers.machine_of, len(peers.facts)
 
 
-def test_every_rank_learns_of_an_unequal_version(ranks: Ranks, tmp_path: Path) -> None:
-    told = ranks.run(3, meeting, tmp_path, ["2.13", "2.13", "2.12"])
-    assert len(set(told)) == 1
-    assert "torch is 2.12 on rank 2 (n2) and 2.13 on ranks 0-1 (n0, n1)" in told[0]
+def test_every_rank_reports_differing_versions(ranks: Ranks, tmp_path: Path) -> None:
+    messages = ranks.run(3, exchange_facts, tmp_path, ["2.13", "2.13", "2.12"])
+    assert len(set(messages)) == 1
+    assert "torch is 2.12 on rank 2 (n2) and 2.13 on ranks 0-1 (n0, n1)" in messages[0]
 
 
-def test_ranks_that_are_equal_know_each_other(ranks: Ranks, tmp_path: Path) -> None:
-    told = ranks.run(2, meeting, tmp_path, ["2.13", "2.13"])
-    assert told == [(["n0", "n1"], [0, 1], 2), (["n0", "n1"], [0, 1], 0)]
+def test_matching_ranks_know_each_other(ranks: Ranks, tmp_path: Path) -> None:
+    results = ranks.run(2, exchange_facts, tmp_path, ["2.13", "2.13"])
+    assert results == [(["n0", "n1"], [0, 1], 2), (["n0", "n1"], [0, 1], 0)]
 
 
 # --- figures of four ranks on two made-up machines
@@ -221,11 +228,11 @@ class Slow(Meter):
 
 def measuring(folder: Path, slow_rank: int, degrees: Degrees, hosts: list[str]) -> Any:
     world, every = world_of(folder), facts_of(*hosts)
-    crew = Crew(world.rank, hosts, [0, 0, 1, 1], every if world.rank == 0 else [])
+    peers = Peers(world.rank, hosts, [0, 0, 1, 1], every if world.rank == 0 else [])
     guard, plan = Guard(world, 30), Plan(load(["--tp", "1"]), degrees, CPU, folder / "outputs")
     meter = (Slow if world.rank == slow_rank else Meter)(CPU, guard)
-    with quick(), mock.patch.object(preflight_stages, "DISK_S", 0.02):
-        return measure(plan, guard, meter, Mesh(degrees, "cpu"), crew)
+    with quick(), mock.patch.object(preflight_stages, "DISK_BUDGET_S", 0.02):
+        return measure(plan, guard, meter, Mesh(degrees, "cpu"), peers)
 
 
 def test_figures_of_a_layout(ranks: Ranks, tmp_path: Path) -> None:
@@ -251,9 +258,11 @@ def test_figures_of_a_layout(ranks: Ranks, tmp_path: Path) -> None:
     # What the slow rank does to them:
     limits = {"SLOW_RATE": {"cpu": 0.01}, "SLOW_LINK": {"cpu": 0.01}}
     with mock.patch.multiple(preflight_report, **limits):
-        found = warnings_of(figures)
+        found = find_warnings(figures)
     slow = {(warning["kind"], tuple(warning["ranks"])): warning["text"] for warning in found}
-    assert slow["matmul", (2,)].startswith("matmul: rank 2 (n2), ") and " a CPU second at worst" in slow["matmul", (2,)]
+    assert (
+        slow["matmul", (2,)].startswith("matmul: rank 2 (n2), ") and " per CPU second at worst" in slow["matmul", (2,)]
+    )
     assert slow["send/recv in tp", (2, 3)].startswith("send/recv in tp: the link between rank 2 (n2) and rank 3 (n2), ")
     assert "rank 2 (n2)" in table(figures | {"took_s": 1.0, "warnings": found})
 
@@ -262,12 +271,12 @@ def test_figures_of_a_layout(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_half_of_all_may_be_slow() -> None:
-    assert reference([1, 3]) == reference([1, 1, 3, 3]) == 3
-    assert reference([1, 3, 3.1, 5]) == 3.1
+    assert upper_median([1, 3]) == upper_median([1, 1, 3, 3]) == 3
+    assert upper_median([1, 3, 3.1, 5]) == 3.1
 
 
-def ring(rates: dict[tuple[int, int], float], hosts: list[str]) -> list[str]:
-    """What is said of the links of one group that spans several machines."""
+def warnings_of_ring(rates: dict[tuple[int, int], float], hosts: list[str]) -> list[str]:
+    """Warnings about the links of one group that spans several machines."""
     links = [
         {"ranks": [a, b], "hosts": [hosts[a], hosts[b]], "latency_s": 1e-5, "bytes_per_s": rate}
         for (a, b), rate in rates.items()
@@ -284,21 +293,21 @@ def ring(rates: dict[tuple[int, int], float], hosts: list[str]) -> list[str]:
         "disk": {"shared": True, "folder": "outputs"},
         "dimensions": {"tp": one, "world": one},
     }
-    return [warning["text"] for warning in warnings_of(figures)]
+    return [warning["text"] for warning in find_warnings(figures)]
 
 
-def test_a_slow_link_and_a_slow_machine_are_told_apart() -> None:
+def test_a_slow_link_is_distinguished_from_a_slow_machine() -> None:
     hosts, slow = ["n1", "n2", "n3", "n4"], SLOW_LINK["cuda"] * 0.9e9
     good = {(0, 1): 1e9, (1, 2): 1.1e9, (2, 3): 1e9, (3, 0): 1.05e9}
-    assert ring(good, hosts) == []
-    assert ring(good | {(1, 2): slow}, hosts) == [
+    assert warnings_of_ring(good, hosts) == []
+    assert warnings_of_ring(good | {(1, 2): slow}, hosts) == [
         "send/recv in tp: the link between rank 1 (n2) and rank 2 (n3), 0.63 GB/s, the median is 1.05 GB/s"
     ]
-    assert ring(good | {(1, 2): slow, (2, 3): slow / 2}, hosts) == [
+    assert warnings_of_ring(good | {(1, 2): slow, (2, 3): slow / 2}, hosts) == [
         "send/recv in tp: every link of rank 2 (n3), 0.63 GB/s at best, the median is 1.05 GB/s"
     ]
     three = {(0, 1): slow, (1, 2): slow, (2, 0): 1e9}
-    assert ring(three, hosts[:3]) == [
+    assert warnings_of_ring(three, hosts[:3]) == [
         "send/recv in tp: every link of rank 1 (n2), 0.63 GB/s at best, the median is 1 GB/s"
     ], "two slow links of three are one machine"
 
@@ -310,10 +319,10 @@ def alone(tmp_path: Path) -> Callable[..., tuple[int, str, str, dict[str, Any]]]
     def run(*arguments: str) -> tuple[int, str, str, dict[str, Any]]:
         def child() -> None:
             os.chdir(tmp_path)
-            said_to(tmp_path / "err")
+            redirect_stderr(tmp_path / "err")
             os.dup2(os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
             sys.stdout = os.fdopen(1, "w")
-            with quick(), mock.patch.object(preflight_stages, "DISK_S", 0.02):
+            with quick(), mock.patch.object(preflight_stages, "DISK_BUDGET_S", 0.02):
                 main(["preflight", *arguments])
 
         process = mp.get_context("fork").Process(target=child)
@@ -340,17 +349,17 @@ def test_one_rank(alone: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("strict", "expected"), [([], 0), (["--strict"], 3)])
 def test_warnings_count_with_strict(alone: Any, monkeypatch: Any, strict: list[str], expected: int) -> None:
-    made_up = {"kind": "matmul", "ranks": [0], "hosts": ["n1"], "text": "matmul: rank 0 (n1) sleeps"}
-    monkeypatch.setattr(preflight_stages, "warnings_of", lambda figures: [made_up])
+    made_up = {"kind": "matmul", "ranks": [0], "hosts": ["n1"], "text": "matmul: rank 0 (n1) is slow"}
+    monkeypatch.setattr(preflight_stages, "find_warnings", lambda figures: [made_up])
     code, out, _, figures = alone(*strict)
     assert code == figures["exit_code"] == expected and figures["warnings"] == [made_up]
-    assert "warning: matmul: rank 0 (n1) sleeps\n" in out
+    assert "warning: matmul: rank 0 (n1) is slow\n" in out
 
 
-def test_a_file_that_is_no_preflights_is_left_alone(alone: Any, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_kept(alone: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine\n")
     code, _, err, _ = alone("--out", "mine.txt")
-    assert code == 2 and "mine.txt is there, and is not the file of a preflight" in err
+    assert code == 2 and "mine.txt exists and was not written by preflight" in err
     assert (tmp_path / "mine.txt").read_text() == "mine\n"
 
 
@@ -358,7 +367,7 @@ def test_what_makes_training_impossible(alone: Any, tmp_path: Path) -> None:
     (tmp_path / "preflight.json").write_text(json.dumps({"schema": SCHEMA}))
     code, out, err, figures = alone("--tp", "2")
     assert (code, out) == (2, "") and err.startswith("error: ") and "start a multiple of 2 ranks" in err
-    assert figures == {}, "nothing of an earlier one is left to be taken for this one's"
+    assert figures == {}, "the file of an earlier preflight is deleted"
     (tmp_path / "run.toml").write_text("[model]\nn_heads = 3\n")
     code, _, err, _ = alone("--config", "run.toml")
     assert code == 2 and "3 query heads" in err and err.count("\n") == 1, "a run's file is checked as train.py does"
@@ -372,16 +381,16 @@ def test_a_folder_that_cannot_be_written(alone: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, out, err, figures = alone("--disk", "file/outputs")
     assert code == figures["exit_code"] == 2
-    assert re.match(r"error: nothing can be written to file/outputs on 1 of 1 machines \(.*\): .*; name another", err)
+    assert re.match(r"error: cannot write to file/outputs on 1 of 1 machines \(.*\): .*; choose another", err)
     assert figures["error"] in err and figures["ranks"][0]["matmul_flops_per_s"] > 0, "what was measured is kept"
     assert "fails" in out
 
 
-@pytest.mark.parametrize(("needed", "told"), [(True, "keeps its checkpoints there"), (False, None)])
-def test_checkpoints_need_a_folder_that_is_shared(needed: bool, told: str | None) -> None:
+@pytest.mark.parametrize(("needed", "expected"), [(True, "keeps its checkpoints there"), (False, None)])
+def test_checkpoints_need_a_folder_that_is_shared(needed: bool, expected: str | None) -> None:
     seen = [{"host": f"n{i}", "disk_error": None, "disk_sees_rank_0": i == 0} for i in range(2)]
-    error = preflight_stages._impossible({"machines": seen, "disk": {"folder": "o", "shared": False}}, needed)
-    assert error == told or (told and error and told in error and "not seen on n1" in error)
+    error = preflight_stages._fatal_problem({"machines": seen, "disk": {"folder": "o", "shared": False}}, needed)
+    assert error == expected or (expected and error and expected in error and "not visible on n1" in error)
 
 
 def test_other_commands_take_no_keys(capsys: Any) -> None:
@@ -390,27 +399,27 @@ def test_other_commands_take_no_keys(capsys: Any) -> None:
     assert "unrecognized arguments: --tp 2" in capsys.readouterr().err
 
 
-# --- ranks that do not go on
+# --- ranks that hang
 
 
-def test_who_keeps_whom_waiting() -> None:
+def test_the_report_names_the_ranks_waited_for() -> None:
     hosts = ["n1", "n2", "n3", "n4"]
-    done, inside = RankState("all_reduce in tp", [0, 1], waits=True), RankState("all_reduce in tp", [2, 3])
-    assert stalled("it took long", {0: done, 1: done, 2: inside, 3: inside}, hosts).splitlines() == [
+    done, inside = RankState("all_reduce in tp", [0, 1], waiting=True), RankState("all_reduce in tp", [2, 3])
+    assert stall_report("it took long", {0: done, 1: done, 2: inside, 3: inside}, hosts).splitlines() == [
         "preflight: it took long",
-        "all_reduce in tp of ranks 2-3 (n3, n4) does not end",
-        "look at the network between their machines",
+        "all_reduce in tp of ranks 2-3 (n3, n4) has not finished",
+        "check the network between their machines",
     ]
-    assert stalled("x", {0: done, 1: done, 2: inside, 3: None}, hosts).splitlines()[1:] == [
-        "rank 3 (n4) did not answer: not started, stopped, gone, or cut off from rank 0's machine",
-        "all_reduce in tp of ranks 2-3 (n3, n4) does not end on rank 2 (n3)",
+    assert stall_report("x", {0: done, 1: done, 2: inside, 3: None}, hosts).splitlines()[1:] == [
+        "rank 3 (n4) did not answer: not started, stopped, exited, or cut off from rank 0's machine",
+        "all_reduce in tp of ranks 2-3 (n3, n4) has not finished on rank 2 (n3)",
     ]
-    assert stalled("x", {0: done, 1: RankState("matmul")}, []).splitlines()[1:] == ["rank 1: still at matmul"]
+    assert stall_report("x", {0: done, 1: RankState("matmul")}, []).splitlines()[1:] == ["rank 1: still at matmul"]
 
 
 def hang(rank: int, port: int, folder: Path, how: str) -> None:
-    """Three ranks meet twice; the last one does not come to the second time."""
-    said_to(folder / f"err{rank}")
+    """Three ranks share two stages; the last rank does not finish the second."""
+    redirect_stderr(folder / f"err{rank}")
     world = World(rank, rank, 3, dist.PrefixStore("p", dist.TCPStore("localhost", port, None, False)))
     guard = Guard(world, 1.0)
     guard.start()
@@ -421,19 +430,19 @@ def hang(rank: int, port: int, folder: Path, how: str) -> None:
             time.sleep(60)
         if rank == 2 and how == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
-        guard.at("all_reduce in tp", [0, 1, 2])
+        guard.set_current("all_reduce in tp", [0, 1, 2])
         time.sleep(60 if rank == 1 else 0)
     os._exit(0)
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "expected"),
     [
         ("sleeps", "rank 2 (n3): still at the middle\n"),
-        ("stops", "rank 2 (n3) did not answer: not started, stopped, gone, or cut off from rank 0's machine\n"),
+        ("stops", "rank 2 (n3) did not answer: not started, stopped, exited, or cut off from rank 0's machine\n"),
     ],
 )
-def test_a_rank_that_hangs_ends_all_soon_with_its_name(tmp_path: Path, how: str, told: str) -> None:
+def test_a_hanging_rank_is_named_and_all_ranks_exit(tmp_path: Path, how: str, expected: str) -> None:
     server = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
     arguments = [(rank, server.port, tmp_path, how) for rank in range(3)]
     processes = [mp.get_context("fork").Process(target=hang, args=each, daemon=True) for each in arguments]
@@ -445,14 +454,16 @@ def test_a_rank_that_hangs_ends_all_soon_with_its_name(tmp_path: Path, how: str,
         assert process.exitcode == 2
     assert time.monotonic() - begin < 20
     processes[2].kill()
-    said = [without_times(text) for text in ((tmp_path / f"err{rank}").read_text() for rank in range(3)) if text]
-    assert len(said) == 1, "one speaks"
-    assert said[0].startswith("error: preflight: the middle has not ended within 1 s\n") and told in said[0]
-    assert "all_reduce in tp of ranks 0-2 (n1, n2, n3) does not end on rank 1 (n2)\n" in said[0]
+    messages = [without_times(text) for text in ((tmp_path / f"err{rank}").read_text() for rank in range(3)) if text]
+    assert len(messages) == 1, "one rank reports"
+    assert (
+        messages[0].startswith("error: preflight: the middle has not finished within 1 s\n") and expected in messages[0]
+    )
+    assert "all_reduce in tp of ranks 0-2 (n1, n2, n3) has not finished on rank 1 (n2)\n" in messages[0]
 
 
 def cut_off(store: Any, folder: Path) -> None:
-    said_to(folder / "err")
+    redirect_stderr(folder / "err")
     setup_logging(1)
     guard = Guard(World(1, 1, 2, store), 0.5)
     guard.hosts = ["n1", "n2"]
@@ -461,45 +472,45 @@ def cut_off(store: Any, folder: Path) -> None:
         time.sleep(60)
 
 
-class Silent(dist.HashStore):
-    """A store behind a cable that is cut: whoever asks it waits."""
+class UnreachableStore(dist.HashStore):
+    """A store behind a cut link: requests to it block."""
 
     def check(self, keys: list[str]) -> bool:
         time.sleep(1000)
         return False
 
 
-def test_a_rank_without_the_store_says_so_by_itself(tmp_path: Path) -> None:
-    with mock.patch("dtron.cluster.preflight.guard.ALONE_S", 0.5):
-        process = mp.get_context("fork").Process(target=cut_off, args=(Silent(), tmp_path), daemon=True)
+def test_a_rank_that_cannot_reach_the_store_reports_it(tmp_path: Path) -> None:
+    with mock.patch("dtron.cluster.preflight.guard.OFFLINE_GRACE_S", 0.5):
+        process = mp.get_context("fork").Process(target=cut_off, args=(UnreachableStore(), tmp_path), daemon=True)
         process.start()
         process.join(20)
     assert process.exitcode == 2
     assert without_times((tmp_path / "err").read_text()) == (
-        "error on rank 1: preflight: the middle has not ended within 0.5 s, and the rendezvous store does not answer: "
-        "rank 1 (n2) is cut off from it\n"
+        "error on rank 1: preflight: the middle has not finished within 0.5 s, and the rendezvous store does not "
+        "answer: rank 1 (n2) is cut off from it\n"
     )
 
 
-def lose(folder: Path) -> None:
-    said_to(folder / "err")
+def lose_contact(folder: Path) -> None:
+    redirect_stderr(folder / "err")
     guard = Guard(World(0, 0, 2, dist.HashStore()), 30)
     with guard.stage("the middle"):
         try:
-            guard.lost(RuntimeError("this rank's own"))
+            guard.contact_lost(RuntimeError("this rank's own"))
         except RuntimeError:
-            guard.at("all_reduce in tp", [0, 1])
-            guard.lost(RuntimeError("[/src/pair.cc:1] Connection closed by peer [::1]\nand so on"))
+            guard.set_current("all_reduce in tp", [0, 1])
+            guard.contact_lost(RuntimeError("[/src/pair.cc:1] Connection closed by peer [::1]\nand so on"))
 
 
-def test_contact_that_is_lost(tmp_path: Path) -> None:
-    process = mp.get_context("fork").Process(target=lose, args=(tmp_path,), daemon=True)
+def test_lost_contact_is_reported(tmp_path: Path) -> None:
+    process = mp.get_context("fork").Process(target=lose_contact, args=(tmp_path,), daemon=True)
     process.start()
     process.join(20)
     assert process.exitcode == 2
     assert without_times((tmp_path / "err").read_text()).splitlines()[:2] == [
-        "error: preflight: the middle: contact was lost (Connection closed by peer [::1])",
-        "rank 1 did not answer: not started, stopped, gone, or cut off from rank 0's machine",
+        "error: preflight: the middle: lost contact with other ranks (Connection closed by peer [::1])",
+        "rank 1 did not answer: not started, stopped, exited, or cut off from rank 0's machine",
     ]
 
 
@@ -534,16 +545,16 @@ def test_by_torchrun(tmp_path: Path, ranks_: int, arguments: str, expected: set[
 
 
 @pytest.mark.long
-def test_unequal_commands_end_in_one_message(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, 2, "--tp", "4")
     assert done.returncode == 1, "torchrun's own"
     assert without_times(done.stderr).count("\nerror: ") + without_times(done.stderr).startswith("error: ") == 1
     assert "start a multiple of 4 ranks" in done.stderr and not (tmp_path / "preflight.json").exists()
 
 
-def test_dimensions_of_the_same_ranks_are_one(ranks: Ranks) -> None:
-    assert ranks.run(2, names) == [[("dp_shard_cp", "cp", "world")]] * 2
+def test_dimensions_with_the_same_ranks_are_measured_once(ranks: Ranks) -> None:
+    assert ranks.run(2, dimension_names) == [[("dp_shard_cp", "cp", "world")]] * 2
 
 
-def names() -> list[tuple[str, ...]]:
+def dimension_names() -> list[tuple[str, ...]]:
     return [dimension.names for dimension in dimensions(Mesh(dataclasses.replace(Degrees(), cp=2), "cpu"))]

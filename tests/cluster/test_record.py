@@ -1,4 +1,4 @@
-"""The copy of the code that runs, and the record of where."""
+"""The copy of the code that runs, and the record of its environment."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def git(root: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A checkout with a commit, a change, a new file, and what is ignored."""
+    """A checkout with a commit, a change, a new file, and an ignored folder."""
     at = tmp_path / "checkout"
     (at / "dtron").mkdir(parents=True)
     (at / "dtron/a.py").write_text("a = 1\n")
@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
     return at
 
 
-def test_the_code_as_it_is_not_as_it_was_committed(root: Path, tmp_path: Path) -> None:
+def test_uncommitted_changes_are_copied(root: Path, tmp_path: Path) -> None:
     code = record_code(tmp_path / "job", root, print)
     assert {str(p.relative_to(code)) for p in code.rglob("*") if p.is_file()} == {".gitignore", "dtron/a.py", "new.py"}
     assert (code / "dtron/a.py").read_text() == "a = 2\n"
@@ -51,14 +51,14 @@ def test_the_code_as_it_is_not_as_it_was_committed(root: Path, tmp_path: Path) -
     assert "+a = 2" in (tmp_path / "job/git.diff").read_text()
 
 
-def test_a_secret_is_refused_by_file_and_line_and_nothing_is_written(root: Path, tmp_path: Path) -> None:
+def test_a_secret_is_an_error_with_file_and_line_before_anything_is_written(root: Path, tmp_path: Path) -> None:
     (root / "new.py").write_text("b = 1\nt = 'hf_" + "abcdefGHIJKL0123456789xyz'\n")
-    with pytest.raises(UserError, match=r"new\.py holds a Hugging Face token in line 2"):
+    with pytest.raises(UserError, match=r"new\.py contains a Hugging Face token in line 2"):
         record_code(tmp_path / "job", root, print)
     assert not (tmp_path / "job").exists()
 
 
-def test_a_secret_that_was_taken_out_is_not_in_the_diff(root: Path, tmp_path: Path) -> None:
+def test_a_removed_secret_is_masked_in_the_diff(root: Path, tmp_path: Path) -> None:
     secret = "hf_" + "abcdefGHIJKL0123456789xyz"
     (root / "dtron/a.py").write_text(f"t = '{secret}'\n")
     git(root, "commit", "-qam", "oops")
@@ -68,14 +68,14 @@ def test_a_secret_that_was_taken_out_is_not_in_the_diff(root: Path, tmp_path: Pa
     assert "-t = '***'" in diff and secret not in diff
 
 
-def test_what_is_left_out_is_said(root: Path, tmp_path: Path) -> None:
+def test_files_left_out_are_logged(root: Path, tmp_path: Path) -> None:
     for name, text in ((".env", "X=1"), ("large.py", "#" * (6 * 2**20)), ("key.pem", "")):
         (root / name).write_text(text)
     git(root, "add", "-fA")
-    told: list[str] = []
-    code = record_code(tmp_path / "job", root, told.append)
+    logged: list[str] = []
+    code = record_code(tmp_path / "job", root, logged.append)
     assert not (code / ".env").exists() and not (code / "key.pem").exists() and not (code / "large.py").exists()
-    assert len(told) == 3 and any("large.py, over 5 MiB" in line for line in told)
+    assert len(logged) == 3 and any("large.py, over 5 MiB" in line for line in logged)
 
 
 def test_without_git_the_package_is_copied(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_without_git_the_package_is_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "job/git.json").exists()
 
 
-def test_the_environment_without_its_secrets(tmp_path: Path) -> None:
+def test_secrets_of_the_environment_are_not_recorded(tmp_path: Path) -> None:
     secret = "a-secret-that-is-a-secret"
     own = {"HF_TOKEN": secret, "NCCL_NAME": f"x-{secret}", "NCCL_DEBUG": "WARN", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "dtron.cluster.record", str(tmp_path)], check=True, env=os.environ | own)

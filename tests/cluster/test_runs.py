@@ -1,4 +1,4 @@
-"""How a run went, read from its files."""
+"""The outcome of a run, read from its files."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ def write(path: Path, *rows: dict[str, Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_nothing_and_half_a_file_are_no_outcome(tmp_path: Path) -> None:
+def test_missing_and_truncated_files_are_no_outcome(tmp_path: Path) -> None:
     assert read_outcome(tmp_path / "missing").state == "none"
     (tmp_path / "HEARTBEAT").write_text("{")
     assert read_outcome(tmp_path).state == "none"
 
 
-def test_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_running_run(tmp_path: Path) -> None:
     write(tmp_path / "HEARTBEAT", {"phase": "training", "step": 5, "deadline_s": 60, "run_folder": str(tmp_path / "r")})
     assert (read_outcome(tmp_path).state, read_outcome(tmp_path).step) == ("running", 5)
     rows: list[dict[str, Any]] = [
@@ -47,7 +47,7 @@ def test_failures(tmp_path: Path, kind: str, state: str) -> None:
     assert (read_outcome(tmp_path).state, read_outcome(tmp_path).why) == (state, "because")
 
 
-def test_the_newest_word_counts(tmp_path: Path) -> None:
+def test_the_newest_file_counts(tmp_path: Path) -> None:
     write(tmp_path / "FAILED", {"kind": "oom", "message": "m", "rank": 0, "unix_s": 1.0})
     write(tmp_path / "DONE", {"step": 9, "unix_s": 2.0})
     assert (read_outcome(tmp_path).state, read_outcome(tmp_path).step) == ("done", 9)

@@ -1,10 +1,10 @@
-"""What must not be written is found, hidden and named, and ordinary text is left alone."""
+"""Secrets are found, masked and named; ordinary text is not changed."""
 
 import pytest
 
 from dtron.cluster.secrets import find_secret, is_secret_file, mask
 
-# In two parts each, so that this file holds none.
+# In two parts each, so that this file contains none.
 SECRETS = [
     "hf_" + "abcdefGHIJKL0123456789xyz",
     "ghp_" + "0123456789abcdefghij0123456789abcdef",
@@ -21,16 +21,16 @@ def test_tokens(secret: str) -> None:
     assert mask(text, {}) == "first line\ntoken = '***'\n"
 
 
-def test_others() -> None:
+def test_other_secrets() -> None:
     assert mask("s3://user:" + "pass1234@bucket/x", {}) == "s3://user:***@bucket/x"
     assert mask("https://0123456789abcdef0123" + "@github.com/x.git", {}) == "https://***@github.com/x.git"
     assert mask("WANDB_API_KEY=" + "0123456789abcdef0123", {}) == "WANDB_API_KEY=***"
-    assert find_secret("s3://user:***@bucket/x", {}) == "", "what is hidden already"
+    assert find_secret("s3://user:***@bucket/x", {}) == "", "already masked"
     assert mask("env MY_KEY=" + "abcd1234567890 X=1", {}) == "env MY_KEY=*** X=1"
     assert "private key" in find_secret("-----BEGIN RSA " + "PRIVATE KEY-----", {})
 
 
-def test_the_value_of_a_variable_that_is_named_like_a_secret() -> None:
+def test_the_value_of_a_variable_whose_name_looks_like_a_secret() -> None:
     environment = {"MY_TOKEN": "quite-short-and-plain", "HOME": "quite-short", "A_TOKEN": "abc", "KEY_SECRET": "/tmp"}
     assert find_secret("x\ny quite-short-and-plain", environment) == "the value of MY_TOKEN in line 2"
     assert find_secret("quite-short abc /tmp", environment) == "", "no secret's name, too short, a path"

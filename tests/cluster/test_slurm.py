@@ -1,4 +1,4 @@
-"""A real Slurm disturbs a job in every way it knows; the job ends by itself with the losses of a run left alone."""
+"""A real Slurm interrupts a job in many ways; the job resumes by itself, with the losses of an uninterrupted run."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def slurm() -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    """Rows of the run of so many steps that is left alone, on one rank."""
+    """Rows of an uninterrupted run of `steps` steps on one rank."""
 
     @functools.cache
     def rows(steps: int) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 
 
 class Job:
-    """A tiny training on `nodes` nodes, one rank each, as a user submits it."""
+    """A tiny training on `nodes` nodes, one rank each, submitted as by a user."""
 
     def __init__(
         self, slurm: Slurm, folder: Path, nodes: int, *arguments: str, pause_ms: int = 20, preflight: bool = False
@@ -79,15 +79,15 @@ class Job:
         own = ["--nodes", str(nodes), "--ranks-per-node", "1", "--cpu", "--interface", "eth0"]
         own += [] if preflight else ["--no-preflight"]
         own += [*LAYOUTS[nodes], "--training.dataset_path", str(pause_ms)]
-        told = slurm.run(sys.executable, ROOT / "scripts/slurm/submit.py", "tiny.toml", *own, *arguments, cwd=folder)
-        self.id, where = told.splitlines()[-2].removeprefix("job ").split(" in ")
+        output = slurm.run(sys.executable, ROOT / "scripts/slurm/submit.py", "tiny.toml", *own, *arguments, cwd=folder)
+        self.id, where = output.splitlines()[-2].removeprefix("job ").split(" in ")
         self.folder = Path(where)
 
     def events(self) -> list[dict[str, Any]]:
         path = self.folder / "events.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def said(self, event: str) -> list[str]:
+    def details(self, event: str) -> list[str]:
         return [row["detail"] for row in self.events() if row["event"] == event]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ class Job:
         return self.slurm.run(sys.executable, ROOT / "scripts/slurm/status.py", "outputs", cwd=self.cwd)
 
     def wait_for_step(self, step: int, attempt: int = 1) -> None:
-        """Until a step is done in an attempt of the run (1 is the first that came so far)."""
+        """Until a step is done in an attempt of the run; attempts that did a step count from 1."""
         self.wait(lambda: any(r["step"] >= step and r["attempt"] >= attempt for r in self.rows()), f"step {step}")
 
     def wait_until_done(self) -> None:
@@ -107,7 +107,7 @@ class Job:
         self.wait(lambda: self.slurm.job(self.id)["JobState"] == "COMPLETED", "the job is completed")
 
     def wait_for_restart_of_slurm(self, restarts: int) -> None:
-        """Until Slurm has put it back into the queue so often."""
+        """Until Slurm has requeued it `restarts` times."""
         self.wait(lambda: int(self.slurm.job(self.id)["Restarts"]) >= restarts, f"{restarts} restarts")
 
     def hosts(self) -> list[int]:
@@ -123,7 +123,7 @@ class Job:
             raise AssertionError("\n".join([str(error), str(self.events()), *logs])) from None
 
     def check(self, expected: list[dict[str, Any]]) -> None:
-        """All steps are there, with the losses and norms of the run left alone."""
+        """Checks that all steps are done, with the losses and norms of the uninterrupted run."""
         (path,) = self.cwd.glob("outputs/*/metrics.jsonl")
         rows = [row for row in read_metrics(path) if "loss" in row]
         assert [row["step"] for row in rows] == list(range(1, len(expected) + 1))
@@ -132,7 +132,7 @@ class Job:
                 assert row[key] == pytest.approx(want[key], rel=1e-4), (row["step"], key)
 
     def replayed(self) -> list[int]:
-        """Steps that each later attempt did again."""
+        """Number of steps that each later attempt repeated."""
         rows = self.rows()
         attempts = sorted({row["attempt"] for row in rows})
         of = {attempt: [row["step"] for row in rows if row["attempt"] == attempt] for attempt in attempts}
@@ -140,27 +140,27 @@ class Job:
 
 
 def urgent(slurm: Slurm, folder: Path, nodes: int, seconds: int) -> str:
-    """Somebody's job that goes before others."""
+    """Submit a job that preempts others."""
     (folder / "urgent.sh").write_text(f"#!/bin/sh\nsleep {seconds}\n")
     own = ["--parsable", "--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "urgent.sh"]
     return slurm.run("sbatch", *own, cwd=folder).strip()
 
 
-def test_a_preempted_job_goes_on_by_itself(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_a_preempted_job_resumes(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     slurm.environment["HF_TOKEN"] = secret = "a-token-that-" + "nobody-is-to-see"  # in two parts: not in this file
     job = Job(slurm, tmp_path, 2, "--training.steps", "80")
     job.wait_for_step(10)
     urgent(slurm, tmp_path, 3, 1)
     job.wait_until_done()
     job.check(alone(80))
-    assert job.replayed() == [0], "it was saved when it was told to go"
-    assert [why.split(",")[0] for why in job.said("requeued")] == ["preempted"]
+    assert job.replayed() == [0], "it was saved on preemption"
+    assert [why.split(",")[0] for why in job.details("requeued")] == ["preempted"]
     assert "done   80/80" in job.status()
     check_records(job, secret)
 
 
 def check_records(job: Job, secret: str) -> None:
-    """What ran is kept, and without what was secret."""
+    """What ran is recorded, without secrets."""
     assert (job.folder / "code/dtron/models/llama.py").read_text() == (ROOT / "dtron/models/llama.py").read_text()
     about = json.loads((job.folder / "environment.json").read_text())
     assert about["host"] in [job.slurm.nodes.name(i) for i in range(1, 5)]
@@ -175,7 +175,7 @@ def check_records(job: Job, secret: str) -> None:
 
 @pytest.mark.long
 def test_twice_preempted_and_a_node_lost(tmp_path: Path, alone: Any) -> None:
-    """On four nodes, dp 2 x tp 2; nobody touches the job, and it ends as if nothing had been."""
+    """On four nodes, dp 2 x tp 2; without intervention the job ends like an uninterrupted one."""
     with cluster(4, requeue_s=75, prefix="t") as slurm:
         job = twice_preempted_and_a_node_lost(slurm, tmp_path)
         assert int(slurm.job(job.id)["Restarts"]) == 3, job.events()
@@ -199,8 +199,8 @@ def twice_preempted_and_a_node_lost(slurm: Slurm, tmp_path: Path) -> Job:
 
 
 @pytest.mark.long
-def test_the_nodes_are_checked_first(slurm: Slurm, tmp_path: Path) -> None:
-    """In folders whose names have spaces."""
+def test_preflight_runs_before_the_training(slurm: Slurm, tmp_path: Path) -> None:
+    """In folders with spaces in their names."""
     folder = tmp_path / "my runs"
     folder.mkdir()
     job = Job(slurm, folder, 2, preflight=True)
@@ -212,7 +212,7 @@ def test_the_nodes_are_checked_first(slurm: Slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_templates_by_hand(slurm: Slurm, tmp_path: Path) -> None:
+def test_templates_submitted_by_hand(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY.replace("local_batch_size = 8", "local_batch_size = 4"))
     own = {"CONFIG": "tiny.toml", "PYTHON": sys.executable, "RANKS_PER_NODE": "1", "CODE": str(ROOT), "PREFLIGHT": "0"}
     exported = "--export=ALL," + ",".join(f"{name}={value}" for name, value in own.items())
@@ -227,19 +227,19 @@ def test_the_templates_by_hand(slurm: Slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_it_goes_on_after_the_time_limit(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_a_job_resumes_after_the_time_limit(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--time", "2", "--save-s", "60", "--training.steps", "500", pause_ms=50)
     job.wait_until_done()
     job.check(alone(500))
-    assert set(job.replayed()) == {0} and len(job.said("requeued")) >= 1
-    assert all(why.startswith("the time limit") for why in job.said("requeued"))
+    assert set(job.replayed()) == {0} and len(job.details("requeued")) >= 1
+    assert all(why.startswith("the time limit") for why in job.details("requeued"))
 
 
 @pytest.mark.long
-def test_a_run_that_does_not_save_in_time_goes_on_from_the_checkpoint_before(
+def test_a_run_that_does_not_save_in_time_resumes_from_the_previous_checkpoint(
     slurm: Slurm, tmp_path: Path, alone: Any
 ) -> None:
-    """A rank stands still when the time limit comes near: the batch script does not wait for it too long."""
+    """A rank is stopped when the time limit approaches: the batch script does not wait for it too long."""
     limits = ["--time", "2", "--save-s", "60", "--comm.train_timeout_seconds", "600"]
     job = Job(slurm, tmp_path, 2, *limits, "--training.steps", "150", "--checkpoint.interval", "5", pause_ms=50)
     job.wait_for_step(10)
@@ -248,18 +248,18 @@ def test_a_run_that_does_not_save_in_time_goes_on_from_the_checkpoint_before(
             os.kill(pid, signal.SIGSTOP)
     job.wait_until_done()
     job.check(alone(150))
-    assert len(job.said("late")) == 1 and not job.said("hang"), job.events()
+    assert len(job.details("late")) == 1 and not job.details("hang"), job.events()
     assert job.replayed()[0] <= 5, "none, if Slurm wakes the rank up when it ends the job"
 
 
 @pytest.mark.long
-def test_scancel_saves_and_the_same_submission_goes_on(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_scancel_saves_and_the_same_submission_resumes(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     slurm.run("scancel", job.id)
     slurm.wait(lambda: slurm.job(job.id)["JobState"] == "CANCELLED", 60, "the job is gone")
     assert (job.folder / "control/SAVED").exists(), job.events()
-    assert "cancelled" in job.status() and not job.said("requeued")
+    assert "cancelled" in job.status() and not job.details("requeued")
     again = Job(slurm, tmp_path, 2, "--training.steps", "150")
     again.wait_until_done()
     again.check(alone(150))
@@ -267,7 +267,7 @@ def test_scancel_saves_and_the_same_submission_goes_on(slurm: Slurm, tmp_path: P
 
 
 @pytest.mark.long
-def test_requeued_by_a_person(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_requeued_by_a_user(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     slurm.run("scontrol", "requeue", job.id)
@@ -277,40 +277,38 @@ def test_requeued_by_a_person(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
 
 
 @pytest.mark.long
-def test_stopped_by_a_person(slurm: Slurm, tmp_path: Path) -> None:
+def test_stopped_by_a_user(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "5000")
     job.wait_for_step(5)
     (job.folder / "control" / "STOP").touch()
     job.wait(lambda: slurm.job(job.id)["JobState"] == "COMPLETED", "the job has ended")
-    assert len(job.said("started")) == 1 and "stopped" in job.status()
+    assert len(job.details("started")) == 1 and "stopped" in job.status()
     waiting = Job(slurm, tmp_path, 2, "--sbatch=--begin=now+10")
     (waiting.folder / "control").mkdir()
     (waiting.folder / "control" / "STOP").touch()
-    waiting.wait(lambda: waiting.said("stopped"), "stopped when its turn comes")
-    assert not waiting.said("started")
+    waiting.wait(lambda: waiting.details("stopped"), "stopped when its turn comes")
+    assert not waiting.details("started")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--modules", "nothing/1"], "module load nothing/1 failed"),
         (["--python", "/no/python", "--retries", "0"], "/no/python with dtron does not run"),
         (["--prolog", "prolog.sh"], "PROLOG"),
     ],
 )
-def test_an_environment_that_is_not_there_ends_the_job(
-    slurm: Slurm, tmp_path: Path, arguments: list[str], says: str
-) -> None:
+def test_a_missing_environment_ends_the_job(slurm: Slurm, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "prolog.sh").write_text('echo "$THIS_IS_NOT_SET"\nfalse\n')
     job = Job(slurm, tmp_path, 2, *arguments)
     job.wait(lambda: slurm.job(job.id)["JobState"] == "FAILED", "failed")
-    assert says in job.said("failed")[0] and "  failed  " in job.status()
+    assert message in job.details("failed")[0] and "  failed  " in job.status()
 
 
 @pytest.mark.long
 def test_in_a_container(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
-    """One that has its Python where there is nothing outside; the job is stopped and goes on."""
+    """One whose Python does not exist outside; the job is requeued and resumes."""
     (tmp_path / "a box").mkdir()
     box = tmp_path / "a box" / "run"
     box.write_text(
@@ -328,7 +326,7 @@ def test_in_a_container(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
 
 
 @pytest.mark.long
-def test_ranks_that_are_told_to_end_by_nobody_we_know(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_ranks_signalled_by_an_unknown_sender(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     for pid in slurm.nodes.pids(job.hosts()[1]):
@@ -336,17 +334,17 @@ def test_ranks_that_are_told_to_end_by_nobody_we_know(slurm: Slurm, tmp_path: Pa
             os.kill(pid, signal.SIGTERM)
     job.wait_until_done()
     job.check(alone(150))
-    assert job.replayed() == [0] and job.said("requeued")[0].startswith("a signal")
+    assert job.replayed() == [0] and job.details("requeued")[0].startswith("a signal")
 
 
 @pytest.mark.long
 def test_nodes_cut_from_each_other(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
-    """But not from the controller, to which all looks well."""
+    """But not from the controller, which notices nothing."""
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     one, two = job.hosts()
     slurm.nodes.drop(one, two)
-    job.wait(lambda: job.said("requeued"), "requeued")
+    job.wait(lambda: job.details("requeued"), "requeued")
     slurm.nodes.heal(one)
     job.wait_until_done()
     job.check(alone(150))
@@ -354,7 +352,7 @@ def test_nodes_cut_from_each_other(slurm: Slurm, tmp_path: Path, alone: Any) -> 
 
 
 @pytest.mark.long
-def test_a_node_cut_off_from_all(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
+def test_a_node_cut_off_from_everything(slurm: Slurm, tmp_path: Path, alone: Any) -> None:
     job = Job(slurm, tmp_path, 2, "--training.steps", "150")
     job.wait_for_step(25)
     two = job.hosts()[1]
@@ -367,7 +365,7 @@ def test_a_node_cut_off_from_all(slurm: Slurm, tmp_path: Path, alone: Any) -> No
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("arguments", "state", "says", "starts"),
+    ("arguments", "state", "message", "starts"),
     [
         (["--training.dataset", "failing", "--training.dataset_path", "refuse 1 1"], "failed", "copy it there", 1),
         (["--training.dataset", "failing", "--training.dataset_path", "kill 1 5"], "lost", "", 2),
@@ -375,18 +373,18 @@ def test_a_node_cut_off_from_all(slurm: Slurm, tmp_path: Path, alone: Any) -> No
     ],
     ids=["mistake", "crash", "nan"],
 )
-def test_what_would_fail_again_is_not_tried_for_ever(
-    slurm: Slurm, tmp_path: Path, arguments: list[str], state: str, says: str, starts: int
+def test_permanent_failures_are_not_retried_forever(
+    slurm: Slurm, tmp_path: Path, arguments: list[str], state: str, message: str, starts: int
 ) -> None:
     job = Job(slurm, tmp_path, 2, "--retries", "1", *arguments)
     job.wait(lambda: slurm.job(job.id)["JobState"] == "FAILED", "failed")
-    assert len(job.said("started")) == starts, job.events()
-    told = job.status()
-    assert f"  {state}  " in told and says in told, told
+    assert len(job.details("started")) == starts, job.events()
+    shown = job.status()
+    assert f"  {state}  " in shown and message in shown, shown
 
 
 @pytest.mark.long
-def test_a_job_that_waits_and_one_that_is_cancelled_before_it_begins(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_queued_job_and_one_cancelled_before_it_starts(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, 2, "--sbatch=--begin=now+1hour")
     assert "queued" in job.status() and "BeginTime" in job.status()
     slurm.run("scancel", job.id)
@@ -394,11 +392,11 @@ def test_a_job_that_waits_and_one_that_is_cancelled_before_it_begins(slurm: Slur
 
 
 @pytest.mark.long
-def test_preemption_that_sends_the_signal_of_the_job(tmp_path: Path, alone: Any) -> None:
+def test_preemption_with_the_signal_of_the_job(tmp_path: Path, alone: Any) -> None:
     with cluster(2, signals_preempted=True, prefix="u") as other:
         job = Job(other, tmp_path, 2, "--training.steps", "150")
         job.wait_for_step(25)
         urgent(other, tmp_path, 2, 1)
         job.wait_until_done()
     job.check(alone(150))
-    assert job.replayed() == [0] and "preempted" in job.said("stopping")[0]
+    assert job.replayed() == [0] and "preempted" in job.details("stopping")[0]

@@ -1,4 +1,4 @@
-"""Rendering and submitting jobs, with a stand-in for sbatch; tests/cluster/test_slurm.py has a real one."""
+"""Rendering and submitting jobs with a stand-in for sbatch; tests/cluster/test_slurm.py uses a real Slurm."""
 
 import importlib.util
 import json
@@ -60,7 +60,7 @@ def headers(script: str) -> dict[str, str]:
 
 
 def setting(script: str, name: str) -> str:
-    """As bash reads it."""
+    """A setting of the script, as bash reads it."""
     done = subprocess.run(
         ["bash", "-c", f'eval "$(grep \'^{name}=\' | head -1)"; printf %s "${name}"'],
         input=script,
@@ -70,18 +70,27 @@ def setting(script: str, name: str) -> str:
     return done.stdout
 
 
-def test_a_script_asks_for_what_it_was_told(tmp_path: Path) -> None:
+def test_options_are_in_the_script(tmp_path: Path) -> None:
     options = SlurmOptions(
         nodes=4, ranks_per_node=2, name="mine", time="2-0", partition="gpu", account="a b", save_s=120, retries=7,
         sbatch=["mem=0", "--exclusive"], python="/p y/python", container="apptainer exec --nv 'my image.sif'",
         interface="ib0",
     )  # fmt: skip
     script = render(tmp_path / "a job", options)
-    asked = headers(script)
-    assert (asked["nodes"], asked["gpus-per-node"], asked["time"], asked["partition"]) == ("4", "2", "2-0", "gpu")
-    assert (asked["account"], asked["output"]) == ('"a b"', f'"{tmp_path}/a job/logs/batch.log"')
-    assert (asked["signal"], asked["mem"], asked["exclusive"]) == ("B:USR1@120", "0", "") and "requeue" in asked
-    assert "qos" not in asked, "what was not told is the cluster's business"
+    lines = headers(script)
+    assert (lines["nodes"], lines["gpus-per-node"], lines["time"], lines["partition"]) == (
+        "4",
+        "2",
+        "2-0",
+        "gpu",
+    )
+    assert (lines["account"], lines["output"]) == ('"a b"', f'"{tmp_path}/a job/logs/batch.log"')
+    assert (lines["signal"], lines["mem"], lines["exclusive"]) == (
+        "B:USR1@120",
+        "0",
+        "",
+    ) and "requeue" in lines
+    assert "qos" not in lines, "options not given are left to the cluster"
     for name, value in {"PYTHON": "/p y/python", "JOB": f"{tmp_path}/a job", "SAVE_S": "120", "RETRIES": "7"}.items():
         assert setting(script, name) == value
     assert setting(script, "CONTAINER") == "apptainer exec --nv 'my image.sif'"
@@ -97,17 +106,17 @@ def test_a_job_on_cpus_that_does_not_requeue(tmp_path: Path) -> None:
 
 
 def test_no_secret_in_a_script(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the batch script would hold a Hugging Face token"):
+    with pytest.raises(UserError, match="the batch script would contain a Hugging Face token"):
         render(tmp_path, SlurmOptions(srun_args="--export=HF_TOKEN=hf_" + "abcdefGHIJKL0123456789xyz"))
 
 
-def test_a_dry_run_prints_and_makes_nothing(tmp_path: Path, submit: Any) -> None:
+def test_a_dry_run_only_prints(tmp_path: Path, submit: Any) -> None:
     done = submit(DEBUG, "--nodes", "3", "--checkpoint.enable", "--dry-run")
     assert done.code == 0, done.err
     assert headers(done.out)["nodes"] == "3" and {path.name for path in tmp_path.iterdir()} == {"bin"}
 
 
-def test_a_submitted_job_has_all_that_it_runs(tmp_path: Path, submit: Any) -> None:
+def test_a_job_folder_has_all_that_the_job_runs(tmp_path: Path, submit: Any) -> None:
     own = ["--cpu", "--ranks-per-node", "2", "--checkpoint.enable", "--tp", "2", "--training.steps", "7"]
     done = submit(DEBUG, "--nodes", "2", "--name", "mine", *own)
     assert done.code == 0, done.err
@@ -120,11 +129,11 @@ def test_a_submitted_job_has_all_that_it_runs(tmp_path: Path, submit: Any) -> No
     about = json.loads((folder / "job.json").read_text())
     assert (about["job_id"], about["nodes"], about["steps"]) == ("77", 2, 7)
     assert submit(DEBUG, "--nodes", "2", "--name", "mine", *own).code == 0
-    assert len([*tmp_path.glob("outputs/slurm/*/job.sbatch")]) == 2, "one of the same second has a folder of its own"
+    assert len([*tmp_path.glob("outputs/slurm/*/job.sbatch")]) == 2, "a job of the same second has its own folder"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([DEBUG], "checkpoint.enable = true"),
         (["nowhere.toml"], "there is no file nowhere.toml"),
@@ -138,21 +147,21 @@ def test_a_submitted_job_has_all_that_it_runs(tmp_path: Path, submit: Any) -> No
         ([DEBUG, "--checkpoint.enable", "--prolog", "nowhere.sh"], "there is no file nowhere.sh"),
         ([DEBUG, "--checkpoint.enable", "--retries", "-1"], "--retries is -1"),
         ([DEBUG, "--checkpoint.enable", "--container", "box 'a b"], "--container box 'a b: No closing quotation"),
-        ([DEBUG, "--checkpoint.enable", "--job.control_folder", "x"], "job.control_folder is the job's own"),
-        ([DEBUG, "--checkpoint.enable", "--job.dump_folder", "a%j"], "has a %"),
-        ([DEBUG, "--checkpoint.enable", "--job.description", SECRET], "holds a Hugging Face token"),
+        ([DEBUG, "--checkpoint.enable", "--job.control_folder", "x"], "job.control_folder is set by the job"),
+        ([DEBUG, "--checkpoint.enable", "--job.dump_folder", "a%j"], "contains %"),
+        ([DEBUG, "--checkpoint.enable", "--job.description", SECRET], "contains a Hugging Face token"),
         ([DEBUG, "--checkpoint.enable", "--container", "env MY_KEY=" + "abcd1234567890"], "a variable with a secret"),
     ],
 )
-def test_what_cannot_work_is_refused_before_slurm_is_asked(
-    tmp_path: Path, submit: Any, arguments: list[str], says: str
+def test_mistakes_are_reported_before_anything_is_submitted(
+    tmp_path: Path, submit: Any, arguments: list[str], message: str
 ) -> None:
     done = submit("--nodes", "2", *arguments)
-    assert done.code == 1 and says in done.err, done.err
+    assert done.code == 1 and message in done.err, done.err
     assert done.err.count("\n") == 1 and SECRET not in done.err and not [*tmp_path.glob("outputs/slurm/*")]
 
 
-def test_what_sbatch_refuses_is_told(tmp_path: Path, submit: Any) -> None:
+def test_an_error_of_sbatch_is_reported(tmp_path: Path, submit: Any) -> None:
     done = submit(DEBUG, "--nodes", "2", "--checkpoint.enable", REFUSE="invalid partition specified: x")
     assert done.code == 1 and "invalid partition specified: x" in done.err and "Traceback" not in done.err
     assert not [*tmp_path.glob("outputs/slurm/*")], "there is no job"
@@ -160,7 +169,7 @@ def test_what_sbatch_refuses_is_told(tmp_path: Path, submit: Any) -> None:
 
 def test_without_slurm(tmp_path: Path, submit: Any) -> None:
     done = submit(DEBUG, "--nodes", "2", "--checkpoint.enable", PATH=f"{tmp_path}/nothing")
-    assert done.code == 1 and "there is no sbatch here" in done.err
+    assert done.code == 1 and "sbatch is not installed here" in done.err
 
 
 @pytest.mark.parametrize(
@@ -172,7 +181,7 @@ def test_time_limits(text: str, seconds: int) -> None:
 
 
 def test_a_resolved_job_may_run_on_another_machine(tmp_path: Path) -> None:
-    """A login node has no GPU: what is checked is the machine that the job will have."""
+    """A login node has no GPU: the check is for the machines that the job will have."""
     bad = [
         "--job.config_file",
         DEBUG,
@@ -207,11 +216,11 @@ OOM = {"kind": "oom", "message": "CUDA out of memory", "unix_s": 2.0}
 @pytest.mark.parametrize(
     ("slurm", "events", "control", "state", "why"),
     [
-        (("PENDING", "Priority"), [], {}, "queued", "waits: Priority"),
+        (("PENDING", "Priority"), [], {}, "queued", "waiting: Priority"),
         (("RUNNING", "None"), [("started", "")], {}, "running", "starting"),
         (("RUNNING", "None"), [("started", "")], {"HEARTBEAT": BEAT}, "running", "training"),
         (("RUNNING", "None"), [("stopping", "preempted, 60 s left")], {"HEARTBEAT": BEAT}, "stopping", "60 s left"),
-        (("PENDING", "BeginTime"), [("requeued", "preempted, at step 7")], {}, "preempted", "waits: BeginTime"),
+        (("PENDING", "BeginTime"), [("requeued", "preempted, at step 7")], {}, "preempted", "waiting: BeginTime"),
         (("PENDING", "BeginTime"), [("requeued", "the time limit, at step 7")], {}, "queued", "the time limit"),
         (("COMPLETED", "None"), [("done", "")], {"DONE": {"step": 100, "unix_s": 3.0}}, "done", ""),
         (("FAILED", "None"), [("failed", "oom")], {"FAILED": OOM}, "oom", "CUDA out of memory"),
@@ -224,7 +233,7 @@ OOM = {"kind": "oom", "message": "CUDA out of memory", "unix_s": 2.0}
             "cancelled",
             "at step 9",
         ),
-        (("PENDING", "PartitionNodeLimit"), [], {}, "queued", "for ever"),
+        (("PENDING", "PartitionNodeLimit"), [], {}, "queued", "which will not change"),
         (
             ("RUNNING", "None"),
             [("requeued", "x"), ("started", "")],
@@ -235,12 +244,12 @@ OOM = {"kind": "oom", "message": "CUDA out of memory", "unix_s": 2.0}
         (("OUT_OF_MEMORY", "None"), [("started", "")], {}, "oom", ""),
         (("PREEMPTED", "None"), [("started", "")], {}, "preempted", ""),
         (None, [("failed", "hang, failure 4 from step 20")], {}, "hang", "failure 4"),
-        (None, [("stopped", "by somebody")], {}, "stopped", "by somebody"),
-        (None, [("started", "")], {"HEARTBEAT": BEAT}, "ended", "without a word"),
+        (None, [("stopped", "by a user")], {}, "stopped", "by a user"),
+        (None, [("started", "")], {"HEARTBEAT": BEAT}, "ended", "no reason recorded"),
         (("FAILED", "None"), [], {}, "failed", "logs/batch.log"),
     ],
 )
-def test_states(
+def test_job_states(
     tmp_path: Path, slurm: tuple[str, str] | None, events: list, control: dict, state: str, why: str
 ) -> None:
     queue = {"5": slurm} if slurm else {}

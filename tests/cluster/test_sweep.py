@@ -1,4 +1,4 @@
-"""Sweeps: which points there are, which are pruned, how each ended, what goes on, and what is told of it."""
+"""Sweeps: which points there are, which are pruned, how each ends, which are resumed, and what is reported."""
 
 import csv
 import dataclasses
@@ -27,9 +27,9 @@ from dtron.cluster.sweep import main  # noqa: E402
 from dtron.cluster.sweep import runner as sweep_runner  # noqa: E402
 from dtron.cluster.sweep import slurm as sweep_slurm  # noqa: E402
 from dtron.cluster.sweep.file import read_sweep  # noqa: E402
-from dtron.cluster.sweep.local import LocalRunner, how_it_ended  # noqa: E402
+from dtron.cluster.sweep.local import LocalRunner, classify_exit  # noqa: E402
 from dtron.cluster.sweep.points import Point, check_machine, make_points  # noqa: E402
-from dtron.cluster.sweep.results import advice, as_table, loss_notes, make_rows, write_csv  # noqa: E402
+from dtron.cluster.sweep.results import advice, format_table, loss_notes, rank_points, write_csv  # noqa: E402
 from dtron.cluster.sweep.runner import End, Record, Sweep, classify, read_record  # noqa: E402
 from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options  # noqa: E402
 from dtron.config import replace  # noqa: E402
@@ -42,7 +42,7 @@ HEAD = 'base = "base.toml"\nranks = 4\nsteps = 6\n'
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], Path]:
-    """Writes SWEEP.toml beside its base and gives its path."""
+    """Writes SWEEP.toml next to its base and returns its path."""
     (tmp_path / "base.toml").write_text(BASE)
 
     def write(text: str) -> Path:
@@ -75,14 +75,14 @@ def test_axes_make_a_product_and_points_are_added(write: Any) -> None:
         "[[points]]\ndp_replicate = 4\ntraining.local_batch_size = 1\n"
     )
     points = points_of(path)
-    told = [(str(p.degrees), p.config.training.local_batch_size, p.recompute) for p in points]
-    assert told[:4] == [("dp_shard 2 x tp 2", local, mode) for local in (2, 4) for mode in ("none", "full")]
-    assert told[4:8] == [("pp 2 x dp_shard 2", local, mode) for local in (2, 4) for mode in ("none", "full")]
-    assert told[8:] == [("dp_replicate 4", 1, "selective 2")]
+    found = [(str(p.degrees), p.config.training.local_batch_size, p.recompute) for p in points]
+    assert found[:4] == [("dp_shard 2 x tp 2", local, mode) for local in (2, 4) for mode in ("none", "full")]
+    assert found[4:8] == [("pp 2 x dp_shard 2", local, mode) for local in (2, 4) for mode in ("none", "full")]
+    assert found[8:] == [("dp_replicate 4", 1, "selective 2")]
     assert {p.config.debug.seed for p in points} == {7}
 
 
-def test_a_point_measures_steps_and_nothing_else(write: Any) -> None:
+def test_a_point_only_measures_steps(write: Any) -> None:
     (tmp := write(HEAD + "[axes]\ntp = [1]\n")).with_name("base.toml").write_text(
         BASE.replace("[validation]", "[checkpoint]\nenable = true\n[validation]\nenable = true")
     )
@@ -90,8 +90,8 @@ def test_a_point_measures_steps_and_nothing_else(write: Any) -> None:
     assert (c.training.steps, c.metrics.log_freq) == (6, 1)
     assert not (c.checkpoint.enable or c.validation.enable or c.metrics.enable_tensorboard)
     assert c.lr_scheduler.total_steps == 20  # the base's own: the learning rates of the real run's beginning
-    asked = points_of(write(HEAD + "[fixed]\ncheckpoint.enable = true\n[axes]\ntp = [1]\n"))[0].config
-    assert asked.checkpoint.enable
+    requested = points_of(write(HEAD + "[fixed]\ncheckpoint.enable = true\n[axes]\ntp = [1]\n"))[0].config
+    assert requested.checkpoint.enable
 
 
 def test_models_are_an_axis(write: Any, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_models_are_an_axis(write: Any, tmp_path: Path) -> None:
     assert points[0].parameters > points[1].parameters and points[0].same_loss != points[1].same_loss
 
 
-def test_points_are_known_by_their_resolved_settings(write: Any) -> None:
+def test_points_are_identified_by_their_resolved_settings(write: Any) -> None:
     one = points_of(write(HEAD + "[axes]\ntp = [2]\n"))[0]
     # In another order, in full where the other left it out, with other points before it: the same point.
     path = write(HEAD + "layouts = [{dp = 4}, {tp = 2, dp = 2}]\n[fixed]\ntraining.local_batch_size = 2\n")
@@ -114,7 +114,7 @@ def test_points_are_known_by_their_resolved_settings(write: Any) -> None:
     assert [p.name for p in twice] == [one.name]
 
 
-def test_what_cannot_work_is_pruned_with_the_reason(write: Any) -> None:
+def test_points_that_cannot_run_are_pruned_with_the_reason(write: Any) -> None:
     path = write(HEAD + "[fixed]\ntraining.local_batch_size = 2\n[axes]\ntp = [1, 3, 4]\npp = [1, 4]\n")
     reasons = {(p.settings["parallelism.tensor_parallel_degree"], p.degrees.pp): p.pruned for p in points_of(path)}
     assert reasons[1, 1] == ""
@@ -123,7 +123,7 @@ def test_what_cannot_work_is_pruned_with_the_reason(write: Any) -> None:
     assert "needs at least 4 microbatches" in reasons[1, 4]
 
 
-def test_a_sweep_for_gpus_can_be_read_where_there_is_none(write: Any) -> None:
+def test_a_gpu_sweep_can_be_listed_without_gpus(write: Any) -> None:
     text = (
         HEAD + '[fixed]\ntraining.device = "cuda"\n[axes]\ntraining.enable_cpu_offload = [true, false]\ncp = [1, 2]\n'
     )
@@ -136,14 +136,14 @@ def test_a_sweep_for_gpus_can_be_read_where_there_is_none(write: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEAD + "", "names no points"),
-        ("ranks = 4\n[axes]\ntp = [1]\n", "no base"),
+        (HEAD + "", "no points; add layouts"),
+        ("ranks = 4\n[axes]\ntp = [1]\n", "base is missing"),
         ('base = "gone.toml"\nranks = 4\n[axes]\ntp = [1]\n', "there is no file"),
         ('base = "base.toml"\n[axes]\ntp = [1]\n', "either as ranks = N or as ranks_per_node = N"),
         ('base = "base.toml"\nranks = 0\n[axes]\ntp = [1]\n', "ranks = 0: expected an integer of at least 1"),
-        ('base = "base.toml"\nranks = 3\nnodes = 2\n[axes]\ntp = [1]\n', "cannot be spread evenly over 2 nodes"),
+        ('base = "base.toml"\nranks = 3\nnodes = 2\n[axes]\ntp = [1]\n', "is not divisible by 2 nodes"),
         (HEAD + "stepz = 3\n[axes]\ntp = [1]\n", 'unknown key "stepz"; did you mean "steps"?'),
-        (HEAD + "tp = 2\n", 'the key "tp" stands by itself; put it under [fixed]'),
+        (HEAD + "tp = 2\n", 'the key "tp" is at the top level; put it under [fixed]'),
         (HEAD + "[axes]\ntraining.seqlen = [1]\n", 'unknown key "training.seqlen"; did you mean "training.seq_len"?'),
         (HEAD + "[axes]\ntp = []\n", "the axis parallelism.tensor_parallel_degree has no values"),
         (HEAD + "[axes]\ntp = 2\n", "expected a list of values, such as [2]"),
@@ -152,13 +152,13 @@ def test_a_sweep_for_gpus_can_be_read_where_there_is_none(write: Any) -> None:
         (HEAD + "[fixed]\ntp = 2\n[axes]\nparallelism.tensor_parallel_degree = [1]\n", "both as fixed and as an axis"),
         (HEAD + "[axes]\ntp = [1]\nparallelism.tensor_parallel_degree = [1]\n", "twice, once in its short form"),
         (HEAD + "[fixed]\ntp = 2\n[[points]]\ntp = 1\n", "both as fixed and in [[points]]"),
-        (HEAD + "[axes]\ntraining.steps = [1]\n", "the sweep's own: write steps = N at the top"),
+        (HEAD + "[axes]\ntraining.steps = [1]\n", "which a sweep sets itself: write steps = N at the top"),
         (HEAD + 'layouts = "some"\n', 'expected "all", or a list'),
         (HEAD + 'layouts = "all"\n[limits]\ndp = 1\ntp = 1\npp = 1\ncp = 1\ndp_replicate = 1\n', "raise a limit"),
         (HEAD + 'layouts = "all"\n[limits]\nep = 1\n', 'unknown key "ep"'),
         (HEAD + "[limits]\ntp = 1\n[axes]\ntp = [1]\n", "[limits] has no effect"),
-        (HEAD + 'layouts = "all"\n[axes]\ntp = [1]\n', "beside layouts, which set every degree"),
-        (HEAD + "[axes]\ntp = [3, 5]\n", "none of its points can work with 4 ranks"),
+        (HEAD + 'layouts = "all"\n[axes]\ntp = [1]\n', "is given, but layouts set every degree"),
+        (HEAD + "[axes]\ntp = [3, 5]\n", "no point can run with 4 ranks"),
         (HEAD + "[axes\n", "not valid TOML"),
     ],
 )
@@ -178,37 +178,37 @@ def test_more_ranks_than_gpus(write: Any, monkeypatch: pytest.MonkeyPatch) -> No
     check_machine(points, 4)  # device = "cpu"
     auto = replace(points[0].config, "training.device", "auto")
     points = [dataclasses.replace(points[0], config=auto), *points[1:]]
-    with pytest.raises(UserError, match="4 ranks, each with a GPU of its own, and this machine has 2"):
+    with pytest.raises(UserError, match="4 ranks, each with its own GPU, and this machine has 2"):
         check_machine(points, 4)
 
 
-def test_other_refusals(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_mistakes(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = str(write(HEAD + "[axes]\ntp = [1]\n")), tmp_path / "out"
     assert main([path, "--out", str(out), "--retry", "oom,odd"]) == 1
-    assert "'odd' is no end of a point" in capsys.readouterr().err
+    assert "unknown state 'odd'" in capsys.readouterr().err
     assert main([str(tmp_path / "gone.toml"), "--out", str(out)]) == 1
     assert "there is no file" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([path, "--out", str(tmp_path / "file")]) == 1
-    assert "name another folder by --out" in capsys.readouterr().err
-    holder = "import sys; from pathlib import Path; from dtron.train.folder import lock_run_folder\n"
-    holder += (
-        "out = Path(sys.argv[1]); out.mkdir(); kept = lock_run_folder(out); print('held', flush=True); sys.stdin.read()"
+    assert "choose another with --out" in capsys.readouterr().err
+    script = "import sys; from pathlib import Path; from dtron.train.folder import lock_run_folder\n"
+    script += (
+        "out = Path(sys.argv[1]); out.mkdir(); f = lock_run_folder(out); print('locked', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", holder, str(out)]
+    command = [sys.executable, "-c", script, str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
         assert main([path, "--out", str(out)]) == 1
         assert other.stdin is not None
         other.stdin.close()
-    assert "another sweep is going on in" in capsys.readouterr().err
+    assert "another sweep is running in" in capsys.readouterr().err
     lock_run_folder(out).close()
 
 
 def test_dry_run_lists_the_points(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(write(HEAD + "[axes]\ntp = [1, 2, 3]\n")), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "3 points, 1 of them pruned; nothing was run" in told and "does not divide the world size" in told
+    printed = capsys.readouterr().out
+    assert "3 points, 1 of them pruned; nothing was run" in printed and "does not divide the world size" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -225,10 +225,10 @@ def test_examples(path: Path) -> None:
 
 
 class FakeJob:
-    """What a point does: (the control files it writes, how its runner says it ended; None: it goes on)."""
+    """A job that writes `files` as its control files and has ended with `end`, or is still running if None."""
 
     def __init__(self, folder: Path, attempt: int, files: dict[str, Any], end: End | None) -> None:
-        self.control, self.kept = folder / f"control-{attempt}", {"number": attempt}
+        self.control, self.handle = folder / f"control-{attempt}", {"number": attempt}
         self.control.mkdir()
         self._end, self.stopped, self.seconds = end, False, 1.0
         run = folder / f"run-{attempt}"
@@ -253,9 +253,9 @@ class FakeJob:
 
 
 class FakeRunner:
-    """behaviours: by tensor-parallel degree, files and end."""
+    """behaviours: by tensor-parallel degree, the files and end of a FakeJob."""
 
-    at_once, goes_on = 1, False
+    at_once, outlives_sweep = 1, False
 
     def __init__(self, behaviours: dict[int, tuple[dict[str, Any], End | None]]) -> None:
         self.behaviours, self.started = behaviours, list[int]()
@@ -268,7 +268,7 @@ class FakeRunner:
         self.jobs.append(FakeJob(folder, attempt, *self.behaviours[point.degrees.tp]))
         return self.jobs[-1]
 
-    def find(self, folder: Path, attempt: int, kept: dict[str, Any]) -> FakeJob | None:
+    def find(self, folder: Path, attempt: int, handle: dict[str, Any]) -> FakeJob | None:
         return self.found
 
 
@@ -289,18 +289,18 @@ TP = HEAD + "[axes]\ntp = [1, 2, 4]\n[fixed]\nmodel.n_kv_heads = 4\n"
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_polling_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_runner, "POLL_S", 0.0)
 
 
-def test_points_run_once_and_failed_ones_when_asked(write: Any, tmp_path: Path) -> None:
+def test_points_run_once_and_failed_ones_with_retry(write: Any, tmp_path: Path) -> None:
     points, out = points_of(write(TP)), tmp_path / "out"
-    first = FakeRunner({1: DONE, 2: OOM, 4: ({}, End("", "no word"))})
+    first = FakeRunner({1: DONE, 2: OOM, 4: ({}, End("", "no reason"))})
     sweep = Sweep(points, out, first, limit_s=60)
     assert sweep.left == 3
     sweep.run()
     assert [sweep.records[p.name].state for p in points] == ["done", "oom", "failed"]
-    assert [sweep.records[p.name].reason for p in points] == ["", "out of memory", "no word"]
+    assert [sweep.records[p.name].reason for p in points] == ["", "out of memory", "no reason"]
     record = read_record(out / "points" / points[0].name)
     assert (record.tokens_per_s, record.step_s, record.loss, record.max_memory_bytes) == (100.0, 2.56, 3.0, 2**30)
     assert record.step_s_p25 == pytest.approx(2.56) and record.step_s_p75 == pytest.approx(2.56)
@@ -323,7 +323,7 @@ def test_interrupted_and_killed_points_run_again(write: Any, tmp_path: Path) -> 
         sweep.run()
     assert runner.jobs[1].stopped
     assert [sweep.records[p.name].state for p in points] == ["done", "interrupted", "waiting"]
-    killed = Record("running", attempt=4)  # its sweep was killed before it could note anything
+    killed = Record("running", attempt=4)  # its sweep was killed before it recorded more
     (out / "points" / points[2].name).mkdir()
     killed.write(out / "points" / points[2].name)
     rest = FakeRunner({2: DONE, 4: DONE})
@@ -333,7 +333,7 @@ def test_interrupted_and_killed_points_run_again(write: Any, tmp_path: Path) -> 
     assert [sweep.records[p.name].attempt for p in points] == [1, 2, 5]
 
 
-def test_a_job_that_outlived_its_sweep_is_followed(write: Any, tmp_path: Path) -> None:
+def test_a_job_that_outlived_its_sweep_is_monitored(write: Any, tmp_path: Path) -> None:
     points, out = points_of(write(HEAD + "[axes]\ntp = [1]\n")), tmp_path / "out"
     folder = out / "points" / points[0].name
     folder.mkdir(parents=True)
@@ -345,7 +345,7 @@ def test_a_job_that_outlived_its_sweep_is_followed(write: Any, tmp_path: Path) -
     assert runner.started == [] and sweep.records[points[0].name].state == "done"
 
 
-def test_a_changed_list_keeps_what_is_measured(write: Any, tmp_path: Path) -> None:
+def test_a_changed_list_keeps_measured_points(write: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     Sweep(points_of(write(TP)), out, FakeRunner({1: DONE, 2: DONE, 4: DONE}), limit_s=60).run()
     points = points_of(write(TP.replace("[1, 2, 4]", "[4, 2]") + "[[points]]\ndp_replicate = 2\n"))
@@ -355,7 +355,7 @@ def test_a_changed_list_keeps_what_is_measured(write: Any, tmp_path: Path) -> No
     assert len(list((out / "points").iterdir())) == 4  # the point that is no longer listed keeps its folder
 
 
-def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
+def test_time_limits_and_missing_heartbeats_stop_a_point(write: Any, tmp_path: Path) -> None:
     points = points_of(write(TP))
     late = {"HEARTBEAT": {"unix_s": time.time() - 500, "deadline_s": 60.0}}
     failed = {"kind": "mistake", "message": "stopped by a signal after step 3, and nothing was saved"}
@@ -374,15 +374,15 @@ def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
     sweep.run()
     records = [sweep.records[p.name] for p in points]
     assert [record.state for record in records] == ["timeout", "hang", "interrupted"]
-    assert records[0].reason == "not at its end after limit_s = 60 s: training, step 3 of 6"
-    assert re.match(r"no sign of life for 50\d s: training, step 3 of 6", records[1].reason)
+    assert records[0].reason == "not finished after limit_s = 60 s: training, step 3 of 6"
+    assert re.match(r"no heartbeat for 50\d s: training, step 3 of 6", records[1].reason)
     assert [job.stopped for job in jobs] == [True, True, False]
 
 
 @pytest.mark.parametrize(
-    ("end", "outcome", "ours", "state"),
+    ("end", "outcome", "ended_by_us", "state"),
     [
-        (End("timeout", "late"), Outcome("done"), True, "done"),  # it was, just before it was ended
+        (End("timeout", "late"), Outcome("done"), True, "done"),  # it finished just before it was stopped
         (End("timeout", "late"), Outcome("failed", "stopped by a signal"), True, "timeout"),
         (End("oom", "killed"), Outcome("lost", "Connection closed"), False, "oom"),
         (End("lost", "killed"), Outcome("running"), False, "lost"),
@@ -393,18 +393,18 @@ def test_a_limit_and_a_silence_end_a_point(write: Any, tmp_path: Path) -> None:
         (End(), Outcome("saved", step=3), False, "interrupted"),
     ],
 )
-def test_classes(end: End, outcome: Outcome, ours: bool, state: str) -> None:
-    assert classify(end, outcome, ours)[0] == state
+def test_ends_are_classified(end: End, outcome: Outcome, ended_by_us: bool, state: str) -> None:
+    assert classify(end, outcome, ended_by_us)[0] == state
 
 
-def test_what_torchrun_tells() -> None:
+def test_exits_of_torchrun_are_classified() -> None:
     killed = "  exitcode  : -9 (pid: 7)\n  traceback : Signal 9 (SIGKILL) received by PID 7\n"
-    assert how_it_ended(1, killed, oom_kills=True).state == "oom"
-    assert how_it_ended(1, killed, oom_kills=False).state == "lost"
-    assert how_it_ended(1, "x\nModuleNotFoundError: No module named 'y'\nRoot Cause\n", True) == End(
+    assert classify_exit(1, killed, oom_kills=True).state == "oom"
+    assert classify_exit(1, killed, oom_kills=False).state == "lost"
+    assert classify_exit(1, "x\nModuleNotFoundError: No module named 'y'\nRoot Cause\n", True) == End(
         "", "ModuleNotFoundError: No module named 'y'"
     )
-    assert how_it_ended(3, "", False).why == "torchrun ended with 3, without a word"
+    assert classify_exit(3, "", False).why == "torchrun exited with code 3 and no message"
 
 
 # --- results
@@ -412,7 +412,7 @@ def test_what_torchrun_tells() -> None:
 
 def measured(write: Any, text: str, records: list[Record]) -> Any:
     points = points_of(write(text))
-    return make_rows(points, {p.name: record for p, record in zip(points, records, strict=True)})
+    return rank_points(points, {p.name: record for p, record in zip(points, records, strict=True)})
 
 
 def done(tokens_per_s: float, loss: float = 3.0, spread: float = 0.01, gib: int = 2) -> Record:
@@ -421,11 +421,13 @@ def done(tokens_per_s: float, loss: float = 3.0, spread: float = 0.01, gib: int 
     return Record("done", "", 1, 0.0, 9.0, 6, loss, tokens_per_s, None, step_s, low, high, gib * 2**30)
 
 
-def test_the_best_is_on_top_and_named(write: Any, tmp_path: Path) -> None:
+def test_the_best_is_first_and_recommended(write: Any, tmp_path: Path) -> None:
     rows = measured(write, TP, [done(100.0), done(150.0), Record("oom", "out of memory")])
     assert [row.point.degrees.tp for row in rows] == [2, 1, 4] and [row.best for row in rows] == [True, False, False]
-    assert advice(rows) == ["take dp_shard 2 x tp 2: 150 tokens/s, 2.00 GiB a rank; 50% more than the next, dp_shard 4"]
-    table = as_table(rows).splitlines()
+    assert advice(rows) == [
+        "take dp_shard 2 x tp 2: 150 tokens/s, 2.00 GiB per rank; 50% more than the next, dp_shard 4"
+    ]
+    table = format_table(rows).splitlines()
     assert table[1].split()[:3] == ["*", "2", "2"] and table[3].endswith("oom: out of memory")
     write_csv(tmp_path / "r.csv", rows)
     with (tmp_path / "r.csv").open() as file:
@@ -449,21 +451,21 @@ def test_the_best_is_on_top_and_named(write: Any, tmp_path: Path) -> None:
     assert head.endswith(",debug.seed") and first.endswith(",1")
 
 
-def test_a_lead_within_the_spread_is_none(write: Any) -> None:
+def test_a_lead_within_the_spread_does_not_count(write: Any) -> None:
     rows = measured(write, TP, [done(100.0), done(101.0, spread=0.03, gib=3), done(60.0)])
     (line,) = advice(rows)
-    assert "as fast within the spread of the steps: 1 other(s), first dp_shard 4" in line
-    assert line.endswith("with the least memory dp_shard 4, 2.00 GiB")
+    assert "equally fast within the spread of the steps: 1 other(s), first dp_shard 4" in line
+    assert line.endswith("least memory: dp_shard 4, 2.00 GiB")
 
 
-def test_losses_that_should_agree_and_do_not(write: Any) -> None:
+def test_losses_that_must_agree_but_differ(write: Any) -> None:
     rows = measured(write, TP, [done(100.0, 3.0), done(150.0, 3.001), done(60.0, 3.0001)])
-    assert not rows[0].best and rows[1].best  # the fastest is not to be taken
+    assert not rows[0].best and rows[1].best  # the fastest is not recommended
     (note,) = loss_notes(rows)
     assert note.startswith("losses differ: dp_shard 2 x tp 2 ends at 3.00100 and the 2 other(s)")
-    assert "3.0010!" in as_table(rows)
+    assert "3.0010!" in format_table(rows)
     seeds = measured(write, HEAD + "[axes]\ndebug.seed = [1, 2]\n", [done(100.0, 3.0), done(150.0, 4.0)])
-    assert loss_notes(seeds) == []  # these do not promise the same
+    assert loss_notes(seeds) == []  # these need not agree
 
 
 def test_each_model_has_a_best(write: Any) -> None:
@@ -493,7 +495,7 @@ def test_picture_shows_every_point(write: Any, tmp_path: Path) -> None:
         "6 steps",
         "best",
         "pruned: tensor_parallel_degree 4",
-        "memory of a rank",
+        "memory per rank",
         "loss differs",
     ):
         assert word in text, word
@@ -506,10 +508,10 @@ def test_without_matplotlib_the_csv_is_made(
     path, out = write(HEAD + "[axes]\ntp = [1]\n"), tmp_path / "out"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([str(path), "--out", str(out)]) == 1
-    assert "--no-picture for the table and the CSV alone" in capsys.readouterr().err and not out.exists()
+    assert "--no-picture for only the table and the CSV" in capsys.readouterr().err and not out.exists()
     Sweep(points_of(path), out, FakeRunner({1: DONE}), limit_s=60).run()
     assert main([str(path), "--out", str(out), "--no-picture"]) == 0
-    assert "1 points: 0 pruned, 1 ended before, 0 to run" in capsys.readouterr().out
+    assert "1 points: 0 pruned, 1 already ended, 0 to run" in capsys.readouterr().out
     assert (out / "results.csv").exists() and not (out / "results.svg").exists()
 
 
@@ -517,24 +519,26 @@ def test_without_matplotlib_the_csv_is_made(
 
 
 class FakeSlurm:
-    """sbatch, squeue and scancel without Slurm. words: job -> Slurm's word for its state."""
+    """Stand-ins for sbatch, squeue and scancel. states: job -> Slurm's state."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.words: dict[str, str] = {}
+        self.states: dict[str, str] = {}
         self.submitted: list[tuple[list[str], SlurmOptions]] = []
         monkeypatch.setattr(sweep_slurm, "submit", self.submit)
-        monkeypatch.setattr(sweep_slurm, "states", lambda: {job: (word, "None") for job, word in self.words.items()})
+        monkeypatch.setattr(
+            sweep_slurm, "queue_states", lambda: {job: (state, "None") for job, state in self.states.items()}
+        )
         monkeypatch.setattr(sweep_slurm, "QUERY_S", 0.0)
-        monkeypatch.setattr(sweep_slurm, "MISSING_S", 0.0)
+        monkeypatch.setattr(sweep_slurm, "UNREPORTED_S", 0.0)
         monkeypatch.setattr(sweep_slurm, "STOP_S", 1.0)
-        monkeypatch.setattr(status, "_ended", lambda job_id: ("", ""))
+        monkeypatch.setattr(status, "_accounted_state", lambda job_id: ("", ""))
 
-    def submit(self, argv: list[str], options: SlurmOptions, say: Any) -> SlurmJob:
+    def submit(self, argv: list[str], options: SlurmOptions, log: Any) -> SlurmJob:
         self.submitted.append((argv, options))
         job = SlurmJob(Path(argv[argv.index("--job.dump_folder") + 1]) / "slurm" / "x", str(len(self.submitted)))
         job.control.mkdir(parents=True)
         (job.folder / "job.json").write_text(json.dumps({"job_id": job.job_id}))
-        self.words[job.job_id] = "PENDING"
+        self.states[job.job_id] = "PENDING"
         return job
 
     def event(self, out: Path, job_id: str, event: str, detail: str = "") -> None:
@@ -545,7 +549,7 @@ class FakeSlurm:
                     file.write(json.dumps(row) + "\n")
 
 
-def test_jobs_are_left_alone_and_found_again(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_outlive_the_sweep_and_are_found(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points, out, slurm = points_of(write(TP)), tmp_path / "out", FakeSlurm(monkeypatch)
     options = slurm_options({"partition": "low"}, nodes=2, ranks_per_node=2, limit_s=1800.0)
     assert (options.time, options.requeue, options.preflight, options.partition) == ("0:45:00", False, False, "low")
@@ -555,27 +559,27 @@ def test_jobs_are_left_alone_and_found_again(write: Any, tmp_path: Path, monkeyp
         seen.append(record.state)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        slurm.words["1"] = "RUNNING"
+        slurm.states["1"] = "RUNNING"
         slurm.event(out, "1", "started", "2 nodes")
 
     with pytest.raises(KeyboardInterrupt):
-        Sweep(points, out, SlurmRunner(options, at_once=2), 1800.0, told=interrupt).run()
+        Sweep(points, out, SlurmRunner(options, at_once=2), 1800.0, on_update=interrupt).run()
     assert seen == ["queued", "queued", "running", "queued"]
     assert [options.name for _, options in slurm.submitted] == [p.name for p in points[:2]]
     with pytest.raises(UserError, match="is job 1 of Slurm: add --slurm"):
         Sweep(points, out, LocalRunner(4), 1800.0)
-    # Meanwhile one is done, one is preempted; the third gets to its end while the sweep looks on.
+    # Meanwhile one finishes and one is preempted; the third ends while the sweep runs.
     job = out / "points" / points[0].name / "slurm" / "x"
     (job / "control" / "DONE").write_text(json.dumps({"step": 6, "unix_s": 1.0}))
-    slurm.words.pop("1")
-    slurm.event(out, "2", "ended", "preempted, asked at step 3")
-    slurm.words["2"] = "FAILED"
+    slurm.states.pop("1")
+    slurm.event(out, "2", "ended", "preempted, stop requested at step 3")
+    slurm.states["2"] = "FAILED"
     sweep = Sweep(
         points,
         out,
         SlurmRunner(options, at_once=2),
         1800.0,
-        told=lambda p, r: slurm.words.update({"3": "OUT_OF_MEMORY"}),
+        on_update=lambda p, r: slurm.states.update({"3": "OUT_OF_MEMORY"}),
     )
     assert sweep.left == 3
     sweep.run()
@@ -588,13 +592,13 @@ def test_a_time_limit_of_slurm_is_a_timeout(write: Any, tmp_path: Path, monkeypa
 
     def limit(point: Point, record: Record) -> None:
         if record.state == "queued":
-            slurm.event(out, "1", "ended", "the time limit, asked at step 3")
-            slurm.words.pop("1", None)
+            slurm.event(out, "1", "ended", "the time limit, stop requested at step 3")
+            slurm.states.pop("1", None)
 
-    sweep = Sweep(points, out, SlurmRunner(slurm_options({}, 1, 4, 60.0), 1), 60.0, told=limit)
+    sweep = Sweep(points, out, SlurmRunner(slurm_options({}, 1, 4, 60.0), 1), 60.0, on_update=limit)
     sweep.run()
     record = sweep.records[points[0].name]
-    assert (record.state, record.reason) == ("timeout", "Slurm's: the time limit, asked at step 3")
+    assert (record.state, record.reason) == ("timeout", "Slurm's: the time limit, stop requested at step 3")
 
 
 @pytest.mark.parametrize(
@@ -604,11 +608,11 @@ def test_a_time_limit_of_slurm_is_a_timeout(write: Any, tmp_path: Path, monkeypa
         (["--cpu"], "--cpu has no effect without --slurm"),
         (["--partition", "x"], "--partition has no effect without --slurm"),
         (["--slurm", "--at-once", "0"], "--at-once 0: expected 1 or more"),
-        (["--slurm", "--nodes", "3"], "cannot be spread evenly over 3 nodes"),
-        (["--slurm"], "training.device is cpu, but the jobs ask for GPUs: add --cpu"),
+        (["--slurm", "--nodes", "3"], "is not divisible by 3 nodes"),
+        (["--slurm"], "training.device is cpu, but the jobs request GPUs: add --cpu"),
     ],
 )
-def test_options_of_slurm(
+def test_mistakes_in_slurm_options(
     write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     path = write(HEAD + '[axes]\ntp = [1]\n[fixed]\ntraining.device = "cpu"\n')
@@ -616,7 +620,7 @@ def test_options_of_slurm(
     assert message in capsys.readouterr().err
     nodes = write(HEAD + "nodes = 2\n[axes]\ntp = [1]\n")
     assert main([str(nodes), "--out", str(tmp_path / "out")]) == 1
-    assert "this is one machine; set nodes = 1, or add --slurm" in capsys.readouterr().err
+    assert "a local sweep has one machine; set nodes = 1, or add --slurm" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -632,7 +636,7 @@ def test_a_real_slurm_runs_the_points(write: Any, tmp_path: Path) -> None:
         slurm.wait(lambda: list(tmp_path.glob("out/points/*/slurm/*/control/HEARTBEAT")), 200, "a point runs")
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == 130
-        assert slurm.run("squeue", "-h").strip(), "the jobs go on"
+        assert slurm.run("squeue", "-h").strip(), "the jobs continue"
         second = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=500)
     assert second.returncode == 0, second.stdout + second.stderr
     with (tmp_path / "out" / "results.csv").open() as file:
@@ -645,7 +649,7 @@ def test_a_real_slurm_runs_the_points(write: Any, tmp_path: Path) -> None:
 # --- torchrun
 
 
-def test_a_point_that_still_runs_is_not_run_beside_itself(tmp_path: Path) -> None:
+def test_a_point_that_still_runs_is_not_started_again(tmp_path: Path) -> None:
     (tmp_path / "log-1.txt").touch()
     script = (
         "import sys, fcntl; f = open(sys.argv[1]); fcntl.flock(f, 2); print('locked', flush=True); sys.stdin.read()"
@@ -653,7 +657,7 @@ def test_a_point_that_still_runs_is_not_run_beside_itself(tmp_path: Path) -> Non
     command = [sys.executable, "-c", script, str(tmp_path / "log-1.txt")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match="still runs, started by a sweep that was killed"):
+        with pytest.raises(UserError, match="is still running, started by a sweep that was killed"):
             LocalRunner(1).find(tmp_path, 1, {})
         assert other.stdin is not None
         other.stdin.close()
@@ -671,7 +675,7 @@ def test_a_real_sweep_interrupted_and_resumed(write: Any, tmp_path: Path) -> Non
     beat = tmp_path / "out"
     while not list(beat.glob("points/*/control-1/HEARTBEAT")) and first.poll() is None:
         time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)  # unlike SIGINT it is heard in the background too
+    first.send_signal(signal.SIGTERM)  # unlike SIGINT it is not ignored in the background
     assert first.wait(200) == 130, (tmp_path / "log").read_text()
     second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=400)
     assert second.returncode == 0, second.stdout + second.stderr

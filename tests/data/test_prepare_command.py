@@ -118,8 +118,8 @@ def test_the_embedded_corpus_by_its_name(tmp_path, capsys):
         (["prepare", "{source}", "--tokenizer", "bpe:300", "--out", "{out}"], 1, "'body'"),  # the column there is
         (["prepare", "--show", "{out}"], 1, "manifest.json is missing"),
         (["prepare", "--show", "{out}", "--out", "x"], 2, "--show takes no"),
-        (["prepare", "{source}", "--out", "{out}"], 2, "--tokenizer and --out are needed"),
-        (["prepare", "{source}", "--processes", "0"], 2, "0 is less than 1"),
+        (["prepare", "{source}", "--out", "{out}"], 2, "--tokenizer and --out are required"),
+        (["prepare", "{source}", "--processes", "0"], 2, "0: expected 1 or more"),
         ([], 2, "COMMAND"),
     ],
 )
@@ -163,7 +163,7 @@ def test_bench_compares_the_same_tokens(tmp_path):
 
 def test_out_inside_the_source_is_refused(source, tmp_path, capsys):
     assert main(arguments(source.parent, tmp_path / "out" / "deep")) == 1
-    assert "lies inside" in capsys.readouterr().err and os.listdir(tmp_path) == ["texts.jsonl"]
+    assert "is inside" in capsys.readouterr().err and os.listdir(tmp_path) == ["texts.jsonl"]
 
 
 def test_mistyped_tokenizer_is_told_at_once(source, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """The command `dtron preflight`: can these machines train, and is one of them slow? Imports torch when it runs.
 
-facts.py    what has to be equal on all ranks         guard.py    stages with time limits
+facts.py    versions that must match on all ranks     guard.py    stages with time limits
 measure.py  rates, collectives, links                 machine.py  clocks, disks
-stages.py   the order of it all                       report.py   what is made of the figures
+stages.py   the stages, in their order                report.py   tables and warnings
 """
 
 import argparse
@@ -15,34 +15,34 @@ TIMEOUT_S = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `dtron preflight`, with `run` as what it does with it."""
+    """Add the command line of `dtron preflight`; it calls `run`."""
     parser.description = (
-        "Measure machines and the network between them, as a layout uses them. Started by torchrun, on the machines of "
-        "the training: torchrun ... -m dtron preflight [...]; alone it is one rank. Every key of train.py may be "
-        "given, such as --tp 2."
+        "Measure machines and the network between them, as a layout uses them. Start it with torchrun on the machines "
+        "of the training: torchrun ... -m dtron preflight [...]; without torchrun it runs as one rank. Accepts every "
+        "key of train.py, such as --tp 2."
     )
     parser.epilog = (
-        "Ends with 0 when these ranks can train, 2 when they cannot, 3 with --strict and warnings; torchrun makes 1 of "
-        "2 and 3, and the file of --out holds exit_code."
+        "Exit codes: 0 if these ranks can train, 2 if they cannot, 3 with --strict and warnings. torchrun turns 2 and "
+        "3 into 1; the JSON written to --out has exit_code."
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", help="a run's TOML file, checked as train.py does (default: the degrees alone)")
-    add("--out", default="preflight.json", metavar="FILE", help="for the figures (default: %(default)s)")
-    add("--disk", metavar="DIR", help="folder to write to (default: job.dump_folder)")
-    add("--strict", action="store_true", help="end with 3 where there are warnings, such as a slow rank")
-    limit = "longest time of any one check, after which it says which ranks it waits for (default: %(default)g)"
+    add("--config", metavar="FILE", help="a run's TOML file, checked as train.py checks it (default: only the degrees)")
+    add("--out", default="preflight.json", metavar="FILE", help="JSON file for the figures (default: %(default)s)")
+    add("--disk", metavar="DIR", help="folder whose write speed is measured (default: job.dump_folder)")
+    add("--strict", action="store_true", help="exit with 3 if there are warnings, such as a slow rank")
+    limit = "time limit of each check in seconds; then the ranks it waits for are reported (default: %(default)g)"
     add("--timeout", type=_seconds, default=TIMEOUT_S, metavar="S", help=limit)
     parser.set_defaults(run=run, takes_keys=True)
 
 
 def _seconds(text: str) -> float:
     if not 1 <= (seconds := float(text)) <= 3600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 3600 seconds")
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to 3600 seconds")
     return seconds
 
 
 def run(given: argparse.Namespace) -> NoReturn:
-    """What `add_arguments` describes; ends the process."""
+    """Run preflight; exits the process."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from dtron.cluster.preflight.stages import main
 

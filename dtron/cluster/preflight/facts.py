@@ -1,4 +1,4 @@
-"""What has to be equal on all ranks before they may talk to each other: versions, drivers, devices, dtron's code."""
+"""What must match on all ranks before they communicate: versions, drivers, devices, dtron's code."""
 
 import hashlib
 import importlib.metadata
@@ -16,12 +16,12 @@ import dtron
 from dtron.observe.device import device_name
 from dtron.ranks.hang_report import format_ranks
 
-__all__ = ["code_hash", "compare", "facts", "hosts_text", "machines", "whose"]
+__all__ = ["hash_code", "compare_facts", "facts", "format_hosts", "machines", "describe_ranks"]
 
 PACKAGE = Path(dtron.__file__).parent
 DRIVER = Path("/proc/driver/nvidia/version")
-# What is compared, under the names that a message gives it.
-EQUAL = {
+# Compared facts, with their names in messages.
+MUST_MATCH = {
     "python": "Python",
     "torch": "torch",
     "cuda": "torch's CUDA",
@@ -35,7 +35,7 @@ EQUAL = {
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Of this rank: `EQUAL`'s keys; git (commit of dtron's code, or None), host, node (of torchrun), threads."""
+    """This rank's `MUST_MATCH` keys, git (dtron's commit, or None), host, node (torchrun's node rank), threads."""
     cuda = device.type == "cuda"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda and torch.version.cuda else None
     return {
@@ -47,7 +47,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "driver": _driver() if cuda else None,
         "device": device_name(device),
         "dtron": dtron.__version__,
-        "code": code_hash(PACKAGE),
+        "code": hash_code(PACKAGE),
         "git": _commit(PACKAGE),
         "host": socket.gethostname(),
         "node": int(os.environ.get("GROUP_RANK", 0)),
@@ -55,8 +55,8 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def code_hash(folder: Path) -> str:
-    """Of every module's name and bytes: two machines with the same run the same code."""
+def hash_code(folder: Path) -> str:
+    """Hash of every module's name and bytes: machines with equal hashes run the same code."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
@@ -71,7 +71,7 @@ def _installed(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """For example 550.54.15, from the line of the kernel module."""
+    """The kernel module's version, such as 550.54.15."""
     try:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
     except OSError:
@@ -80,7 +80,7 @@ def _driver() -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """None where there is no git, or the code is no checkout of it."""
+    """The commit; None without git, or if the code is not in a git checkout."""
     try:
         command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -88,45 +88,47 @@ def _commit(folder: Path) -> str | None:
         return None
 
 
-def compare(of_ranks: list[dict[str, Any]]) -> str:
-    """A message that names every fact that is not equal, whose value is which and on which ranks; empty if all are.
+def compare_facts(of_ranks: list[dict[str, Any]]) -> str:
+    """A message with every fact that differs, its values and their ranks; empty if all match.
 
-    What most ranks have stands last, so that the odd one is read first.
+    The value that most ranks have is last, so that the outlier is read first.
     """
     hosts = [each["host"] for each in of_ranks]
-    unequal = []
-    for key, name in EQUAL.items():
+    differing = []
+    for key, name in MUST_MATCH.items():
         by_value: dict[Any, list[int]] = {}
         for rank, each in enumerate(of_ranks):
             by_value.setdefault(each[key], []).append(rank)
         if len(by_value) > 1:
             found = sorted(by_value.items(), key=lambda item: (len(item[1]), -item[1][0]))
-            parts = [f"{_value(key, value, of_ranks[ranks[0]])} on {whose(ranks, hosts)}" for value, ranks in found]
-            unequal.append(f"{name} is {' and '.join([', '.join(parts[:-1]), parts[-1]])}")
-    if not unequal:
+            parts = [
+                f"{_value(key, value, of_ranks[ranks[0]])} on {describe_ranks(ranks, hosts)}" for value, ranks in found
+            ]
+            differing.append(f"{name} is {' and '.join([', '.join(parts[:-1]), parts[-1]])}")
+    if not differing:
         return ""
-    return f"the ranks are not equal: {'; '.join(unequal)}; install the same on every machine"
+    return f"the ranks differ: {'; '.join(differing)}; install the same versions on every machine"
 
 
 def _value(key: str, value: Any, of_rank: dict[str, Any]) -> str:
     if value is None:
-        return "not there"
+        return "not installed"
     return f"{value} (commit {of_rank['git']})" if key == "code" and of_rank["git"] else str(value)
 
 
-def hosts_text(ranks: list[int], hosts: list[str], most: int = 4) -> str:
-    """The hosts of some ranks, each once: "n1, n2 and 3 more"."""
+def format_hosts(ranks: list[int], hosts: list[str], limit: int = 4) -> str:
+    """The hosts of some ranks, without duplicates: "n1, n2 and 3 more"."""
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def whose(ranks: list[int], hosts: list[str]) -> str:
-    """ "ranks 2-3 (n2)"; without the hosts as long as they are not known."""
-    return f"{format_ranks(ranks)} ({hosts_text(ranks, hosts)})" if hosts else format_ranks(ranks)
+def describe_ranks(ranks: list[int], hosts: list[str]) -> str:
+    """ "ranks 2-3 (n2)"; only the ranks while the hosts are unknown."""
+    return f"{format_ranks(ranks)} ({format_hosts(ranks, hosts)})" if hosts else format_ranks(ranks)
 
 
 def machines(of_ranks: list[dict[str, Any]]) -> list[list[int]]:
-    """The ranks of each machine, in order of its first. A host with several of torchrun's agents is several."""
+    """The ranks of each machine, ordered by its first rank. A host with several torchrun agents counts as several."""
     found: dict[tuple[str, int], list[int]] = {}
     for rank, each in enumerate(of_ranks):
         found.setdefault((each["host"], each["node"]), []).append(rank)

@@ -1,8 +1,7 @@
-"""What a rank measures: its matmul and memory rate, its groups' collectives, and the links to its neighbours.
+"""What a rank measures: its matmul and memory rates, its groups' collectives, and the links to its neighbours.
 
-Nothing here has a fixed length: each figure gets a time budget, and the number of calls and the sizes of messages
-follow from how long the first call took. Ranks that measure together take the slowest one's word for that, so that all
-make the same calls.
+Each figure has a time budget: the number of calls and the message sizes follow from the duration of the first call.
+Ranks that measure together use the slowest one's duration, so that all make the same calls.
 """
 
 import statistics
@@ -18,25 +17,25 @@ from dtron import compat
 from dtron.cluster.preflight.guard import Guard
 from dtron.mesh import Mesh
 
-__all__ = ["Dimension", "Meter", "Spent", "Timer", "bus_factor", "dimensions", "link_rounds"]
+__all__ = ["Dimension", "Meter", "Elapsed", "Timer", "bus_factor", "dimensions", "link_rounds"]
 
-BLOCKS = 5  # the median of so many counts, so that a pause in one of them does not
-MOST_CALLS = 200  # in a block
-RATE_S = 0.6  # budget of the matmul, and of the memory
-MESSAGE_S = 0.12  # budget of a collective, or a round of links, at one size
-LONGEST_S = 0.25  # a message that would take longer is not sent
-SMALLEST = 4  # bytes: its time is the latency
-SIZES = {  # bytes of messages
-    "cpu": (SMALLEST, 64 << 10, 1 << 20, 16 << 20),
-    "cuda": (SMALLEST, 64 << 10, 1 << 20, 16 << 20, 256 << 20),
+BLOCKS = 5  # the median of this many blocks is taken, so that a pause in one of them does not count
+MAX_CALLS = 200  # per block
+RATE_BUDGET_S = 0.6  # for the matmul, and for the memory copy
+MESSAGE_BUDGET_S = 0.12  # for a collective, or a round of links, at one size
+MAX_CALL_S = 0.25  # a message that would take longer is not sent
+MIN_BYTES = 4  # its time is the latency
+MESSAGE_BYTES = {
+    "cpu": (MIN_BYTES, 64 << 10, 1 << 20, 16 << 20),
+    "cuda": (MIN_BYTES, 64 << 10, 1 << 20, 16 << 20, 256 << 20),
 }
-MATRIX = {"cpu": 512, "cuda": 8192}  # rows and columns
-BUFFER = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes that are copied
+MATMUL_SIZE = {"cpu": 512, "cuda": 8192}  # rows and columns
+COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 OPS = ("all_reduce", "all_gather")
 
 
 def bus_factor(op: str, ranks: int) -> float:
-    """Bus bandwidth over bytes per second: what the slowest link carries, comparable between numbers of ranks.
+    """Bus bandwidth divided by bytes per second: the traffic of the slowest link, comparable across numbers of ranks.
 
     NCCL-tests, doc/PERFORMANCE.md: 2(n-1)/n for all-reduce, (n-1)/n for all-gather, whose bytes are those gathered, and
     1 for send/recv.
@@ -44,21 +43,21 @@ def bus_factor(op: str, ranks: int) -> float:
     return {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": (ranks - 1) / ranks, "send_recv": 1.0}[op]
 
 
-class Spent(NamedTuple):
-    """Seconds of the wall clock, and of the processor; on CUDA both are the device's."""
+class Elapsed(NamedTuple):
+    """Wall-clock seconds and CPU seconds; on CUDA both are the device's time."""
 
     wall_s: float
     cpu_s: float
 
 
 class Timer:
-    """Times work on a device: by the clock on a CPU, by events in the stream on CUDA."""
+    """Times work on a device: with the clock on CPU, with CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
-    def spent(self, run: Callable[[], Any], calls: int) -> Spent:
-        """By `calls` calls in a row, waited for once at the end."""
+    def elapsed(self, run: Callable[[], Any], calls: int) -> Elapsed:
+        """Time of `calls` consecutive calls, synchronized once at the end."""
         if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -66,16 +65,16 @@ class Timer:
                 run()
             end.record()
             end.synchronize()
-            return Spent(begin.elapsed_time(end) / 1e3, begin.elapsed_time(end) / 1e3)
+            return Elapsed(begin.elapsed_time(end) / 1e3, begin.elapsed_time(end) / 1e3)
         start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(calls):
             run()
-        return Spent(time.perf_counter() - start, time.process_time() - cpu_start)
+        return Elapsed(time.perf_counter() - start, time.process_time() - cpu_start)
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """Names of the mesh that have this group (tp; or world and dp_shard_cp), and the group with its ranks."""
+    """Names of the mesh dimensions with this group (tp; or world and dp_shard_cp), the group and its ranks."""
 
     names: tuple[str, ...]
     group: dist.ProcessGroup
@@ -105,11 +104,11 @@ def dimensions(mesh: Mesh) -> list[Dimension]:
 
 
 def link_rounds(ranks: Sequence[int], machine_of: Sequence[int], in_order: bool) -> list[list[tuple[int, int]]]:
-    """The pairs of a group that exchange messages, in rounds in which every rank has one partner at most.
+    """The pairs of a group that exchange messages, in rounds in which every rank has at most one partner.
 
-    Neighbours in the ring of the group. A group that has several ranks on each of several machines has a ring on each
-    machine, and one over the machines for each rank's place in its machine, so that every network card is used; not if
-    in_order, as a pipeline sends from rank to rank.
+    Neighbours in the ring of the group. A group with several ranks on each of several machines has a ring within each
+    machine, and one across the machines per local rank, so that every network card is used; not if in_order, as a
+    pipeline sends from rank to rank.
     """
     by_machine: dict[int, list[int]] = {}
     for rank in ranks:
@@ -130,40 +129,40 @@ def _ring(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 class Meter:
-    """Measures on one rank of an initialized process group, or on one process without any."""
+    """Measures on one rank of an initialized process group, or on a single process without one."""
 
     def __init__(self, device: torch.device, guard: Guard, timer: Timer | None = None) -> None:
         self._device, self._guard, self._timer = device, guard, timer or Timer(device)
-        self._together = dist.is_initialized() and dist.get_world_size() > 1
+        self._distributed = dist.is_initialized() and dist.get_world_size() > 1
 
     def matmul(self, dtype: torch.dtype) -> dict[str, float]:
-        """matmul_flops_per_s of square matrices; matmul_flops_per_cpu_s, in which cores that are shared do not show."""
-        n = MATRIX[self._device.type]
+        """matmul_flops_per_s of square matrices; matmul_flops_per_cpu_s, which does not depend on shared cores."""
+        n = MATMUL_SIZE[self._device.type]
         a, b, c = (torch.randn(n, n, device=self._device).to(dtype) for _ in range(3))
-        wall_s, cpu_s = self._alone(lambda: torch.mm(a, b, out=c))
+        wall_s, cpu_s = self._time_locally(lambda: torch.mm(a, b, out=c))
         return {"matmul_flops_per_s": 2 * n**3 / wall_s, "matmul_flops_per_cpu_s": 2 * n**3 / cpu_s}
 
     def memory(self) -> dict[str, float]:
         """memory_bytes_per_s of a copy, bytes read and written both counted, as STREAM does; memory_bytes_per_cpu_s.
 
-        Caches may hold it on some CPUs.
+        The copy may fit into the caches of some CPUs.
         """
-        most = BUFFER[self._device.type]
+        size = COPY_BYTES[self._device.type]
         if self._device.type == "cuda":
-            most = min(most, torch.cuda.mem_get_info(self._device)[0] // 4)
-        source, target = (torch.ones(max(1, most // 4), device=self._device) for _ in range(2))
-        wall_s, cpu_s = self._alone(lambda: target.copy_(source))
+            size = min(size, torch.cuda.mem_get_info(self._device)[0] // 4)
+        source, target = (torch.ones(max(1, size // 4), device=self._device) for _ in range(2))
+        wall_s, cpu_s = self._time_locally(lambda: target.copy_(source))
         return {"memory_bytes_per_s": 2 * source.nbytes / wall_s, "memory_bytes_per_cpu_s": 2 * source.nbytes / cpu_s}
 
-    def _alone(self, run: Callable[[], Any]) -> Spent:
-        """By a call; the first use of a kernel, and the clock of a device that was idle, are warmed up before."""
-        self._timer.spent(run, 1)
-        calls = self._calls(self._timer.spent(run, 1).wall_s, RATE_S)
-        self._timer.spent(run, calls)
+    def _time_locally(self, run: Callable[[], Any]) -> Elapsed:
+        """Per call, after a warm-up: a kernel's first use is slow, and so is the clock of an idle device."""
+        self._timer.elapsed(run, 1)
+        calls = self._calls(self._timer.elapsed(run, 1).wall_s, RATE_BUDGET_S)
+        self._timer.elapsed(run, calls)
         return self._median(run, calls)
 
     def collective(self, op: str, dimension: Dimension) -> list[dict[str, float]]:
-        """bytes and seconds of a call at every size that is measured; of all_gather, the bytes that are gathered."""
+        """bytes and seconds per call at every measured size; for all_gather, the bytes gathered."""
         n, group = len(dimension.ranks), dimension.group
 
         def prepare(size: int) -> tuple[int, Callable[[], Any]]:
@@ -177,14 +176,14 @@ class Meter:
         return self._sizes(f"{op} in {' = '.join(dimension.names)}", dimension.ranks, prepare)
 
     def links(self, dimension: Dimension, machine_of: Sequence[int]) -> list[dict[str, Any]]:
-        """ranks (the pair) and sizes, as `collective` gives them, of messages that go both ways at once.
+        """ranks (the pair) and sizes, as `collective` returns them, of messages in both directions at once.
 
-        As a pipeline's schedule does it: a batch of one isend and one irecv.
+        As in a pipeline's schedule: a batch of one isend and one irecv.
         """
         rounds = link_rounds(dimension.ranks, machine_of, in_order="pp" in dimension.names)
         mine = dist.get_rank()
         found = []
-        for i in range(round(self._agree(len(rounds)))):
+        for i in range(round(self._max_over_ranks(len(rounds)))):
             pair = next((pair for pair in rounds[i] if mine in pair), None) if i < len(rounds) else None
             sizes = self._link(pair, mine, dimension)
             if pair is not None:
@@ -215,34 +214,34 @@ class Meter:
     def _sizes(
         self, what: str, ranks: list[int], prepare: Callable[[int], tuple[int, Callable[[], Any]]]
     ) -> list[dict[str, float]]:
-        """prepare: the bytes and the call of a size."""
+        """prepare: returns the bytes and the call for a size."""
         found: list[dict[str, float]] = []
         last: tuple[int, float] | None = None
-        for size in SIZES[self._device.type]:
-            if last is not None and last[0] > SMALLEST and last[1] * size / last[0] > LONGEST_S:
+        for size in MESSAGE_BYTES[self._device.type]:
+            if last is not None and last[0] > MIN_BYTES and last[1] * size / last[0] > MAX_CALL_S:
                 break
             counted, run = prepare(size)
-            self._guard.at(what, ranks)
-            self._timer.spent(run, 1)  # makes connections
-            once = self._agree(self._timer.spent(run, 1).wall_s)
-            self._guard.at(what, ranks)
-            found.append({"bytes": counted, "seconds": self._median(run, self._calls(once, MESSAGE_S)).wall_s})
+            self._guard.set_current(what, ranks)
+            self._timer.elapsed(run, 1)  # establishes connections
+            once = self._max_over_ranks(self._timer.elapsed(run, 1).wall_s)
+            self._guard.set_current(what, ranks)
+            found.append({"bytes": counted, "seconds": self._median(run, self._calls(once, MESSAGE_BUDGET_S)).wall_s})
             last = size, once
         return found
 
     def _calls(self, once_s: float, budget_s: float) -> int:
-        """In a block; equal on all ranks that give an equal time."""
-        return max(1, min(MOST_CALLS, int(budget_s / BLOCKS / max(once_s, 1e-9))))
+        """Calls per block; equal on all ranks that pass the same time."""
+        return max(1, min(MAX_CALLS, int(budget_s / BLOCKS / max(once_s, 1e-9))))
 
-    def _median(self, run: Callable[[], Any], calls: int) -> Spent:
-        blocks = [self._timer.spent(run, calls) for _ in range(BLOCKS)]
-        return Spent(*(statistics.median(each) / calls for each in zip(*blocks, strict=True)))
+    def _median(self, run: Callable[[], Any], calls: int) -> Elapsed:
+        blocks = [self._timer.elapsed(run, calls) for _ in range(BLOCKS)]
+        return Elapsed(*(statistics.median(each) / calls for each in zip(*blocks, strict=True)))
 
-    def _agree(self, mine: float) -> float:
-        """The most of all ranks."""
-        if not self._together:
+    def _max_over_ranks(self, mine: float) -> float:
+        """The maximum over all ranks."""
+        if not self._distributed:
             return mine
-        self._guard.waits()
+        self._guard.set_waiting()
         number = torch.tensor(mine, dtype=torch.float32, device=self._device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()

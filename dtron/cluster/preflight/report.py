@@ -1,36 +1,36 @@
-"""What is made of the ranks' figures: one table of them all (the JSON's), what is slow in it, and a text for people."""
+"""What is made of the ranks' figures: the JSON, warnings about what is slow, and a readable table."""
 
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dtron.cluster.preflight.facts import hosts_text, whose
+from dtron.cluster.preflight.facts import describe_ranks, format_hosts
 from dtron.cluster.preflight.measure import OPS, bus_factor
 from dtron.observe.console import human_bytes
 from dtron.observe.device import peak_flops_per_s
 
-__all__ = ["SCHEMA", "assemble_dimensions", "assemble_ranks", "reference", "table", "warnings_of"]
+__all__ = ["SCHEMA", "summarize_dimensions", "summarize_ranks", "upper_median", "table", "find_warnings"]
 
-SCHEMA = 1  # of the JSON; a reader refuses another
-# A rate under this share of the reference is slow. Of CPUs the rates a CPU second are compared: of four equal ranks on
-# two cores the lowest had 0.18 to 0.87 of the reference by the wall clock, and 0.89 or more of it a CPU second.
+SCHEMA = 1  # version of the JSON; a reader rejects others
+# A rate below this share of the upper median is slow. On CPUs rates per CPU second are compared: of four equal ranks on
+# two cores the lowest had 0.18 to 0.87 of the upper median by the wall clock, and 0.89 or more of it per CPU second.
 SLOW_RATE = {"cuda": 0.8, "cpu": 0.7}
-SLOW_LINK = {"cuda": 0.7, "cpu": 0.25}  # of groups of such ranks the slower had down to 0.44 of the other
+SLOW_LINK = {"cuda": 0.7, "cpu": 0.25}  # of two groups of such ranks the slower had as little as 0.44 of the faster
 SLOW_DISK = 0.5
-FREE_MEMORY = 0.9  # of a GPU, against the others': another process holds some
-SKEW_S = 1.0  # clocks further apart than this, beyond the uncertainty
+LOW_MEMORY = 0.9  # share of the other GPUs' free memory: below it another process uses some
+SKEW_S = 1.0  # largest difference between clocks, beyond the uncertainty
 
 
-def reference(rates: Iterable[float]) -> float:
-    """The upper median: of two, the better one, so that half of the ranks may be slow."""
+def upper_median(rates: Iterable[float]) -> float:
+    """Of two, the better one, so that half of the ranks may be slow."""
     return statistics.median_high(rates)
 
 
 # --- the figures
 
 
-def assemble_ranks(measured: list[dict[str, Any]], facts: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
-    """The JSON's `ranks`. measured: matmul_flops_per_s, memory_bytes_per_s and more, of every rank."""
+def summarize_ranks(measured: list[dict[str, Any]], facts: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
+    """The JSON's `ranks`. measured: matmul_flops_per_s, memory_bytes_per_s and more, per rank."""
     found = []
     for rank, (each, fact) in enumerate(zip(measured, facts, strict=True)):
         peak = peak_flops_per_s(fact["device"]) if dtype == "bfloat16" else None
@@ -42,8 +42,8 @@ def assemble_ranks(measured: list[dict[str, Any]], facts: list[dict[str, Any]], 
     return found
 
 
-def assemble_dimensions(measured: list[list[dict[str, Any]]], hosts: list[str]) -> dict[str, Any]:
-    """The JSON's `dimensions`, by name. measured: of every rank, what it measured in each of its groups."""
+def summarize_dimensions(measured: list[list[dict[str, Any]]], hosts: list[str]) -> dict[str, Any]:
+    """The JSON's `dimensions`, by name. measured: per rank, its figures in each of its groups."""
     found: dict[str, Any] = {}
     for i, first in enumerate(measured[0]):
         of_ranks = [each[i] for each in measured]
@@ -59,7 +59,7 @@ def assemble_dimensions(measured: list[list[dict[str, Any]]], hosts: list[str]) 
 
 
 def _collective(op: str, degree: int, groups: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """latency_s and sizes; a group's seconds are its slowest rank's, the dimension's the median of the groups."""
+    """latency_s and sizes; a group's seconds are its slowest rank's, a dimension's the median over its groups."""
     sizes = []
     for k, size in enumerate(groups[0][0][op]):
         seconds = [max(rank[op][k]["seconds"] for rank in group) for group in groups]
@@ -79,7 +79,7 @@ def _size(op: str, degree: int, count: int, seconds: list[float]) -> dict[str, A
 
 
 def _links(of_ranks: list[dict[str, Any]], hosts: list[str]) -> dict[str, Any]:
-    """As of a collective, and every link with its two ends' slower figures."""
+    """As for a collective, and every link with the slower figures of its two ends."""
     ends: dict[tuple[int, int], list[list[dict[str, float]]]] = {}
     for each in of_ranks:
         for link in each["links"]:
@@ -89,28 +89,28 @@ def _links(of_ranks: list[dict[str, Any]], hosts: list[str]) -> dict[str, Any]:
         seconds = [max(end[k]["seconds"] for end in both) for k in range(len(both[0]))]
         link = {"ranks": [a, b], "hosts": [hosts[a], hosts[b]], "latency_s": seconds[0], "seconds": seconds}
         links.append(link | {"bytes": both[0][-1]["bytes"], "bytes_per_s": both[0][-1]["bytes"] / seconds[-1]})
-    # Rounds, and so links, may have come to fewer sizes than others.
+    # Some rounds, and so links, may have fewer sizes than others.
     for k in range(min(len(link["seconds"]) for link in links)):
         count = next(iter(ends.values()))[0][k]["bytes"]
         sizes.append(_size("send_recv", 2, int(count), [link["seconds"][k] for link in links]))
     return {"latency_s": sizes[0]["seconds"], "sizes": sizes, "links": links}
 
 
-# --- what is slow in them
+# --- warnings
 
 
-def warnings_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """kind, ranks, hosts and text of everything that is not as it should be, but does not keep ranks from training."""
+def find_warnings(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """kind, ranks, hosts and text of every problem that does not keep the ranks from training."""
     kind, hosts = figures["device_type"], [rank["host"] for rank in figures["ranks"]]
     found = []
-    per, unit = ("per_cpu_s", " a CPU second") if kind == "cpu" else ("per_s", "")
+    per, unit = ("per_cpu_s", " per CPU second") if kind == "cpu" else ("per_s", "")
     found += _slow_ranks(figures, "matmul", f"matmul_flops_{per}", SLOW_RATE[kind], lambda rate: _flops(rate) + unit)
     found += _slow_ranks(figures, "memory", f"memory_bytes_{per}", SLOW_RATE[kind], lambda rate: _rate(rate) + unit)
     if kind == "cuda":
-        found += _slow_ranks(figures, "free memory", "memory_free_bytes", FREE_MEMORY, human_bytes)
+        found += _slow_ranks(figures, "free memory", "memory_free_bytes", LOW_MEMORY, human_bytes)
     done: set[int] = set()
     for name, dimension in figures["dimensions"].items():
-        if id(dimension) not in done:  # two names of one
+        if id(dimension) not in done:  # two names of one dimension
             done.add(id(dimension))
             found += _slow_groups(name, dimension, hosts, SLOW_LINK[kind])
             found += _slow_links(name, dimension["send_recv"]["links"], hosts, SLOW_LINK[kind])
@@ -125,17 +125,17 @@ def _slow_ranks(
     figures: dict[str, Any], what: str, key: str, limit: float, shown: Callable[[float], str]
 ) -> list[dict[str, Any]]:
     rates = [rank[key] for rank in figures["ranks"]]
-    hosts, usual = [rank["host"] for rank in figures["ranks"]], reference(rates)
+    hosts, usual = [rank["host"] for rank in figures["ranks"]], upper_median(rates)
     slow = [rank for rank, rate in enumerate(rates) if rate < limit * usual]
     if not slow:
         return []
     least = min(rates[rank] for rank in slow)
-    text = f"{what}: {whose(slow, hosts)}, {shown(least)} at worst, the median is {shown(usual)}"
+    text = f"{what}: {describe_ranks(slow, hosts)}, {shown(least)} at worst, the median is {shown(usual)}"
     return [_warning(what, slow, hosts, text)]
 
 
 def _slow_groups(name: str, dimension: dict[str, Any], hosts: list[str], limit: float) -> list[dict[str, Any]]:
-    """Groups inside one host are compared with each other, and so are those that span several."""
+    """Groups within one host are compared with each other, and so are those that span several."""
     found, groups = [], dimension["groups"]
     for op in OPS:
         largest = dimension[op]["sizes"][-1]
@@ -144,16 +144,17 @@ def _slow_groups(name: str, dimension: dict[str, Any], hosts: list[str], limit: 
             alike = [i for i, ranks in enumerate(groups) if (len({hosts[rank] for rank in ranks}) > 1) == spans]
             rates = {i: factor / largest["seconds_of_groups"][i] for i in alike}
             for i, rate in rates.items():
-                if rate < limit * (usual := reference(rates.values())):
-                    text = f"{op} in {name}: {whose(groups[i], hosts)} {_rate(rate)}, the median is {_rate(usual)}"
+                if rate < limit * (usual := upper_median(rates.values())):
+                    who = describe_ranks(groups[i], hosts)
+                    text = f"{op} in {name}: {who} {_rate(rate)}, the median is {_rate(usual)}"
                     found.append(_warning(f"{op} in {name}", groups[i], hosts, text))
     return found
 
 
 def _slow_links(name: str, links: list[dict[str, Any]], hosts: list[str], limit: float) -> list[dict[str, Any]]:
-    """Links that are slow against the best one of a usual rank; a rank of which all are is named in their place.
+    """Links slower than the upper median of the ranks' best links; a rank whose links are all slow is named instead.
 
-    The best of a rank, because in a small ring the links of one bad machine are most of all.
+    The best link per rank, because in a small ring most links are those of one bad machine.
     """
     found = []
     for across in (False, True):
@@ -164,13 +165,13 @@ def _slow_links(name: str, links: list[dict[str, Any]], hosts: list[str], limit:
                 of_rank.setdefault(rank, []).append(link)
         if not alike:
             continue
-        usual = reference(max(link["bytes_per_s"] for link in its) for its in of_rank.values())
+        usual = upper_median(max(link["bytes_per_s"] for link in its) for its in of_rank.values())
         slow = [link for link in alike if link["bytes_per_s"] < limit * usual]
         bad = [rank for rank, its in of_rank.items() if len(its) > 1 and all(link in slow for link in its)]
         what = f"send/recv in {name}"
         if bad:
             best = max(link["bytes_per_s"] for rank in bad for link in of_rank[rank])
-            who = f"every link of {whose(sorted(bad), hosts)}"
+            who = f"every link of {describe_ranks(sorted(bad), hosts)}"
             text = f"{what}: {who}, {_rate(best)} at best, the median is {_rate(usual)}"
             found.append(_warning(what, sorted(bad), hosts, text))
         for link in slow:
@@ -188,11 +189,13 @@ def _machine_warnings(figures: dict[str, Any]) -> list[dict[str, Any]]:
     for machine in machines:
         if abs(skew := machine["clock_skew_s"]) - machine["clock_uncertainty_s"] > SKEW_S:
             ahead = "ahead of" if skew > 0 else "behind"
-            text = f"clock: {machine['host']} is {abs(skew):.3f} s {ahead} {machines[0]['host']}; let NTP set it"
+            text = (
+                f"clock: {machine['host']} is {abs(skew):.3f} s {ahead} {machines[0]['host']}; synchronize it with NTP"
+            )
             found.append(_warning("clock", machine["ranks"], hosts, text))
     written = [machine["disk_write_bytes_per_s"] for machine in machines]
     if not any(rate is None for rate in written):
-        usual = reference(written)
+        usual = upper_median(written)
         for machine, rate in zip(machines, written, strict=True):
             if rate < SLOW_DISK * usual:
                 where = f"to {figures['disk']['folder']}"
@@ -201,18 +204,18 @@ def _machine_warnings(figures: dict[str, Any]) -> list[dict[str, Any]]:
     if not figures["disk"]["shared"]:
         ranks = [rank for machine in machines if not machine["disk_sees_rank_0"] for rank in machine["ranks"]]
         text = (
-            f"disk: what rank 0 writes to {figures['disk']['folder']} is not seen on {hosts_text(ranks, hosts)}; "
-            "checkpoints need one folder that all machines share"
+            f"disk: what rank 0 writes to {figures['disk']['folder']} is not visible on "
+            f"{format_hosts(ranks, hosts)}; checkpoints need one folder that all machines share"
         )
         found.append(_warning("disk not shared", ranks, hosts, text))
     return found
 
 
-# --- a text for people
+# --- the table
 
 
 def table(figures: dict[str, Any]) -> str:
-    """What rank 0 prints."""
+    """The text that rank 0 prints."""
     versions, ranks = figures["versions"], figures["ranks"]
     hosts = [rank["host"] for rank in ranks]
     machines = f"{len(figures['machines'])} machine{'s' if len(figures['machines']) > 1 else ''}"
@@ -220,7 +223,7 @@ def table(figures: dict[str, Any]) -> str:
         f"preflight of {figures['layout']}: {len(ranks)} x {ranks[0]['device']} on {machines}, "
         f"torch {versions['torch']}, {figures['took_s']:.1f} s",
         "",
-        f"{'rank by rank':<14}{'median':>16}{'lowest':>16}",
+        f"{'per rank':<14}{'median':>16}{'lowest':>16}",
         _rank_row(f"matmul {ranks[0]['matmul_dtype']}", ranks, "matmul_flops_per_s", hosts, _flops),
         _rank_row("memory copy", ranks, "memory_bytes_per_s", hosts, _rate),
     ]
@@ -243,7 +246,9 @@ def table(figures: dict[str, Any]) -> str:
 def _rank_row(name: str, ranks: list[dict[str, Any]], key: str, hosts: list[str], shown: Callable[[float], str]) -> str:
     rates = [rank[key] for rank in ranks]
     lowest = min(range(len(rates)), key=rates.__getitem__)
-    return f"{name:<14}{shown(statistics.median(rates)):>16}{shown(rates[lowest]):>16}  {whose([lowest], hosts)}"
+    return (
+        f"{name:<14}{shown(statistics.median(rates)):>16}{shown(rates[lowest]):>16}  {describe_ranks([lowest], hosts)}"
+    )
 
 
 def _dimension_rows(name: str, dimension: dict[str, Any]) -> list[str]:

@@ -1,10 +1,10 @@
-"""`scripts/sweep.py SWEEP.toml`: run a list of layouts, batch sizes, recompute modes, models, and say which is best.
+"""`scripts/sweep.py SWEEP.toml`: run a list of layouts, batch sizes, recompute modes or models, and report the best.
 
-Every point is a normal run of train.py in a folder of its own. The same command again goes on where it ended.
+Every point is a normal run of train.py in its own folder. Running the same command again resumes the sweep.
 
-file.py    SWEEP.toml                                results.py  rows, a CSV, a table, which layout to take
-points.py  what a point is, and whether it can work  picture.py  speed and memory of all points
-runner.py  run what is left, say how each ended      local.py, slurm.py  where points run
+file.py    SWEEP.toml                                results.py  rows, a CSV, a table, the recommended layout
+points.py  what a point is, and whether it can run   picture.py  speed and memory of all points
+runner.py  runs the points, records how each ended   local.py, slurm.py  where points run
 """
 
 import argparse
@@ -20,7 +20,16 @@ from dtron.cluster.sweep.file import SweepFile, read_sweep
 from dtron.cluster.sweep.local import LocalRunner
 from dtron.cluster.sweep.picture import check_matplotlib, draw
 from dtron.cluster.sweep.points import Point, check_machine, make_points
-from dtron.cluster.sweep.results import Row, advice, as_table, in_common, label, loss_notes, make_rows, write_csv
+from dtron.cluster.sweep.results import (
+    Row,
+    advice,
+    common_settings,
+    format_table,
+    label,
+    loss_notes,
+    rank_points,
+    write_csv,
+)
 from dtron.cluster.sweep.runner import ENDED, Record, Runner, Sweep
 from dtron.cluster.sweep.slurm import SlurmRunner, slurm_options
 from dtron.errors import UserError
@@ -29,8 +38,8 @@ from dtron.train.folder import lock_run_folder
 
 __all__ = ["main"]
 
-AT_ONCE = 4  # jobs of one sweep
-OF_SUBMIT = (
+MAX_JOBS = 4  # default of --at-once
+SUBMIT_OPTIONS = (
     "time",
     "partition",
     "account",
@@ -45,7 +54,7 @@ OF_SUBMIT = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 when every point has ended and one of them is done, 1 for a user's mistake or none done, 130."""
+    """Exit code: 0 if at least one point is done, 1 if none is or for a user's mistake, 130 when interrupted."""
     given = _parser().parse_args(argv)
     try:
         return _sweep(given)
@@ -53,43 +62,43 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("the same command goes on", file=sys.stderr)
+        print("run the same command again to resume", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Run every point of SWEEP.toml and say which is best. The same command again goes on."
+        description="Run every point of SWEEP.toml and report the best. Running the same command again resumes."
     )
     add = parser.add_argument
-    add("sweep", metavar="SWEEP.toml", type=Path, help="which points there are")
+    add("sweep", metavar="SWEEP.toml", type=Path, help="defines the points")
     add("--out", metavar="DIR", type=Path, help="folder of the sweep (default: outputs/sweeps/NAME of NAME.toml)")
-    add("--dry-run", action="store_true", help="list the points, those that cannot work with the reason, and end")
-    add("--retry", metavar="STATES", default="", help=f"run points that ended so again, of {','.join(ENDED)}")
-    add("--no-picture", action="store_true", help="make no picture, which needs matplotlib")
-    slurm = parser.add_argument_group(
-        "with Slurm", "options of scripts/slurm/submit.py, whose --help says what they are"
-    )
+    add("--dry-run", action="store_true", help="list the points, and why some cannot run; run nothing")
+    add("--retry", metavar="STATES", default="", help=f"rerun points in these states: {','.join(ENDED)}")
+    add("--no-picture", action="store_true", help="draw no picture, for which matplotlib is needed")
+    slurm = parser.add_argument_group("with Slurm", "see also scripts/slurm/submit.py --help")
     add = slurm.add_argument
-    add("--slurm", action="store_true", help="submit each point as a job, and follow them")
-    add("--nodes", type=int, metavar="N", help="nodes of a point")
-    add("--at-once", type=int, metavar="N", help=f"jobs in the queue at the same time (default: {AT_ONCE})")
-    add("--cpu", dest="gpus", action="store_const", const=False, help="ask for no GPUs")
-    add("--sbatch", action="append", metavar="OPTION", help="one more of sbatch's, as --sbatch=--mem=0")
-    add_options(slurm, OF_SUBMIT, defaults=False)
+    add("--slurm", action="store_true", help="submit each point as a job and monitor them")
+    add("--nodes", type=int, metavar="N", help="nodes per point")
+    add("--at-once", type=int, metavar="N", help=f"jobs in the queue at a time (default: {MAX_JOBS})")
+    add("--cpu", dest="gpus", action="store_const", const=False, help="request no GPUs")
+    add("--sbatch", action="append", metavar="OPTION", help="another sbatch option, such as --sbatch=--mem=0")
+    add_options(slurm, SUBMIT_OPTIONS, defaults=False)
     return parser
 
 
 def _sweep(given: argparse.Namespace) -> int:
-    retry = _states(given.retry)
+    retry = _retry_states(given.retry)
     options = _slurm_options(given)
     file = read_sweep(given.sweep, given.nodes)
     if file.nodes > 1 and not given.slurm:
-        raise UserError(f"{file.path}: nodes = {file.nodes}, but this is one machine; set nodes = 1, or add --slurm")
+        raise UserError(
+            f"{file.path}: nodes = {file.nodes}, but a local sweep has one machine; set nodes = 1, or add --slurm"
+        )
     points = make_points(file, _device_type(given, file))
     if given.dry_run:
-        return _show(points)
-    _check_any(file, points)
+        return _list_points(points)
+    _check_any_can_run(file, points)
     if not given.slurm:
         check_machine(points, file.ranks)
     if not given.no_picture:
@@ -97,31 +106,31 @@ def _sweep(given: argparse.Namespace) -> int:
     runner: Runner = LocalRunner(file.ranks)
     if given.slurm:
         cluster = slurm_options(options, file.nodes, file.ranks_per_node, file.limit_s)
-        runner = SlurmRunner(cluster, given.at_once or AT_ONCE)
+        runner = SlurmRunner(cluster, given.at_once or MAX_JOBS)
     out = given.out or Path("outputs/sweeps") / file.path.stem
-    with _held(out):
+    with _lock_sweep_folder(out):
         return _run(file, points, out, runner, retry, picture=not given.no_picture)
 
 
 def _run(file: SweepFile, points: list[Point], out: Path, runner: Runner, retry: tuple[str, ...], picture: bool) -> int:
     progress = _Progress(points)
-    sweep = Sweep(points, out, runner, file.limit_s, retry, progress.told)
+    sweep = Sweep(points, out, runner, file.limit_s, retry, progress.update)
     progress.begin(sweep)
-    _stop_on_signals(
-        "the jobs go on" if runner.goes_on else "stopping the point that runs, which can take half a minute"
+    _interrupt_on_signals(
+        "the jobs continue" if runner.outlives_sweep else "stopping the running point, which can take half a minute"
     )
     try:
         sweep.run()
     finally:
         progress.end()
-        rows = make_rows(points, sweep.records)
-        _results(file, rows, out, picture)
+        rows = rank_points(points, sweep.records)
+        _write_results(file, rows, out, picture)
     return 0 if any(row.done for row in rows) else 1
 
 
 def _slurm_options(given: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SlurmOptions that the command line gives. UserError for what has no effect."""
-    names = ("gpus", "sbatch", *OF_SUBMIT)
+    """The fields of SlurmOptions given on the command line. UserError for options without effect."""
+    names = ("gpus", "sbatch", *SUBMIT_OPTIONS)
     options = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if not given.slurm and (useless := [*options, *(n for n in ("nodes", "at_once") if getattr(given, n) is not None)]):
         option = {"gpus": "cpu"}.get(useless[0], useless[0]).replace("_", "-")
@@ -133,62 +142,61 @@ def _slurm_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _device_type(given: argparse.Namespace, file: SweepFile) -> Literal["cpu", "cuda"] | None:
-    """Of the machines that run the points; None: this one. UserError where a job would be given another."""
-    asked = file.fixed.get("training.device", "auto")
-    if not given.slurm:  # what a sweep for GPUs will do can be read on a machine without one
-        return "cuda" if given.dry_run and asked == "cuda" else None
+    """Device of the machines that run the points; None: this machine's. UserError if the jobs would have another."""
+    device = file.fixed.get("training.device", "auto")
+    if not given.slurm:  # a GPU sweep can be listed on a machine without GPUs
+        return "cuda" if given.dry_run and device == "cuda" else None
     gpus = given.gpus is None
-    if asked == ("cpu" if gpus else "cuda"):
-        jobs = "ask for GPUs: add --cpu" if gpus else "have CPUs only: leave --cpu out"
-        raise UserError(f"{file.path}: training.device is {asked}, but the jobs {jobs}")
+    if device == ("cpu" if gpus else "cuda"):
+        jobs = "request GPUs: add --cpu" if gpus else "have only CPUs: remove --cpu"
+        raise UserError(f"{file.path}: training.device is {device}, but the jobs {jobs}")
     return "cuda" if gpus else "cpu"
 
 
-def _show(points: list[Point]) -> int:
-    """What would be run, and what would not and why."""
-    rows = make_rows(points, {p.name: Record("pruned", p.pruned) if p.pruned else Record() for p in points})
-    print(as_table(rows))
+def _list_points(points: list[Point]) -> int:
+    """List the points, those that would not run with the reason."""
+    rows = rank_points(points, {p.name: Record("pruned", p.pruned) if p.pruned else Record() for p in points})
+    print(format_table(rows))
     print(f"{len(points)} points, {sum(bool(p.pruned) for p in points)} of them pruned; nothing was run")
     return 0
 
 
-def _states(text: str) -> tuple[str, ...]:
+def _retry_states(text: str) -> tuple[str, ...]:
     states = tuple(filter(None, text.split(",")))
     if unknown := [state for state in states if state not in ENDED]:
-        raise UserError(f"--retry {text}: {unknown[0]!r} is no end of a point; expected any of {','.join(ENDED)}")
+        raise UserError(f"--retry {text}: unknown state {unknown[0]!r}; expected any of {','.join(ENDED)}")
     return states
 
 
-def _check_any(file: SweepFile, points: list[Point]) -> None:
+def _check_any_can_run(file: SweepFile, points: list[Point]) -> None:
     if all(point.pruned for point in points):
         more = f" (and {len(points) - 1} more; --dry-run lists them)" if len(points) > 1 else ""
         raise UserError(
-            f"{file.path}: none of its points can work with {file.ranks} ranks: {points[0].name}: "
-            f"{points[0].pruned}{more}"
+            f"{file.path}: no point can run with {file.ranks} ranks: {points[0].name}: {points[0].pruned}{more}"
         )
 
 
-def _held(out: Path) -> TextIO:
-    """Keep other sweeps out of the folder while the file is open."""
+def _lock_sweep_folder(out: Path) -> TextIO:
+    """Lock the folder against other sweeps while the file is open."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         return lock_run_folder(out)
     except UserError:
         raise UserError(
-            f"another sweep is going on in {out}; wait for it, stop it, or give this one another folder by --out"
+            f"another sweep is running in {out}; wait for it, stop it, or choose another folder with --out"
         ) from None
     except OSError as error:
-        raise UserError(f"no sweep can be kept in {out}: {error}; name another folder by --out") from None
+        raise UserError(f"cannot use {out} as the sweep's folder: {error}; choose another with --out") from None
 
 
-def _stop_on_signals(told: str) -> None:
-    """SIGTERM and SIGHUP, as SIGINT, end the sweep in good order; a second one is not heard while that goes on."""
+def _interrupt_on_signals(message: str) -> None:
+    """SIGINT, SIGTERM and SIGHUP stop the sweep cleanly; further signals are ignored while it stops."""
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
-        print(f"\ninterrupted: {told}", file=sys.stderr, flush=True)
+        print(f"\ninterrupted: {message}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt
 
     for number in numbers:
@@ -196,31 +204,31 @@ def _stop_on_signals(told: str) -> None:
 
 
 class _Progress:
-    """A line for the end of every point; on a terminal, between them, where those are that go on."""
+    """One line per finished point; on a terminal, also the progress of running ones."""
 
     def __init__(self, points: list[Point]) -> None:
         self._rows = {point.name: Row(point, Record()) for point in points}
         self._numbers = {point.name: number for number, point in enumerate(points, 1)}
         self._live = sys.stdout.isatty()
-        self._going: dict[str, str] = {}
+        self._running: dict[str, str] = {}
 
     def begin(self, sweep: Sweep) -> None:
-        """Say what is to be done."""
+        """Print what there is to do."""
         states = [record.state for record in sweep.records.values()]
         ended = sum(state in ENDED for state in states)
-        kept = f", {ended} ended before" if ended else ""
+        kept = f", {ended} already ended" if ended else ""
         print(f"{len(states)} points: {states.count('pruned')} pruned{kept}, {sweep.left} to run", flush=True)
 
-    def told(self, point: Point, record: Record) -> None:
+    def update(self, point: Point, record: Record) -> None:
         which = f"{self._numbers[point.name]} of {len(self._rows)}: {self._label(point)}"
         if record.state in ("running", "queued"):
             step = f"step {record.step or 0}/{point.config.training.steps}"
-            self._going[point.name] = f"{which}: {step if record.state == 'running' else 'queued'}"
-            self._show("; ".join(self._going.values()))
+            self._running[point.name] = f"{which}: {step if record.state == 'running' else 'queued'}"
+            self._show("; ".join(self._running.values()))
             return
-        self._going.pop(point.name, None)
+        self._running.pop(point.name, None)
         self.end()
-        print(f"point {which}: {_outcome(record)}", flush=True)
+        print(f"point {which}: {_describe_end(record)}", flush=True)
 
     def end(self) -> None:
         """Clear the live line."""
@@ -234,8 +242,8 @@ class _Progress:
         return label(self._rows[point.name], list(self._rows.values()))
 
 
-def _outcome(record: Record) -> str:
-    """How a point ended, in one line."""
+def _describe_end(record: Record) -> str:
+    """How a point ended, as one line."""
     if record.state != "done":
         return f"{record.state}: {record.reason}"
     parts = [human_count(record.tokens_per_s or 0) + " tokens/s"]
@@ -246,16 +254,16 @@ def _outcome(record: Record) -> str:
     return f"done in {human_seconds(took)}: {', '.join(parts)}"
 
 
-def _results(file: SweepFile, rows: list[Row], out: Path, picture: bool) -> None:
-    """The CSV and the picture in the sweep's folder; the table and what to take on the terminal."""
+def _write_results(file: SweepFile, rows: list[Row], out: Path, picture: bool) -> None:
+    """Write the CSV and the picture to the sweep's folder; print the table and the recommendation."""
     write_csv(out / "results.csv", rows)
     files = [out / "results.csv"]
     if picture:
         models = ", ".join(dict.fromkeys(row.point.model for row in rows))
         drawn = [out / "results.svg", out / "results.png"]
-        draw(rows, f"{file.path.stem}: {models} on {file.ranks} ranks", in_common(rows), drawn)
+        draw(rows, f"{file.path.stem}: {models} on {file.ranks} ranks", common_settings(rows), drawn)
         files += drawn
-    print(as_table(rows))
+    print(format_table(rows))
     for line in [*loss_notes(rows), *advice(rows)]:
         print(line)
     print(f"results in {', '.join(map(str, files))}", flush=True)

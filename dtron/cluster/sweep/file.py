@@ -1,17 +1,17 @@
-"""SWEEP.toml: which points a sweep has. What a point is, and whether it can work, is in points.py.
+"""SWEEP.toml: which points a sweep has. What a point is, and whether it can run, is in points.py.
 
 base = "../llama3-8b.toml"        # the configuration that every point changes; paths are relative to this file
 ranks = 8                         # of every point; or nodes = 2 and ranks_per_node = 8
 steps = 20                        # of every point
-limit_s = 1800                    # seconds after which a point is ended
-layouts = "all"                   # every product of the degrees that makes the ranks, within [limits]
+limit_s = 1800                    # seconds after which a point is stopped
+layouts = "all"                   # every product of degrees equal to the ranks, within [limits]
 [limits]                          # largest degrees
 tp = 8
 [fixed]                           # ordinary keys, the same for all points
 training.global_batch_size = 128
-[axes]                            # lists of values of ordinary keys; a point for each combination
+[axes]                            # lists of values of ordinary keys; one point per combination
 training.local_batch_size = [1, 2]
-[[points]]                        # and points that are no combination
+[[points]]                        # additional points
 tp = 2
 """
 
@@ -30,22 +30,34 @@ __all__ = ["DEGREES", "SweepFile", "assignments", "read_sweep"]
 
 # In the order of the mesh, outermost first.
 DEGREES = [SHORT_FORMS[name] for name in ("pp", "dp_replicate", "dp", "cp", "tp")]
-OWN = ("base", "ranks", "nodes", "ranks_per_node", "steps", "limit_s", "layouts", "limits", "fixed", "axes", "points")
+TOP_LEVEL_KEYS = (
+    "base",
+    "ranks",
+    "nodes",
+    "ranks_per_node",
+    "steps",
+    "limit_s",
+    "layouts",
+    "limits",
+    "fixed",
+    "axes",
+    "points",
+)
 RESERVED = {
     "job.config_file": "write base = FILE.toml at the top",
-    "job.dump_folder": "every point has a folder of its own in the sweep's",
-    "job.control_folder": "every point has a folder of its own in the sweep's",
+    "job.dump_folder": "every point has its own folder in the sweep's",
+    "job.control_folder": "every point has its own folder in the sweep's",
     "training.steps": "write steps = N at the top",
-    "metrics.log_freq": "every step of a point is logged, for the medians",
+    "metrics.log_freq": "every step is logged, for the medians",
     "validation.only": "a sweep measures training",
 }
 
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A read SWEEP.toml, every value of the type of its key. Keys are dotted names, and `base`, a path.
+    """The contents of SWEEP.toml; values have their key's type. Keys are dotted names, and `base`, a path.
 
-    layouts: degrees by dotted name, empty where the file names no layouts. limit_s: seconds a point may take.
+    layouts: degrees by dotted name, empty if the file has none. limit_s: seconds a point may take.
     """
 
     path: Path
@@ -64,9 +76,9 @@ class SweepFile:
 
 
 def read_sweep(path: Path, nodes: int | None = None) -> SweepFile:
-    """Read and check a SWEEP.toml; nodes: that of the command line. UserError for the first mistake."""
+    """Read and check a SWEEP.toml; nodes: from the command line. UserError for the first mistake."""
     tables = parse_file(path, "sweep")
-    if unknown := [name for name in tables if name not in OWN]:
+    if unknown := [name for name in tables if name not in TOP_LEVEL_KEYS]:
         raise UserError(_unknown(path, unknown[0]))
     n_nodes, per_node = _world(path, tables, nodes)
     fixed = _settings(path, _table(path, tables, "fixed"), "fixed")
@@ -74,23 +86,23 @@ def read_sweep(path: Path, nodes: int | None = None) -> SweepFile:
     if "base" in tables:
         fixed["base"] = _value(path, "base", tables["base"], "base")
     if both := [name for name in axes if name in fixed]:
-        raise UserError(f"{path}: {both[0]} is given both as fixed and as an axis; leave one of them out")
+        raise UserError(f"{path}: {both[0]} is given both as fixed and as an axis; remove one of them")
     layouts = _layouts(path, tables, n_nodes * per_node)
     if layouts and (named := [name for name in (*fixed, *axes) if name in DEGREES]):
-        raise UserError(f"{path}: {named[0]} is given beside layouts, which set every degree; leave one of them out")
+        raise UserError(f"{path}: {named[0]} is given, but layouts set every degree; remove one of them")
     points = _points(path, tables.get("points", []), fixed)
     if not axes and not layouts and not points:
-        raise UserError(f"{path}: it names no points; write layouts, [axes] with lists of values, or [[points]]")
+        raise UserError(f"{path}: no points; add layouts, [axes] with lists of values, or [[points]]")
     steps = _integer(path, tables, "steps", 20, least=2)  # the first is warm-up
     limit_s = float(_integer(path, tables, "limit_s", 1800))
     file = SweepFile(path, n_nodes, per_node, steps, limit_s, layouts, fixed, axes, points)
     if any("base" not in fixed | point for point in assignments(file)):
-        raise UserError(f'{path}: no base; write base = "FILE.toml", the configuration that the points change')
+        raise UserError(f'{path}: base is missing; add base = "FILE.toml", the configuration that the points change')
     return file
 
 
 def assignments(file: SweepFile) -> Iterator[dict[str, Any]]:
-    """What each point sets beside `fixed`, by dotted name: the product of layouts and axes, then the points."""
+    """Each point's settings besides `fixed`, by dotted name: the product of layouts and axes, then [[points]]."""
     if file.layouts or file.axes:
         for layout in file.layouts or [{}]:
             for values in itertools.product(*file.axes.values()):
@@ -99,18 +111,18 @@ def assignments(file: SweepFile) -> Iterator[dict[str, Any]]:
 
 
 def _world(path: Path, tables: dict[str, Any], nodes: int | None) -> tuple[int, int]:
-    """(nodes, ranks a node)."""
+    """(nodes, ranks per node)."""
     in_file = _integer(path, tables, "nodes", 0)
     if nodes and in_file and nodes != in_file:
-        raise UserError(f"--nodes {nodes}, but {path} has nodes = {in_file}; leave one of them out")
+        raise UserError(f"--nodes {nodes}, but {path} has nodes = {in_file}; remove one of them")
     n_nodes = nodes or in_file or 1
     if ("ranks" in tables) == ("ranks_per_node" in tables):
-        raise UserError(f"{path}: expected the ranks of a point, either as ranks = N or as ranks_per_node = N")
+        raise UserError(f"{path}: expected the ranks per point, either as ranks = N or as ranks_per_node = N")
     if "ranks_per_node" in tables:
         return n_nodes, _integer(path, tables, "ranks_per_node", 0)
     ranks = _integer(path, tables, "ranks", 0)
     if ranks % n_nodes:
-        raise UserError(f"{path}: ranks = {ranks} cannot be spread evenly over {n_nodes} nodes; change one of them")
+        raise UserError(f"{path}: ranks = {ranks} is not divisible by {n_nodes} nodes; change one of them")
     return n_nodes, ranks // n_nodes
 
 
@@ -131,17 +143,17 @@ def _table(path: Path, tables: dict[str, Any], name: str) -> dict[str, Any]:
 def _unknown(path: Path, name: str) -> str:
     key = SHORT_FORMS.get(name, name)
     if key in KEYS or name.split(".")[0] in SECTIONS:
-        return f'{path}: the key "{name}" stands by itself; put it under [fixed], [axes] or [[points]]'
-    return f'{path}: unknown key "{name}"{suggestion(name, OWN)}'
+        return f'{path}: the key "{name}" is at the top level; put it under [fixed], [axes] or [[points]]'
+    return f'{path}: unknown key "{name}"{suggestion(name, TOP_LEVEL_KEYS)}'
 
 
 def _flat(path: Path, table: dict[str, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value as it stands) of ordinary keys, in sections or dotted or short."""
+    """(dotted name, unchecked value) of ordinary keys, written in sections, dotted or short."""
     for leaf, value in table.items():
         name = prefix + leaf
         name = SHORT_FORMS.get(name, name)
         if name in RESERVED:
-            raise UserError(f"{path}: [{where}] sets {name}, which is the sweep's own: {RESERVED[name]}")
+            raise UserError(f"{path}: [{where}] sets {name}, which a sweep sets itself: {RESERVED[name]}")
         if name in KEYS or name == "base":
             yield name, value
         elif name in SECTIONS and isinstance(value, dict):
@@ -152,7 +164,7 @@ def _flat(path: Path, table: dict[str, Any], where: str, prefix: str = "") -> It
 
 
 def _value(path: Path, name: str, value: Any, where: str) -> Any:
-    """The value in its key's own type; a base as a path that is there."""
+    """The value in its key's type; a base as the path of an existing file."""
     if name != "base":
         value = checked(KEYS[name], value, str(path))
         if KEYS[name].unsupported and value != KEYS[name].default:
@@ -168,7 +180,7 @@ def _settings(path: Path, table: dict[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in _flat(path, table, where):
         if name in found:
-            raise UserError(f"{path}: [{where}] gives {name} twice, once in its short form; leave one of them out")
+            raise UserError(f"{path}: [{where}] gives {name} twice, once in its short form; remove one of them")
         found[name] = _value(path, name, value, where)
     return found
 
@@ -177,12 +189,12 @@ def _axes(path: Path, table: dict[str, Any]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, values in _flat(path, table, "axes"):
         if name in found:
-            raise UserError(f"{path}: [axes] gives {name} twice, once in its short form; leave one of them out")
+            raise UserError(f"{path}: [axes] gives {name} twice, once in its short form; remove one of them")
         if not isinstance(values, list):
             given = toml_value(values)
             raise UserError(f"{path}: the axis {name} = {given}: expected a list of values, such as [{given}]")
         if not values:
-            raise UserError(f"{path}: the axis {name} has no values, so there is no point; give it some")
+            raise UserError(f"{path}: the axis {name} has no values; add some")
         found[name] = [_value(path, name, value, "axes") for value in values]
     return found
 
@@ -193,7 +205,7 @@ def _points(path: Path, tables: Any, fixed: dict[str, Any]) -> list[dict[str, An
     points = [_settings(path, table, f"points {number}") for number, table in enumerate(tables, 1)]
     for point in points:
         if both := [name for name in point if name in fixed]:
-            raise UserError(f"{path}: {both[0]} is given both as fixed and in [[points]]; leave one of them out")
+            raise UserError(f"{path}: {both[0]} is given both as fixed and in [[points]]; remove one of them")
     return points
 
 
@@ -201,7 +213,7 @@ def _layouts(path: Path, tables: dict[str, Any], ranks: int) -> list[dict[str, A
     """The degrees of every layout by dotted name."""
     given, limits = tables.get("layouts"), _degrees(path, _table(path, tables, "limits"), "limits")
     if limits and given != "all":
-        raise UserError(f'{path}: [limits] has no effect without layouts = "all"; leave it out')
+        raise UserError(f'{path}: [limits] has no effect without layouts = "all"; remove it')
     if given is None:
         return []
     if isinstance(given, list) and given and all(isinstance(layout, dict) for layout in given):
@@ -212,7 +224,7 @@ def _layouts(path: Path, tables: dict[str, Any], ranks: int) -> list[dict[str, A
     largest = [limits.get(name, ranks) for name in DEGREES]
     found = [dict(zip(DEGREES, degrees, strict=True)) for degrees in _products(ranks, largest)]
     if not found:
-        raise UserError(f"{path}: no product of degrees within [limits] makes {ranks} ranks; raise a limit")
+        raise UserError(f"{path}: no product of degrees within [limits] equals {ranks}, the ranks; raise a limit")
     return found
 
 
@@ -226,7 +238,7 @@ def _degrees(path: Path, table: dict[str, Any], where: str) -> dict[str, int]:
 
 
 def _products(ranks: int, largest: list[int]) -> Iterator[list[int]]:
-    """Every way to write `ranks` as a product of so many degrees, each at most its largest."""
+    """Every way to write `ranks` as a product of degrees, one per entry of `largest` and at most that entry."""
     if not largest:
         if ranks == 1:
             yield []

@@ -1,4 +1,4 @@
-"""One picture of a sweep: speed of every point, fastest first, and its memory beside it."""
+"""The picture of a sweep: speed of every point, fastest first, next to its memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +15,25 @@ __all__ = ["check_matplotlib", "draw"]
 
 BLUE, ORANGE, GREY, RED, INK = "#4c78a8", "#e8710a", "#8a8f98", "#b3261e", "#202124"
 PALE_BLUE, PALE_ORANGE = "#a9c1dc", "#f5b981"
-ROW_INCHES, CHAR_INCHES = 0.27, 0.0685  # of a line of text of 8 points, and of one of its characters
+ROW_INCHES, CHAR_INCHES = 0.27, 0.0685  # height of a line of 8-point text, and width of one of its characters
 BAR_INCHES, MEMORY_INCHES = 4.6, 2.4
-MOST_ROWS = 60
+MAX_ROWS = 60
 REASON_CHARACTERS = 95
 
 
 def check_matplotlib() -> None:
-    """UserError if no picture can be drawn."""
+    """UserError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError(
-            "the picture of a sweep is drawn by matplotlib, which is not installed: pip install 'dtron[plot]', or give "
-            "--no-picture for the table and the CSV alone"
+            "the picture of a sweep needs matplotlib, which is not installed: pip install 'dtron[plot]', or add "
+            "--no-picture for only the table and the CSV"
         ) from None
 
 
 def draw(rows: Sequence[Row], title: str, subtitle: str, files: Sequence[Path]) -> None:
-    """Draw `rows`, in their order, into files whose suffix names the format (.svg, .png)."""
+    """Draw `rows`, in their order, to files; the suffix is the format (.svg, .png)."""
     from matplotlib.figure import Figure
 
     shown, left_out = _choose(rows)
@@ -67,23 +67,23 @@ def draw(rows: Sequence[Row], title: str, subtitle: str, files: Sequence[Path]) 
 
 
 def _choose(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """The rows there is room for, and a line that says what is missing: those pruned go first."""
-    if len(rows) <= MOST_ROWS:
+    """At most MAX_ROWS rows, and a line about those left out, pruned ones first."""
+    if len(rows) <= MAX_ROWS:
         return list(rows), ""
     ran = [row for row in rows if row.record.state != "pruned"]
-    shown = ran[:MOST_ROWS]
+    shown = ran[:MAX_ROWS]
     pruned, slow = len(rows) - len(ran), len(ran) - len(shown)
     parts = [f"{pruned} pruned points"] * bool(pruned) + [f"the last {slow} of those that ran"] * bool(slow)
     return shown, f"not shown: {', '.join(parts)}; the CSV has them all"
 
 
 def _breaks(rows: Sequence[Row]) -> list[int]:
-    """Where another model begins, and where the points without figures do."""
+    """Where the next model begins, and where the points without figures do."""
     kinds = [row.group if row.done else None for row in rows]
     return [y for y in range(1, len(rows)) if kinds[y] != kinds[y - 1]]
 
 
-def _plain(axes: "Axes") -> None:
+def _style_axes(axes: "Axes") -> None:
     axes.set_yticks([])
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -96,7 +96,7 @@ def _plain(axes: "Axes") -> None:
 def _draw_names(
     axes: "Axes", rows: Sequence[Row], table: list[dict[str, str]], head: list[str], widths: list[int]
 ) -> None:
-    """The points as lines of text, one column for each setting that differs."""
+    """The points as text, one column per setting that differs."""
     axes.set_axis_off()
     axes.set_xlim(0, sum(widths) + 1)
     ends = [sum(widths[: i + 1]) - 1 for i in range(len(widths))]
@@ -115,7 +115,7 @@ def _speed(row: Row, by_mfu: bool) -> float:
 
 
 def _draw_speed(axes: "Axes", rows: Sequence[Row]) -> None:
-    """Bars of tokens/s; of MFU where there are several models and it is known. The whiskers are the quartiles."""
+    """Bars of tokens/s, or of MFU if there are several models and it is known. The whiskers are the quartiles."""
     done = [(y, row) for y, row in enumerate(rows) if row.done]
     several = len({row.group for _, row in done}) > 1
     by_mfu = several and all(row.record.mfu is not None for _, row in done)
@@ -135,16 +135,16 @@ def _draw_speed(axes: "Axes", rows: Sequence[Row]) -> None:
         note += "" if row.record.mfu is None else f"  {row.record.mfu:.1%}"
         note += "  best" if row.best else ""
         axes.text(min(end, 1.26 * most) + 0.01 * most, y, note, fontsize=7.5, va="center", color=INK)
-        if row.odd_loss:
+        if row.loss_differs:
             axes.text(0.01 * most, y, "loss differs", fontsize=7.5, va="center", color="white", weight="bold")
     _draw_reasons(axes, rows, most)
-    _plain(axes)
+    _style_axes(axes)
     if not by_mfu:
         axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
 
 
 def _draw_reasons(axes: "Axes", rows: Sequence[Row], most: float) -> None:
-    """What became of points without figures; the text may run on under the memory, where they have none."""
+    """States of points without figures; the text may extend into the memory column, which is empty there."""
     for y, row in enumerate(rows):
         if row.done:
             continue
@@ -155,9 +155,9 @@ def _draw_reasons(axes: "Axes", rows: Sequence[Row], most: float) -> None:
 
 
 def _draw_memory(axes: "Axes", rows: Sequence[Row]) -> None:
-    """Bars of the most memory a rank held."""
-    _plain(axes)
-    axes.set_title("memory of a rank, GiB (most)", fontsize=8.5, loc="left", color=INK, pad=3)
+    """Bars of the largest memory of any rank."""
+    _style_axes(axes)
+    axes.set_title("memory per rank, GiB (max)", fontsize=8.5, loc="left", color=INK, pad=3)
     known = [(y, row, (row.record.max_memory_bytes or 0) / 2**30) for y, row in enumerate(rows) if row.done]
     most = max((gib for _, _, gib in known), default=1.0) or 1.0
     axes.set_xlim(0, 1.25 * most)

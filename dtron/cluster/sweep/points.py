@@ -1,4 +1,4 @@
-"""The points of a sweep: each a whole configuration, checked for its ranks before anything runs."""
+"""The points of a sweep: each a complete configuration, checked for its ranks before anything runs."""
 
 import re
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from dtron.train.resolve import resolve
 
 __all__ = ["Point", "check_machine", "make_points"]
 
-# What a sweep sets where neither SWEEP.toml nor the sweep itself says otherwise: a point measures steps, no more.
-QUIET = {
+# Settings of a point unless SWEEP.toml or the sweep sets them: a point only measures steps.
+POINT_DEFAULTS = {
     "checkpoint.enable": False,
     "metrics.enable_tensorboard": False,
     "validation.enable": False,
-    SHORT_FORMS["dp"]: -1,  # the ranks that the other degrees leave
+    SHORT_FORMS["dp"]: -1,  # inferred from the ranks
 }
-# Keys that name files, folders and texts: they make no point another one.
+# Keys that do not distinguish points.
 PATHS_AND_TEXTS = (
     "job.config_file",
     "job.dump_folder",
@@ -35,11 +35,11 @@ PATHS_AND_TEXTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """name: of its folder, a function of its resolved settings and nothing else.
+    """name: of its folder; depends only on the resolved settings.
 
-    settings: what [axes], layouts or [[points]] set, by dotted name. pruned: why it cannot work, or empty; degrees are
-    those that would be asked for, and parameters and same_loss None, where that is not known. same_loss: equal for
-    points that must have the same losses.
+    settings: what [axes], layouts or [[points]] set, by dotted name. pruned: why it cannot run, or empty; then degrees
+    are those requested, and parameters and same_loss are None. same_loss: equal for points that must have the same
+    losses.
     """
 
     name: str
@@ -64,9 +64,9 @@ class Point:
 
 
 def make_points(file: SweepFile, device_type: Literal["cpu", "cuda"] | None = None) -> list[Point]:
-    """Every point of a sweep, those that cannot work with the reason; equal ones once, the first of them.
+    """Every point of a sweep, those that cannot run with the reason; of equal points only the first.
 
-    device_type: of the machines that run them, where those are not this one.
+    device_type: of the machines that run them, if not this one.
     """
     points: dict[str, Point] = {}
     for settings in assignments(file):
@@ -81,20 +81,20 @@ def check_machine(points: list[Point], ranks: int) -> None:
     on_gpus = [p for p in points if p.config.training.device != "cpu" and not p.pruned]
     if on_gpus and torch.cuda.is_available() and ranks > n_gpus:
         raise UserError(
-            f"the points need {ranks} ranks, each with a GPU of its own, and this machine has {n_gpus}; lower ranks, "
-            'set training.device = "cpu" under [fixed], or run them elsewhere with --slurm'
+            f"the points need {ranks} ranks, each with its own GPU, and this machine has {n_gpus} GPUs; lower ranks, "
+            'set training.device = "cpu" under [fixed], or run them on a cluster with --slurm'
         )
 
 
 def _point(file: SweepFile, settings: dict[str, Any], device_type: Literal["cpu", "cuda"] | None) -> Point:
-    config, ranks, pruned = _configured(file, settings), file.ranks, ""
+    config, ranks, pruned = _point_config(file, settings), file.ranks, ""
     try:
         degrees = resolve_degrees(config.parallelism, ranks)
-        config = _explicit(config, degrees)
+        config = _with_explicit_degrees(config, degrees)
         setup = resolve(config, ranks, device_type)
     except UserError as error:
         pruned = " ".join(str(error).split())
-        degrees = _asked(config)
+        degrees = _requested_degrees(config)
     name, batch = _name(config, degrees), config.training.global_batch_size
     if pruned:
         return Point(name, config, settings, degrees, batch, pruned=pruned)
@@ -103,26 +103,26 @@ def _point(file: SweepFile, settings: dict[str, Any], device_type: Literal["cpu"
     return Point(name, config, settings, degrees, batch, parameters, digest([batch, same]))
 
 
-def _explicit(config: Config, degrees: Degrees) -> Config:
-    """The shard degree and the global batch in numbers: two ways to say the same are one point."""
+def _with_explicit_degrees(config: Config, degrees: Degrees) -> Config:
+    """The configuration with explicit shard degree and global batch, so that equal settings are one point."""
     t = config.training
     batch = t.local_batch_size * degrees.dp if t.global_batch_size == -1 else t.global_batch_size
     config = replace(config, "training.global_batch_size", batch)
     return replace(config, "parallelism.data_parallel_shard_degree", degrees.dp_shard)
 
 
-def _asked(config: Config) -> Degrees:
-    """The degrees as they stand, which do not make the ranks."""
+def _requested_degrees(config: Config) -> Degrees:
+    """The degrees as written, whose product is not the ranks."""
     values = flatten(config)
     return Degrees(*(values[key] for key in DEGREES))
 
 
-def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
-    """base < what a sweep sets by itself < [fixed] < the point."""
+def _point_config(file: SweepFile, settings: dict[str, Any]) -> Config:
+    """By increasing precedence: base, the sweep's own settings, [fixed], the point."""
     given = file.fixed | settings
     config = load(["--job.config_file", given["base"]])
-    values = QUIET | {"metrics.log_freq": 1, "training.steps": file.steps}
-    if config.lr_scheduler.total_steps is None:  # the learning rates of the beginning of the base's own run
+    values = POINT_DEFAULTS | {"metrics.log_freq": 1, "training.steps": file.steps}
+    if config.lr_scheduler.total_steps is None:  # the learning rates of the first steps of the base's run
         values["lr_scheduler.total_steps"] = max(config.training.steps, config.lr_scheduler.warmup_steps)
     for name, value in (values | given).items():
         if name != "base":
@@ -131,7 +131,7 @@ def _configured(file: SweepFile, settings: dict[str, Any]) -> Config:
 
 
 def _name(config: Config, degrees: Degrees) -> str:
-    """What a person looks for first, and a hash of every setting that is not the default."""
+    """A readable summary, and a hash of every setting that is not the default."""
     ac, layout = config.activation_checkpoint, str(degrees).replace(" x ", "-").replace("_", "").replace(" ", "")
     recompute = f"selective{ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     readable = f"{config.model.flavor}-{layout}-local{config.training.local_batch_size}-{recompute}"

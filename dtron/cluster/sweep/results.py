@@ -1,8 +1,7 @@
-"""What a sweep found: rows, best first; a CSV; a table for the terminal; which layout to take, in one sentence."""
+"""The results of a sweep: rows, best first; a CSV; a table for the terminal; the recommended layout in one sentence."""
 
 import csv
 import io
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,26 +13,27 @@ from dtron.cluster.sweep.points import Point
 from dtron.cluster.sweep.runner import ENDED, Record
 from dtron.config import flatten
 from dtron.config.toml import toml_value
+from dtron.files import write_atomically
 from dtron.observe.console import human_bytes, human_count
 
 __all__ = [
     "DEGREE_COLUMNS",
     "Row",
     "advice",
-    "as_table",
+    "format_table",
     "columns",
-    "in_common",
+    "common_settings",
     "label",
     "loss_notes",
-    "make_rows",
+    "rank_points",
     "write_csv",
 ]
 
-# What the losses of points that promise the same may differ by, relative to their median: docs/elastic.md has the
-# first, measured in fp32; bf16 rounds every product to 3 digits, differently on each layout.
-SAME_LOSS = {"float32": 1e-4, "bfloat16": 1e-2}
-# Keys that have a column of their own, and beginnings of such.
-SHOWN = (
+# Relative to the median, how far losses of points that must agree may differ: the fp32 value was measured, see
+# docs/elastic.md; bf16 rounds every product to 3 digits, differently on each layout.
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+# Keys with their own column, and prefixes of such keys.
+OWN_COLUMNS = (
     "training.local_batch_size",
     "training.global_batch_size",
     "activation_checkpoint.",
@@ -41,19 +41,25 @@ SHOWN = (
     "model.flavor",
 )
 IN_CSV = ("training.local_batch_size", "training.global_batch_size", "training.seq_len")  # under names with units
-DEGREE_COLUMNS = {"pp": "pp", "rep": "dp_replicate", "dp": "dp_shard", "cp": "cp", "tp": "tp"}  # short -> of Degrees
-GOING = ("interrupted", "running", "queued", "waiting")
-STATES = (*ENDED, *GOING, "pruned")
+DEGREE_COLUMNS = {
+    "pp": "pp",
+    "rep": "dp_replicate",
+    "dp": "dp_shard",
+    "cp": "cp",
+    "tp": "tp",
+}  # short name -> field of Degrees
+UNFINISHED = ("interrupted", "running", "queued", "waiting")
+STATES = (*ENDED, *UNFINISHED, "pruned")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A point and what is known of it. best: the fastest with its model and tokens a sequence whose loss is right."""
+    """A point and its record. best: the fastest of its model and sequence length whose loss agrees with the others."""
 
     point: Point
     record: Record
     best: bool = False
-    odd_loss: bool = False
+    loss_differs: bool = False
 
     @property
     def done(self) -> bool:
@@ -75,14 +81,14 @@ class Row:
 
     @property
     def group(self) -> tuple[str, int | None, int]:
-        """Speeds of different models, or lengths of sequences, say nothing beside each other."""
+        """Speeds are comparable only within one model and sequence length."""
         return self.point.model, self.point.parameters, self.point.config.training.seq_len
 
 
-def make_rows(points: Sequence[Point], records: dict[str, Record]) -> list[Row]:
-    """All points: of each model those that are done, the fastest first; then the others by state."""
+def rank_points(points: Sequence[Point], records: dict[str, Record]) -> list[Row]:
+    """All points: the finished ones by model, fastest first; then the others by state."""
     rows = [Row(point, records[point.name]) for point in points]
-    odd = _odd_losses(rows)
+    odd = _differing_losses(rows)
     done = sorted((row for row in rows if row.done), key=lambda row: -(row.record.tokens_per_s or 0))
     groups = list(dict.fromkeys(row.group for row in done))
     ordered: list[Row] = []
@@ -94,8 +100,8 @@ def make_rows(points: Sequence[Point], records: dict[str, Record]) -> list[Row]:
     return ordered + sorted(rest, key=lambda row: STATES.index(row.record.state))
 
 
-def _odd_losses(rows: Sequence[Row]) -> dict[str, float]:
-    """Point -> how far its last loss is from the median of those that promise the same, where that is too far."""
+def _differing_losses(rows: Sequence[Row]) -> dict[str, float]:
+    """Point -> relative difference of its last loss from the median of points that must agree, if too large."""
     odd: dict[str, float] = {}
     groups: dict[Any, list[Row]] = {}
     for row in rows:
@@ -105,34 +111,34 @@ def _odd_losses(rows: Sequence[Row]) -> dict[str, float]:
         usual = statistics.median_low([row.record.loss or 0.0 for row in group])
         for row in group:
             away = abs((row.record.loss or 0.0) - usual) / usual
-            if away > SAME_LOSS[row.point.config.training.mixed_precision_param]:
+            if away > LOSS_TOLERANCE[row.point.config.training.mixed_precision_param]:
                 odd[row.point.name] = away
     return odd
 
 
 def loss_notes(rows: Sequence[Row]) -> list[str]:
-    """A line for every point whose loss is not that of the others with its model, data and batch."""
-    odd, notes = _odd_losses(rows), []
+    """One line per point whose loss differs from those with the same model, data and batch."""
+    odd, notes = _differing_losses(rows), []
     for row in rows:
         if away := odd.get(row.point.name):
             same = [r.record.loss or 0.0 for r in rows if r.done and r.point.same_loss == row.point.same_loss]
             notes.append(
                 f"losses differ: {label(row, rows)} ends at {row.record.loss:.5f} and the {len(same) - 1} other(s) of "
-                f"the same training at {statistics.median_low(same):.5f} ({away:.1e} relative), but every layout "
-                "promises the same: do not take it before you know why"
+                f"the same training at {statistics.median_low(same):.5f} ({away:.1e} relative), but all "
+                "layouts must agree: find out why before using it"
             )
     return notes
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """Keys, beside the degrees, that the sweep sets and that differ between points."""
+    """Keys besides the degrees that the sweep sets and that differ between points."""
     names = dict.fromkeys(name for row in rows for name in row.point.settings if name not in (*DEGREES, "base"))
     values = [flatten(row.point.config) for row in rows]
     return [name for name in names if len({repr(value[name]) for value in values}) > 1]
 
 
 def columns(row: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """What tells a point from the others, short: only what differs between them."""
+    """Short cells with the settings that differ between points."""
     d, c = row.point.degrees, flatten(row.point.config)
     cells = {}
     if len({r.point.model for r in rows}) > 1:
@@ -148,22 +154,22 @@ def columns(row: Row, rows: Sequence[Row]) -> dict[str, str]:
     if len({r.point.recompute for r in rows}) > 1:
         cells["recompute"] = row.point.recompute
     for name in varying(rows):
-        if not name.startswith(SHOWN):
-            cells[name.rpartition(".")[2]] = _short(c[name])
+        if not name.startswith(OWN_COLUMNS):
+            cells[name.rpartition(".")[2]] = _cell_text(c[name])
     return cells
 
 
-def _short(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if value is None:
         return "none"
     return value if isinstance(value, str) else toml_value(value)
 
 
-def in_common(rows: Sequence[Row]) -> str:
-    """What all points share, of what a person asks first."""
+def common_settings(rows: Sequence[Row]) -> str:
+    """The most important settings that all points share."""
     p = rows[0].point
     facts: dict[str, set[Any]] = {
-        f"{p.config.training.steps} steps a point": {r.point.config.training.steps for r in rows},
+        f"{p.config.training.steps} steps per point": {r.point.config.training.steps for r in rows},
         f"{p.parameters or 0:,} parameters": {r.point.parameters for r in rows if r.point.parameters},
         f"global batch {p.global_batch} x {p.config.training.seq_len} tokens": {
             (r.point.global_batch, r.point.config.training.seq_len) for r in rows
@@ -179,27 +185,27 @@ def in_common(rows: Sequence[Row]) -> str:
 
 
 def label(row: Row, rows: Sequence[Row]) -> str:
-    """A point in words: 'dp 2 x tp 2, local 4, recompute none'."""
+    """Short description of a point: 'dp 2 x tp 2, local 4, recompute none'."""
     cells = columns(row, rows)
     rest = [f"{name} {text}" for name, text in cells.items() if name not in ("model", *DEGREE_COLUMNS)]
     return ", ".join([*([cells["model"]] if "model" in cells else []), str(row.point.degrees), *rest])
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
-    """For each model: which point to take, and which are no slower within the spread of their steps."""
-    so_far = "so far, " if any(row.record.state in GOING for row in rows) else ""
+    """For each model: the recommended point, and those as fast within the spread of their steps."""
+    prefix = "so far, " if any(row.record.state in UNFINISHED for row in rows) else ""
     lines = []
     for best in (row for row in rows if row.best):
         r = best.record
         speed = f"{human_count(r.tokens_per_s or 0)} tokens/s"
         mfu = "" if r.mfu is None else f" (MFU {r.mfu:.1%})"
-        memory = "" if r.max_memory_bytes is None else f", {human_bytes(r.max_memory_bytes)} a rank"
-        lines.append(f"{so_far}take {label(best, rows)}: {speed}{mfu}{memory}{_beside(best, rows)}")
+        memory = "" if r.max_memory_bytes is None else f", {human_bytes(r.max_memory_bytes)} per rank"
+        lines.append(f"{prefix}take {label(best, rows)}: {speed}{mfu}{memory}{_compare_with_next(best, rows)}")
     return lines
 
 
-def _beside(best: Row, rows: Sequence[Row]) -> str:
-    """How the best compares with the next ones."""
+def _compare_with_next(best: Row, rows: Sequence[Row]) -> str:
+    """How the best point compares with the next ones."""
     others = [row for row in rows if row.done and row.group == best.group and row is not best]
     if not others:
         return ""
@@ -209,9 +215,9 @@ def _beside(best: Row, rows: Sequence[Row]) -> str:
         ahead = f"{ratio - 1:.0%} more than" if ratio < 2 else f"{ratio:.1f} times"
         return f"; {ahead} the next, {label(others[0], rows)}"
     least = min(near, key=lambda row: row.record.max_memory_bytes or 0)
-    text = f"; as fast within the spread of the steps: {len(near)} other(s), first {label(near[0], rows)}"
+    text = f"; equally fast within the spread of the steps: {len(near)} other(s), first {label(near[0], rows)}"
     if (least.record.max_memory_bytes or 0) < 0.98 * (best.record.max_memory_bytes or 0):
-        text += f"; with the least memory {label(least, rows)}, {human_bytes(least.record.max_memory_bytes or 0)}"
+        text += f"; least memory: {label(least, rows)}, {human_bytes(least.record.max_memory_bytes or 0)}"
     return text
 
 
@@ -220,14 +226,14 @@ def _overlap(one: Row, other: Row) -> bool:
     return a is not None and b is not None and a[0] <= b[1] and b[0] <= a[1]
 
 
-def as_table(rows: Sequence[Row]) -> str:
-    """For the terminal, the best first and marked by *; figures only where there are any."""
+def format_table(rows: Sequence[Row]) -> str:
+    """For the terminal: the best first, marked *; only figures that some point has."""
     figures: dict[str, Callable[[Row], str]] = {
         "tokens/s": lambda row: _figure(row.record.tokens_per_s, human_count),
         "MFU": lambda row: _figure(row.record.mfu, "{:.1%}".format),
         "step s": lambda row: _figure(row.record.step_s, "{:.3g}".format),
         "memory": lambda row: _figure(row.record.max_memory_bytes, human_bytes),
-        "loss": lambda row: _figure(row.record.loss, "{:.4f}".format) + ("!" if row.odd_loss else ""),
+        "loss": lambda row: _figure(row.record.loss, "{:.4f}".format) + ("!" if row.loss_differs else ""),
     }
     figures = {name: show for name, show in figures.items() if any(show(row) for row in rows)}
     lines = [["", *columns(rows[0], rows), *figures, "state"]]
@@ -244,15 +250,13 @@ def _figure(value: float | None, show: Callable[[float], str]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One row a point, in the rows' order, the units in the columns' names; whole or not at all."""
+    """One row per point, in the order of `rows`, with units in the column names; written atomically."""
     text = io.StringIO()
     table = [_csv_row(row, rows) for row in rows]
     writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text.getvalue())
-    os.replace(draft, path)
+    write_atomically(path, text.getvalue())
 
 
 def _csv_row(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
@@ -267,6 +271,6 @@ def _csv_row(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "seq_len_tokens": t.seq_len, "recompute": p.recompute,
         "tokens_per_s": r.tokens_per_s, "tokens_per_s_per_gpu": row.tokens_per_s_per_gpu, "mfu": r.mfu,
         "step_s": r.step_s, "step_s_p25": r.step_s_p25, "step_s_p75": r.step_s_p75, "max_memory_gib": memory,
-        "last_step": r.step, "loss_nats_per_token": r.loss, "loss_differs": row.odd_loss, "attempts": r.attempt,
-        **{name: _short(settings[name]) for name in varying(rows) if name not in IN_CSV},
+        "last_step": r.step, "loss_nats_per_token": r.loss, "loss_differs": row.loss_differs, "attempts": r.attempt,
+        **{name: _cell_text(settings[name]) for name in varying(rows) if name not in IN_CSV},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The points of a sweep as jobs of Slurm, several at a time. They go on without the sweep, which finds them again."""
+"""Runs the points of a sweep as Slurm jobs, which continue without the sweep; it finds them again."""
 
 import dataclasses
 import json
@@ -7,19 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dtron.cluster.slurm import SlurmJob, SlurmOptions, states, submit
+from dtron.cluster.slurm import SlurmJob, SlurmOptions, queue_states, submit
 from dtron.cluster.status import JobStatus, job_status
 from dtron.cluster.sweep.points import Point
 from dtron.cluster.sweep.runner import ENDED, End, Job
 
-__all__ = ["SlurmRunner", "Submitted", "slurm_options"]
+__all__ = ["SlurmRunner", "SubmittedJob", "slurm_options"]
 
-QUERY_S = 5.0  # between two questions to the controller, which all users share
-MISSING_S = 30.0  # out of the queue and without a word: the files may still be on their way, or squeue have failed
+QUERY_S = 5.0  # between queries to the controller, which all users share
+UNREPORTED_S = 30.0  # out of the queue without an outcome: its files may not be visible yet, or squeue may have failed
 STOP_S = 120.0
-STARTING_S = 900.0  # that a job is given beside limit_s
-SAVE_S = 60  # before Slurm's time limit; a point has nothing to save
-OVER = {
+STARTING_S = 900.0  # added to limit_s for the job's time limit
+SAVE_S = 60  # before Slurm's time limit; short, as a point saves nothing
+SLURM_ENDED = {
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -33,47 +33,47 @@ OVER = {
 
 
 def slurm_options(given: dict[str, Any], nodes: int, ranks_per_node: int, limit_s: float) -> SlurmOptions:
-    """given: fields of SlurmOptions from the command line. A point is measured once: its job does not requeue."""
+    """Options of a point's job, which never requeues itself. given: fields of SlurmOptions from the command line."""
     minutes = -(-int(limit_s + STARTING_S) // 60)
-    own: dict[str, Any] = {"time": f"{minutes // 60}:{minutes % 60:02d}:00", "save_s": SAVE_S, "nodes": nodes}
-    own |= {"ranks_per_node": ranks_per_node, "requeue": False, "preflight": False}
-    return SlurmOptions(**(own | given))
+    defaults: dict[str, Any] = {"time": f"{minutes // 60}:{minutes % 60:02d}:00", "save_s": SAVE_S, "nodes": nodes}
+    defaults |= {"ranks_per_node": ranks_per_node, "requeue": False, "preflight": False}
+    return SlurmOptions(**(defaults | given))
 
 
 class SlurmRunner:
-    """Submits each point as a job with `options`; at_once: how many may be in the queue."""
+    """Submits each point as a job with `options`; at_once: how many may be queued or running."""
 
-    goes_on = True
+    outlives_sweep = True
 
     def __init__(self, options: SlurmOptions, at_once: int) -> None:
         self.at_once = at_once
         self._options = options
         self._queue: dict[str, tuple[str, str]] = {}
-        self._asked_s = -QUERY_S
+        self._queried_s = -QUERY_S
 
-    def start(self, point: Point, folder: Path, attempt: int) -> "Submitted":
+    def start(self, point: Point, folder: Path, attempt: int) -> "SubmittedJob":
         options = dataclasses.replace(self._options, name=point.name)
         argv = ["--job.config_file", str(folder / "config.toml"), "--job.dump_folder", str(folder)]
-        return Submitted(self, submit(argv, options, lambda text: None))
+        return SubmittedJob(self, submit(argv, options, lambda text: None))
 
-    def find(self, folder: Path, attempt: int, kept: dict[str, Any]) -> Job | None:
-        return Submitted(self, SlurmJob(Path(kept["folder"]), kept["job_id"])) if "job_id" in kept else None
+    def find(self, folder: Path, attempt: int, handle: dict[str, Any]) -> Job | None:
+        return SubmittedJob(self, SlurmJob(Path(handle["folder"]), handle["job_id"])) if "job_id" in handle else None
 
     def queue(self) -> dict[str, tuple[str, str]]:
-        """What `slurm.states` said, a few seconds ago at most."""
-        if time.monotonic() - self._asked_s >= QUERY_S:
-            self._queue, self._asked_s = states(), time.monotonic()
+        """The result of `queue_states`, at most a few seconds old."""
+        if time.monotonic() - self._queried_s >= QUERY_S:
+            self._queue, self._queried_s = queue_states(), time.monotonic()
         return self._queue
 
 
-class Submitted:
-    """A job that waits, runs or is over."""
+class SubmittedJob:
+    """A job that is queued, running or ended."""
 
     def __init__(self, runner: SlurmRunner, job: SlurmJob) -> None:
         self.control = job.control
-        self.kept: dict[str, Any] = {"job_id": job.job_id, "folder": str(job.folder.absolute())}
+        self.handle: dict[str, Any] = {"job_id": job.job_id, "folder": str(job.folder.absolute())}
         self._runner, self._job = runner, job
-        self._seen_s = time.monotonic()  # in the queue
+        self._seen_s = time.monotonic()  # last in the queue
 
     def running_s(self) -> float:
         try:
@@ -84,13 +84,13 @@ class Submitted:
 
     def poll(self) -> End | None:
         queue = self._runner.queue()
-        word = queue.get(self._job.job_id, ("", ""))[0]
-        if word and word not in OVER:
+        state = queue.get(self._job.job_id, ("", ""))[0]
+        if state and state not in SLURM_ENDED:
             self._seen_s = time.monotonic()
             return None
         status = job_status(self._job.folder, queue)
-        told = status.outcome.state == "done" or status.outcome.state in ENDED
-        if not word and not told and time.monotonic() - self._seen_s < MISSING_S:
+        reported = status.outcome.state == "done" or status.outcome.state in ENDED
+        if not state and not reported and time.monotonic() - self._seen_s < UNREPORTED_S:
             return None
         return _end(status)
 
@@ -102,7 +102,7 @@ class Submitted:
 
 
 def _end(status: JobStatus) -> End:
-    """The state of a job that is over, as a point's."""
+    """The state of an ended job as a point's."""
     if status.state in ("preempted", "cancelled", "stopped") or "preempted" in status.why:
         return End("interrupted", f"{status.state}: {status.why}" if status.why else status.state)
     if status.state == "ended" and "time limit" in status.why and "cancelled" not in status.why:
