@@ -1,4 +1,4 @@
-"""What a person reads while a run goes: one line a step, the time left, the summary at the end."""
+"""What a person reads while a run goes: one line per step, the time left, the summary at the end."""
 
 import math
 import statistics
@@ -116,8 +116,8 @@ def format_summary(
 ) -> str:
     """The lines at the end of a run, from `read_metrics`' rows. Speeds are medians without the first row.
 
-    `unigram_entropy`: nats a token of the validation set under its own token frequencies, the best
-    a model can do that ignores the context. `flops_per_token`, `peak_flops` (FLOP/s a GPU): what
+    `unigram_entropy`: nats per token of the validation set under its own token frequencies, the best
+    a model can do that ignores the context. `flops_per_token`, `peak_flops` (FLOP/s per GPU): what
     the rows' MFU was computed with.
     """
     lines = [("outputs", str(run_folder)), ("resume with", resume_command)]
@@ -154,11 +154,11 @@ def format_summary(
 def format_evaluation(
     checkpoint: str, dataset: str, loss: float, perplexity: float, tokens: int, seconds: float
 ) -> str:
-    """The result of an evaluation. loss: nats a token; tokens: those it is the mean over, taken in `seconds`."""
+    """The result of an evaluation. loss: nats per token; tokens: those it is the mean over, taken in `seconds`."""
     facts = [
         ("checkpoint", checkpoint),
         ("evaluated on", dataset),
-        ("loss", f"{loss:.6f} nats a token"),
+        ("loss", f"{loss:.6f} nats per token"),
         ("perplexity", f"{perplexity:.6g}"),
         ("tokens", str(tokens)),
         ("seconds", f"{seconds:.1f}"),

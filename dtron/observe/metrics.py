@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON object a line in metrics.jsonl, and the same in TensorBoard.
+"""A run's metrics: one JSON object per line in metrics.jsonl, and the same in TensorBoard.
 
 The rows are written by one rank. A row holds any of the keys of `TAGS`, `step` (from 1) and
 `attempt` (1, and one more after each resume); other numbers are kept too. Units are in the
@@ -92,10 +92,10 @@ def tag_of(key: str) -> Tag | None:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, one a step, sorted by step.
+    """The rows of a metrics.jsonl, one per step, sorted by step.
 
     Of a step that was replayed after a resume, the last attempt's row counts; rows of one step
-    and attempt are merged. A line cut short by a kill (one an attempt at most) is passed over.
+    and attempt are merged. A line cut short by a kill (at most one per attempt) is passed over.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in Path(path).read_bytes().splitlines():
@@ -158,7 +158,7 @@ class MetricsWriter:
         self._board: _Board | None = None
         if config.enable_tensorboard:
             self._board = _Board(folder / config.save_tb_folder, config_text, hparams)
-        # Unbuffered: one write a row, so that a kill cuts the last line at worst. Such a stump stays, ended.
+        # Unbuffered: one write per row, so that a kill cuts the last line at worst. Such a stump stays, ended.
         self._file = (folder / "metrics.jsonl").open("a+b", buffering=0)
         size = self._file.seek(0, os.SEEK_END)
         if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":

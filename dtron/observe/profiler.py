@@ -1,4 +1,4 @@
-"""torch.profiler traces of a few steps out of many, one Chrome trace a rank."""
+"""torch.profiler traces of a few steps out of many, one Chrome trace per rank."""
 
 from pathlib import Path
 

@@ -49,7 +49,7 @@ class RunData:
     sources: list[str]
 
     def gathered_state(self) -> dict[str, Any]:
-        """All ranks' places in the streamed sources, on every rank; empty where the count of samples is enough."""
+        """All ranks' positions in the streamed sources, on every rank; empty where the count of samples is enough."""
         if not isinstance(self.loader, StreamLoader):
             return {}
         return merge_states(from_all_ranks(self.loader.state()))

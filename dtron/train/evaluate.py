@@ -34,7 +34,7 @@ PROGRESS_S = 10.0  # from one line of progress to the next
 
 @dataclass(frozen=True)
 class Result:
-    """loss: nats a token, the mean over `tokens`, those that have a label; seconds: without the start-up."""
+    """loss: nats per token, the mean over `tokens`, those that have a label; seconds: without the start-up."""
 
     loss: float
     tokens: int

@@ -22,20 +22,20 @@ def local_batches(
 ) -> list[tuple[Tensor, ...]]:
     """The arguments of each forward, on the device: tokens, labels, positions [size, S / cp].
 
-    Under document masks also documents [size, S / cp] and, under context parallel, keys [size, 2, S].
+    Under document masks also document_start [size, S / cp] and, under context parallel, keys [size, 2, S].
     """
-    cp, (tokens, labels, documents, _) = mesh.degrees.cp, batch
+    cp, (tokens, labels, document_start, _) = mesh.degrees.cp, batch
     rows, length = tokens.shape
     head_tail = bool(p.context_parallel_load_balancer)
     positions = local_positions(length, mesh.cp_rank, cp, head_tail)
-    arguments = [tokens, labels] if documents is None else [tokens, labels, documents]
+    arguments = [tokens, labels] if document_start is None else [tokens, labels, document_start]
     if cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
         arguments = [t[:, positions] for t in arguments]
-        if documents is not None:
+        if document_start is not None:
             everywhere = gathered_positions(length, cp, head_tail)
-            arguments.append(torch.stack((documents[:, everywhere], everywhere.expand(rows, -1)), 1))
-    tokens, labels, *places = (t.to(device, non_blocking=True) for t in arguments)
-    forwards = (tokens, labels, positions.to(device).expand(rows, -1), *places)
+            arguments.append(torch.stack((document_start[:, everywhere], everywhere.expand(rows, -1)), 1))
+    tokens, labels, *extra_inputs = (t.to(device, non_blocking=True) for t in arguments)
+    forwards = (tokens, labels, positions.to(device).expand(rows, -1), *extra_inputs)
     return list(zip(*(t.split(size) for t in forwards), strict=True))
 
 
@@ -43,7 +43,7 @@ def mean_loss(
     model: ParallelModel, batches: Iterable[Batch], config: Config, mesh: Mesh, device: torch.device,
     after_batch: Callable[[Tensor], None] | None = None,
 ) -> tuple[float, int]:  # fmt: skip
-    """(nats a token, tokens) over the labels that count in all `batches`, a validation set's, on every rank.
+    """(nats per token, tokens) over the labels that count in all `batches`, a validation set's, on every rank.
 
     after_batch: is given this rank's share of [summed loss, tokens] so far. UserError if no label counts.
     """

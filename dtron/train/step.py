@@ -29,7 +29,7 @@ class Step:
     """What a step needs, on one rank of a started process group.
 
     config: with the global batch resolved. optimizers: one for each of `model.parts`. progress: counted up by each
-    step. tally: what is counted for the metrics. stop_requested: whether a stop was requested on this rank.
+    step. tally: sums for the metrics. stop_requested: whether a stop was requested on this rank.
     before_update: called when gradients are final and weights are about to change.
     """
 

@@ -26,7 +26,7 @@ def test_a_checkpoint_is_evaluated_on_another_layout(tmp_path: Path) -> None:
     only += ("--job.control_folder", str(tmp_path / "control"))
     run = torchrun(tmp_path / "evaluated", 2, *only, "--tp", "2", "--training.dataset", "none_such")
     assert run.code == 0 and run.err == ["", ""] and run.out[1] == "", run.everything()
-    assert run.out[0].count("nats a token") == 1
+    assert run.out[0].count("nats per token") == 1
     (line,) = [line for line in run.out[0].splitlines() if line.startswith("loss ")]
     assert float(line.split()[1]) == pytest.approx(trained, rel=1e-5)
     assert files(outputs) == before

@@ -59,8 +59,8 @@ def _train(degrees: Degrees, shape: str, weights: Weights) -> list[tuple[float, 
     for step in range(1, outside.STEPS + 1):
         tokens, labels = outside.batch(step)
         model.loss.valid_tokens = (labels != -100).sum().float()
-        places = positions.expand(len(tokens[mine]), -1)
-        loss = model.forward_backward(tokens[mine][:, positions], labels[mine][:, positions], places, last=True)
+        own_positions = positions.expand(len(tokens[mine]), -1)
+        loss = model.forward_backward(tokens[mine][:, positions], labels[mine][:, positions], own_positions, last=True)
         model.finish_gradients()
         square = squared_gradient_norm(model.named_parameters(), model.aliases, degrees.stage, CPU)
         sums = torch.stack([square, loss.double() / degrees.tp])

@@ -183,7 +183,7 @@ def test_what_is_told(ranks: Ranks, causal: tuple[str, float]) -> None:
     assert told == {
         "checkpoint": checkpoint,
         "evaluated_on": "uneven_rows",
-        "loss": f"{loss:.6f} nats a token",
+        "loss": f"{loss:.6f} nats per token",
         "perplexity": f"{math.exp(loss):.6g}",
         "tokens": str(sum(labels)),
         "seconds": f"{result.seconds:.1f}",

@@ -78,7 +78,7 @@ def test_slowdown_is_of_the_steps_beside_a_save(time: Time) -> None:
 
 
 def test_rates_of_a_row(time: Time, tmp_path: Path) -> None:
-    """tokens_per_s, a GPU's share of it, and MFU = tokens/s/GPU x FLOPs a token / peak."""
+    """tokens_per_s, a GPU's share of it, and MFU = tokens/s/GPU x FLOPs per token / peak."""
     arguments = "--metrics.no_enable_tensorboard --training.global_batch_size 16 --training.seq_len 128"
     config = load(arguments.split())
     told = Report(World(0, 0, 4, dist.HashStore()), config, "", tmp_path, 1, flops=6e6, peak=1e9, entropy=None)
