@@ -217,7 +217,7 @@ def test_quantized_and_pickled_weights_are_refused(
     assert "there is no model in" in refused(capsys, pickled, tmp_path / "out")
 
 
-def test_names_of_another_kind_of_model_are_told(
+def test_names_of_another_kind_of_model_are_refused(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `LlamaModel.save_pretrained` writes them."""

@@ -359,7 +359,7 @@ def test_an_empty_prompt_starts_where_a_text_does(model: Llama, encoder: TextEnc
     )
 
 
-def test_more_positions_than_the_model_was_made_for_are_told(model: Llama, encoder: TextEncoder):
+def test_more_positions_than_the_model_was_made_for_are_reported(model: Llama, encoder: TextEncoder):
     length = len(encoder.encode_prompt("abc")) + 30
     warning = f"warning: prompt and new tokens are up to {length}, the model was made for {length - 1}: "
     assert written(opened(model, encoder, max_positions=length - 1), ["abc"], SampleOptions(30)).startswith(warning)

@@ -165,7 +165,7 @@ def test_a_rank_reads_its_slices_only(ranks: Ranks, tmp_path: Path) -> None:
 # --- faults
 
 
-def test_faults_are_told_on_all_ranks(ranks: Ranks, folder_of: FolderOf, tmp_path: Path) -> None:
+def test_faults_are_reported_on_all_ranks(ranks: Ranks, folder_of: FolderOf, tmp_path: Path) -> None:
     folder = folder_of("tied")
     for model, said in (("small", "it has no lm_head.weight"), ("qwen2", "it has no model.layers.0.self_attn.q_proj")):
         with pytest.raises(RankError, match=said):
