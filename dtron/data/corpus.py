@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dtron.data.formats import DocumentReader, State
 from dtron.data.packed import TokenDataset
 from dtron.data.prepare import Log, build_once, prepare
 from dtron.data.shards import FORMAT, open_store
-from dtron.data.sources import DocumentReader, State
 from dtron.data.tokenizer import read_tokenizer, train_bpe
 from dtron.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtron.data.sources import State
+from dtron.data.formats import State
 from dtron.data.tokenizer import TextEncoder
 from dtron.errors import UserError
 

@@ -19,7 +19,7 @@ import torch
 import torch.utils.data
 
 from dtron.config.sections import Config, DataLoader
-from dtron.data.order import Mixture, sample_indices
+from dtron.data.order import Mixture, sample_indices, seed_of
 from dtron.errors import UserError
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "prefetch",
     "row_indices",
     "rows_of",
-    "seed_of",
     "torch_loader",
+    "with_sources",
 ]
 
 IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
@@ -165,13 +165,6 @@ def row_indices(
     return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
 
-def seed_of(seed: int, source: int) -> int:
-    """The seed of a mixture's source: two sources of equal length have different orders."""
-    return (
-        seed if source == 0 else int(np.random.SeedSequence(seed, spawn_key=(source,)).generate_state(1, np.uint64)[0])
-    )
-
-
 @dataclass(frozen=True)
 class _PassRows:
     """Batch sampler of one pass in the data's own order, the last global batch filled up with PADDING."""
@@ -190,6 +183,13 @@ class _PassRows:
 def collate(rows: Sequence[Row]) -> Batch:
     """Rows as one batch, without the mixture's sources."""
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def with_sources(batch: Batch, mixture: Mixture, first: int) -> Batch:
+    """The batch, and of a mixture the source of every row. first: the global sample in its first row."""
+    if len(mixture.counts) == 1:
+        return batch
+    return batch._replace(sources=torch.from_numpy(mixture(first, len(batch.tokens))[0]))
 
 
 def _collate(rows: list[Row] | UserError) -> Batch | UserError:
@@ -297,11 +297,9 @@ class StepLoader:
         if isinstance(batch, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
             raise batch
-        if len(sampler.n_samples) > 1:
-            sources, _ = sampler.mixture(self._consumed + sampler.rows.start, len(sampler.rows))
-            batch = batch._replace(sources=torch.from_numpy(sources))
+        first = self._consumed + sampler.rows.start
         self._consumed += sampler.global_batch_size
-        return batch
+        return with_sources(batch, sampler.mixture, first)
 
 
 class ValidationLoader:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtron.errors import UserError
 
-__all__ = ["Mixture", "Permutation", "sample_indices"]
+__all__ = ["Mixture", "Permutation", "sample_indices", "seed_of"]
 
 CYCLE = 10_000  # global samples after which a mixture repeats: weights are kept to 1/10,000 of their sum
 ROUNDS = 8  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); domains of a few bits need more
@@ -74,6 +74,13 @@ def sample_indices(start: int, count: int, n_samples: int, seed: int, shuffle: b
     return indices
 
 
+def seed_of(seed: int, source: int) -> int:
+    """The seed of a mixture's source: two sources of equal length have different orders."""
+    if source == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(source,)).generate_state(1, np.uint64)[0])
+
+
 class Mixture:
     """Which source every global sample comes from: each source's share is exact over any window.
 
@@ -95,25 +102,27 @@ class Mixture:
         self.counts = np.floor(exact).astype(np.int64)  # [sources] samples a cycle
         left = cycle - int(self.counts.sum())
         self.counts[np.argsort(self.counts - exact, kind="stable")[:left]] += 1
-        self._source = _chairmen(self.counts)  # [cycle]
+        self._source = _interleave(self.counts)  # [cycle]
         self._before = np.empty_like(self._source)  # [cycle] earlier samples of the same source in the cycle
         for source, n in enumerate(self.counts):
             self._before[self._source == source] = np.arange(n)
 
     def before(self, sample: int) -> np.ndarray:
         """How many of the global samples 0 .. sample - 1 each source gives: int64 [sources]."""
-        turn, place = divmod(sample, len(self._source))
-        return turn * self.counts + np.bincount(self._source[:place], minlength=len(self.counts))
+        turn, offset = divmod(sample, len(self._source))
+        return turn * self.counts + np.bincount(self._source[:offset], minlength=len(self.counts))
 
     def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, number of the sample within that source), int64 [count] each, of global samples from `start` on."""
-        turn, place = np.divmod(np.arange(start, start + count, dtype=np.int64), len(self._source))
-        source = self._source[place]
-        return source, turn * self.counts[source] + self._before[place]
+        turn, offset = np.divmod(np.arange(start, start + count, dtype=np.int64), len(self._source))
+        source = self._source[offset]
+        return source, turn * self.counts[source] + self._before[offset]
 
 
-def _chairmen(counts: np.ndarray) -> np.ndarray:
-    """Sources [cycle] such that each stays within one of its share of every beginning of the cycle."""
+def _interleave(counts: np.ndarray) -> np.ndarray:
+    """Sources [cycle] such that each stays within one of its share of every beginning of the cycle.
+
+    Tijdeman, "The chairman assignment problem" (1980)."""
     n, cycle = len(counts), int(counts.sum())
     if n == 1:
         return np.zeros(cycle, np.int64)

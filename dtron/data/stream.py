@@ -1,228 +1,64 @@
-"""Training straight from a source: its documents are tokenized and packed on the way, exactly resumable on any layout.
+"""Training straight from a source: its documents are tokenized and packed on the fly, exactly resumable on any layout.
 
-A run has V virtual streams, the columns: column v gives rows [v G/V, (v+1) G/V) of every global batch of G, whichever
-ranks and worker processes read it. The way of the data, for one source:
+A run has V virtual shards: virtual shard v gives rows [v G/V, (v+1) G/V) of every global batch of G, whichever ranks
+and worker processes read it. `router` deals the documents of a source out to them in turn; each is tokenized and packed
+into sequences here.
 
-files, in a new order each epoch -> blocks of `shuffle_documents` documents, each permuted -> dealt in turn to the V
-columns -> tokens -> packed into sequences by each column.
-
-So there is one order of all documents, in which each comes once an epoch, however unequal the files are. Every process
-reads all of it and tokenizes its own columns' documents only: reading is cheap beside tokenizing.
-
-A column's state is the place where the block with its next document begins, the document's number and the tokens used
-of it. It says nothing of ranks or workers, so a run continues on any others: at most a block is read again, or a few.
+The state of a virtual shard is the position where the block with its next document begins, the document's number and
+the tokens used of it. It says nothing of ranks or workers, so a run resumes on any others: at most a block is read
+again, or a few. In checkpoints V is called `columns`, and the states `places`.
 """
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.data
 
 from dtron.config.sections import DataLoader
-from dtron.data.loader import Batch, Row, SequenceDataset, collate, prefetch, rows_of, seed_of, torch_loader
-from dtron.data.order import Mixture, Permutation, sample_indices
-from dtron.data.sources import Source
+from dtron.data.formats import State
+from dtron.data.loader import Batch, Row, SequenceDataset, collate, prefetch, rows_of, torch_loader, with_sources
+from dtron.data.order import Mixture, sample_indices, seed_of
+from dtron.data.router import Document, Router, StreamedSource, StreamPosition
 from dtron.errors import UserError
 
-if TYPE_CHECKING:
-    from dtron.data.tokenizer import TextEncoder
+__all__ = ["StreamLoader", "StreamedSource", "merge_states", "virtual_shard_count"]
 
-__all__ = ["StreamLoader", "StreamedSource", "column_count", "merge_states"]
+MAX_SHARDS = 32
 
-MAX_COLUMNS = 32
-NEAR = 16  # blocks: a column this close behind a reader's place is served by it; one farther gets its own
-TOGETHER = 1 << 14  # characters of small documents that are tokenized in one call
-WAITING = 1 << 24  # characters that may wait for a slow column, in the middle of a huge document, say
-
-State = dict[str, Any]
-# Of one step, a worker's rows and the states of its columns after them; or, at last, a UserError.
+# Of one step, a worker's rows and the states of its virtual shards after them; or, at last, a UserError.
 Part = tuple[Batch, dict[str, State]] | UserError
 
 
-def column_count(global_batch_size: int) -> int:
-    """V, the virtual streams of a new run: the largest divisor of the global batch that is at most 32."""
-    return next(d for d in range(min(global_batch_size, MAX_COLUMNS), 0, -1) if global_batch_size % d == 0)
+def virtual_shard_count(global_batch_size: int) -> int:
+    """V, the virtual shards of a new run: the largest divisor of the global batch that is at most 32."""
+    return next(d for d in range(min(global_batch_size, MAX_SHARDS), 0, -1) if global_batch_size % d == 0)
 
 
-class StreamedSource:
-    """A source without end: epoch after epoch, tokenized on the way into sequences of seq_len tokens.
-
-    shuffle_documents: documents that are shuffled at a time (and held in memory); with 1 documents and files keep
-    their order. documents: whether rows have the third array of `Batch`. name: for messages.
-    The attributes are those of a `SequenceDataset`; `fingerprint` is of all that decides the order of the tokens.
-    """
-
-    tokenizer_json = None
-
-    def __init__(
-        self,
-        source: Source,
-        encoder: "TextEncoder",
-        seq_len: int,
-        *,
-        seed: int,
-        shuffle_documents: int = 1000,
-        documents: bool = False,
-        name: str = "the data set",
-    ) -> None:
-        if shuffle_documents < 1:
-            raise UserError(f"shuffle_documents = {shuffle_documents}: expected 1 (no shuffle) or more documents")
-        self.source, self.encoder, self.seq_len, self.name = source, encoder, seq_len, name
-        self.seed, self.shuffle_documents, self.documents = seed, shuffle_documents, documents
-        self.vocab_size, self.tokenizer_fingerprint = encoder.vocab_size, encoder.fingerprint
-        recipe = [source.fingerprint, encoder.fingerprint, seed, shuffle_documents]
-        self.fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-
-
-class _Place(NamedTuple):
-    """Where a block begins: JSON-able."""
-
-    number: int  # of its first document, in the source's endless run of documents
-    epoch: int
-    file: int  # in the epoch's order
-    reader: State  # of the file's DocumentReader
-
-
-class _Document(NamedTuple):
-    number: int  # in the shuffled order
-    text: str
-    block: _Place
-
-
-class _Reader:
-    """Reads the blocks of a source from `place` on, and deals their documents to the columns it serves."""
-
-    def __init__(self, source: StreamedSource, n_columns: int, place: _Place) -> None:
-        self._streamed, self._n_columns = source, n_columns
-        self._file_seed, self._block_seed = seed_of(source.seed, 1), seed_of(source.seed, 2)
-        self.waiting: dict[int, deque[_Document]] = {}  # of each column served
-        self.characters: dict[int, int] = {}
-        self._wanted: dict[int, int] = {}  # the first document each has not had
-        self._place = place
-        self._open()
-        self._epoch_has_any = False  # a block holds a document, so there is one from any place on
-
-    def serve(self, column: int, document: int) -> None:
-        """From now on keep the column's documents, those before `document` left out."""
-        self.waiting[column], self.characters[column], self._wanted[column] = deque(), 0, document
-
-    def drop(self, column: int) -> deque[_Document]:
-        """Serve the column no more; gives what waited for it."""
-        del self.characters[column]
-        return self.waiting.pop(column)
-
-    @property
-    def place(self) -> _Place:
-        """Of the next block."""
-        return self._place._replace(reader=self._documents.state())
-
-    def read_block(self) -> None:
-        """UserError for an epoch without any document, and for what cannot be read."""
-        size = self._streamed.shuffle_documents
-        start, texts = self.place, list(islice(iter(self._next_text, None), size))
-        if not texts:  # the epoch ended with the last block
-            start, texts = self.place, list(islice(iter(self._next_text, None), size))
-        order = np.zeros(1, np.int64)
-        if size > 1:
-            order = Permutation(len(texts), self._block_seed, start.number)(np.arange(len(texts)))
-        for number, i in enumerate(order.tolist(), start.number):
-            column = number % self._n_columns
-            if column in self.waiting and number >= self._wanted[column]:
-                self.waiting[column].append(_Document(number, texts[i], start))
-                self.characters[column] += len(texts[i])
-        self._place = self._place._replace(number=start.number + len(texts))
-
-    def _open(self) -> None:
-        place, file = self._place, self._place.file
-        if self._streamed.shuffle_documents > 1:
-            file = int(Permutation(self._streamed.source.n_files, self._file_seed, place.epoch)(np.array(file)))
-        self._documents = self._streamed.source.read(file, place.reader or None)
-
-    def _next_text(self) -> str | None:
-        """The next document, or None once at the end of an epoch."""
-        while (text := next(self._documents, None)) is None:
-            self._place = self._place._replace(file=self._place.file + 1, reader={})
-            if self._place.file < self._streamed.source.n_files:
-                self._open()
-                continue
-            if not self._epoch_has_any:
-                raise UserError(f"{self._streamed.name} has no document: give data, or remove empty files")
-            self._place = self._place._replace(epoch=self._place.epoch + 1, file=0)
-            self._open()
-            self._epoch_has_any = False
-            return None
-        self._epoch_has_any = True
-        return text
-
-
-class _Dealer:
-    """The columns of one source that a process holds, served by as few readers as may be."""
-
-    def __init__(self, source: StreamedSource, n_columns: int, wanted: dict[int, tuple[int, _Place]]) -> None:
-        self.source, self._n_columns = source, n_columns
-        self._readers: dict[int, _Reader] = {}  # of each column
-        self._left = dict(wanted)  # columns without a reader -> (their next document, the place of its block)
-        for column in sorted(wanted, key=lambda column: wanted[column][1].number):
-            self._attach(column)
-
-    def take(self, column: int) -> list[_Document]:
-        """The column's next document, and of those that wait already as many as are well tokenized together."""
-        if column not in self._readers:
-            self._attach(column)
-        reader = self._readers[column]
-        while not reader.waiting[column]:
-            reader.read_block()
-            for other in [c for c, n in reader.characters.items() if c != column and n > WAITING]:
-                first = reader.drop(other)[0]
-                del self._readers[other]
-                self._left[other] = (first.number, first.block)
-        waiting, size = reader.waiting[column], 0
-        taken: list[_Document] = []
-        while waiting and (not taken or size + len(waiting[0].text) <= TOGETHER):
-            taken.append(waiting.popleft())
-            size += len(taken[-1].text)
-        reader.characters[column] -= size
-        return taken
-
-    def _attach(self, column: int) -> None:
-        document, place = self._left.pop(column)
-        near = NEAR * self.source.shuffle_documents
-        for reader in self._readers.values():
-            if 0 <= place.number - reader.place.number <= near:
-                break
-        else:
-            reader = _Reader(self.source, self._n_columns, place)
-        reader.serve(column, document)
-        self._readers[column] = reader
-
-
-class _Column:
-    """One virtual stream of one source: packs its documents into sequences.
+class _VirtualShard:
+    """One virtual shard of one source: packs its documents into sequences.
 
     A sequence's last label is the next one's first input, so that no token goes without a prediction.
     """
 
-    def __init__(self, dealer: _Dealer, column: int, state: State) -> None:
-        self._dealer, self._column, self._start = dealer, column, state
+    def __init__(self, router: Router, number: int, state: State) -> None:
+        self._router, self._number, self._start = router, number, state
         self._used = state["used"]  # tokens of the first document held
-        self._held: deque[tuple[_Document, np.ndarray]] = deque()  # with its tokens
+        self._held: deque[tuple[Document, np.ndarray]] = deque()  # with its tokens
 
     def next_sequence(self) -> Row:
         """(inputs [S], labels [S]) int64, and documents [S] where the source has them."""
-        source = self._dealer.source
+        source = self._router.source
         size = source.seq_len + 1
         window, documents = np.empty(size, np.int64), np.zeros(size, np.int64)
         filled, used = 0, self._used
         for i in count():
             if i == len(self._held):
-                taken = self._dealer.take(self._column)
+                taken = self._router.take(self._number)
                 self._held.extend(zip(taken, source.encoder.encode([d.text for d in taken]), strict=True))
             piece = self._held[i][1][used : used + size - filled]
             window[filled : filled + len(piece)] = piece
@@ -245,18 +81,19 @@ class _Column:
         return {"document": document.number, "used": self._used, "block": document.block._asdict()}
 
 
-def _start_state(column: int) -> State:
-    """A column's state before its first sequence.
+def _start_state(shard: int) -> State:
+    """A virtual shard's state before its first sequence.
 
-    document: number of its next document in the source's run, of which it has used `used` tokens; block: a `_Place`.
+    document: number of its next document in the source's run, of which it has used `used` tokens; block: a
+    `StreamPosition`.
     """
-    return {"document": column, "used": 0, "block": _Place(0, 0, 0, {})._asdict()}
+    return {"document": shard, "used": 0, "block": StreamPosition(0, 0, 0, {})._asdict()}
 
 
 def merge_states(states: Sequence[State]) -> State:
     """The state of a whole run from its ranks' `StreamLoader.state()`, for the checkpoint."""
-    places = {key: place for state in states for key, place in state["places"].items()}
-    return {"columns": states[0]["columns"], "places": dict(sorted(places.items()))}
+    positions = {key: position for state in states for key, position in state["places"].items()}
+    return {"columns": states[0]["columns"], "places": dict(sorted(positions.items()))}
 
 
 @dataclass
@@ -273,49 +110,49 @@ class _StepRows(torch.utils.data.IterableDataset):
     seed: int
     shuffle: bool
     start: int  # global sample
-    n_columns: int
-    places: dict[str, State]  # "source/column" -> state, of every column of this rank
+    n_shards: int  # virtual ones
+    positions: dict[str, State]  # "source/virtual shard" -> state, of all of this rank
 
-    def columns(self, worker: int, n_workers: int) -> list[int]:
-        """The columns of one worker; a column whose rows lie on several ranks is read by each of them."""
-        size = self.global_batch_size // self.n_columns
+    def shards(self, worker: int, n_workers: int) -> list[int]:
+        """The virtual shards of one worker; one whose rows lie on several ranks is read by each of them."""
+        size = self.global_batch_size // self.n_shards
         mine = range(self.rows.start // size, (self.rows.stop - 1) // size + 1)
         return list(mine[worker::n_workers])
 
-    def rows_of_column(self, column: int) -> range:
+    def rows_of_shard(self, shard: int) -> range:
         """Its rows of a global batch."""
-        size = self.global_batch_size // self.n_columns
-        return range(column * size, (column + 1) * size)
+        size = self.global_batch_size // self.n_shards
+        return range(shard * size, (shard + 1) * size)
 
     def __iter__(self) -> Iterator[Part]:
         info = torch.utils.data.get_worker_info()
-        columns = self.columns(info.id, info.num_workers) if info else self.columns(0, 1)
+        shards = self.shards(info.id, info.num_workers) if info else self.shards(0, 1)
         try:
-            streams = self._open(columns)
+            streams = self._open(shards)
             for start in count(self.start, self.global_batch_size):
-                batch = collate([row for column in columns for row in self._column_rows(column, start, streams)])
-                yield batch, {f"{source}/{column}": stream.state() for (source, column), stream in streams.items()}
+                batch = collate([row for shard in shards for row in self._shard_rows(shard, start, streams)])
+                yield batch, {f"{source}/{shard}": stream.state() for (source, shard), stream in streams.items()}
         except UserError as error:
             yield error  # raised in a worker it would arrive with the worker's traceback as its text
 
-    def _open(self, columns: list[int]) -> dict[tuple[int, int], _Column]:
-        streams: dict[tuple[int, int], _Column] = {}
+    def _open(self, shards: list[int]) -> dict[tuple[int, int], _VirtualShard]:
+        streams: dict[tuple[int, int], _VirtualShard] = {}
         for s, source in enumerate(self.sources):
             if isinstance(source, StreamedSource):
-                states = {column: self.places[f"{s}/{column}"] for column in columns}
-                wanted = {column: (x["document"], _Place(**x["block"])) for column, x in states.items()}
-                dealer = _Dealer(source, self.n_columns, wanted)
-                streams |= {(s, column): _Column(dealer, column, state) for column, state in states.items()}
+                states = {shard: self.positions[f"{s}/{shard}"] for shard in shards}
+                wanted = {shard: (x["document"], StreamPosition(**x["block"])) for shard, x in states.items()}
+                router = Router(source, self.n_shards, wanted)
+                streams |= {(s, shard): _VirtualShard(router, shard, state) for shard, state in states.items()}
         return streams
 
-    def _column_rows(self, column: int, start: int, streams: dict[tuple[int, int], _Column]) -> Iterator[Row]:
-        """This rank's rows of one column, in the step whose first global sample is `start`."""
-        rows = self.rows_of_column(column)
+    def _shard_rows(self, shard: int, start: int, streams: dict[tuple[int, int], _VirtualShard]) -> Iterator[Row]:
+        """This rank's rows of one virtual shard, in the step whose first global sample is `start`."""
+        rows = self.rows_of_shard(shard)
         sources, numbers = self.mixture(start + rows.start, len(rows))
         for row, s, number in zip(rows, sources.tolist(), numbers.tolist(), strict=True):
             source = self.sources[s]
             if isinstance(source, StreamedSource):
-                sequence = streams[s, column].next_sequence()  # also where another rank has the row
+                sequence = streams[s, shard].next_sequence()  # also where another rank has the row
                 if row in self.rows:
                     yield sequence
             elif row in self.rows:
@@ -331,7 +168,7 @@ class StreamLoader:
     """As `StepLoader`, one `Batch` an optimizer step without end, where sources may be streamed.
 
     state: `merge_states` of all ranks' `state()` at `consumed`, of any layout and worker count; None at the start.
-    Raises UserError where dp_size or the state's virtual streams do not divide the global batch.
+    Raises UserError where dp_size or the state's virtual shards do not divide the global batch.
     """
 
     def __init__(
@@ -349,34 +186,34 @@ class StreamLoader:
         shuffle: bool = True,
     ) -> None:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
-        n_columns = state["columns"] if state else column_count(global_batch_size)
-        if global_batch_size % n_columns:
+        n_shards = state["columns"] if state else virtual_shard_count(global_batch_size)
+        if global_batch_size % n_shards:
             raise UserError(
-                f"training.global_batch_size = {global_batch_size}: this run reads its data in {n_columns} streams, "
-                f"fixed when it began, so the global batch must be a multiple of {n_columns}: "
-                f"{' or '.join(str(n_columns * (global_batch_size // n_columns + k)) for k in (1, 2))}, for example"
+                f"training.global_batch_size = {global_batch_size}: this run has {n_shards} virtual shards, "
+                f"fixed when it began, so the global batch must be a multiple of {n_shards}: "
+                f"{' or '.join(str(n_shards * (global_batch_size // n_shards + k)) for k in (1, 2))}, for example"
             )
-        self._data = _StepRows(sources, mixture, global_batch_size, rows, seed, shuffle, consumed, n_columns, {})
-        self._places = self._first_places(consumed, state)
+        self._data = _StepRows(sources, mixture, global_batch_size, rows, seed, shuffle, consumed, n_shards, {})
+        self._positions = self._first_positions(consumed, state)
         self._consumed, self._options = consumed, options
-        self._n_workers = min(options.num_workers, len(self._data.columns(0, 1)))
+        self._n_workers = min(options.num_workers, len(self._data.shards(0, 1)))
         self._batches: Iterator[Part] | None = None
 
-    def _first_places(self, consumed: int, state: State | None) -> dict[str, State]:
-        places = {}
+    def _first_positions(self, consumed: int, state: State | None) -> dict[str, State]:
+        positions = {}
         for s, source in enumerate(self._data.sources):
             if isinstance(source, StreamedSource):
-                for column in self._data.columns(0, 1):
-                    places[f"{s}/{column}"] = _start_state(column)
+                for shard in self._data.shards(0, 1):
+                    positions[f"{s}/{shard}"] = _start_state(shard)
         if state is None and consumed == 0:
-            return places
+            return positions
         known = state["places"] if state else {}
-        if not known.keys() >= places.keys():
+        if not known.keys() >= positions.keys():
             raise UserError(
-                "the checkpoint does not say where this run stands in its data, which is tokenized on the way: "
-                "give the data it was made with, or start a run of its own"
+                "the checkpoint does not say where this run is in its data, which is tokenized on the fly: use "
+                "the data it was made with, or start a new run"
             )
-        return {key: known[key] for key in places}
+        return {key: known[key] for key in positions}
 
     @property
     def consumed(self) -> int:
@@ -384,15 +221,15 @@ class StreamLoader:
         return self._consumed
 
     def state(self) -> State:
-        """This rank's columns after the batches handed out: JSON-able, for `merge_states`."""
-        return {"columns": self._data.n_columns, "places": dict(self._places)}
+        """This rank's virtual shards after the batches handed out: JSON-able, for `merge_states`."""
+        return {"columns": self._data.n_shards, "places": dict(self._positions)}
 
     def __iter__(self) -> "StreamLoader":
         return self
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._data.start, self._data.places = self._consumed, self._places
+            self._data.start, self._data.positions = self._consumed, self._positions
             workers = self._n_workers
             parts = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
             pin = self._options.pin_memory and torch.cuda.is_available()
@@ -401,29 +238,26 @@ class StreamLoader:
         if isinstance(item, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
             raise item
-        batch, places = item
-        self._places = self._places | places
-        data = self._data
-        if len(data.sources) > 1:
-            sources, _ = data.mixture(self._consumed + data.rows.start, len(data.rows))
-            batch = batch._replace(sources=torch.from_numpy(sources))
-        self._consumed += data.global_batch_size
-        return batch
+        batch, positions = item
+        self._positions = self._positions | positions
+        first = self._consumed + self._data.rows.start
+        self._consumed += self._data.global_batch_size
+        return with_sources(batch, self._data.mixture, first)
 
 
 def _whole_batches(data: _StepRows, parts: Iterator[Part], n_workers: int, pin: bool) -> Iterator[Part]:
     """The workers' parts of every step as one, its rows in the order of the global batch."""
-    columns = [column for worker in range(n_workers) for column in data.columns(worker, n_workers)]
-    rows = [row for column in columns for row in data.rows_of_column(column) if row in data.rows]
+    shards = [shard for worker in range(n_workers) for shard in data.shards(worker, n_workers)]
+    rows = [row for shard in shards for row in data.rows_of_shard(shard) if row in data.rows]
     order = torch.tensor(rows).argsort()
     while True:
         batches: list[Batch] = []
-        places: dict[str, State] = {}
+        positions: dict[str, State] = {}
         for part in islice(parts, n_workers):  # torch takes one item from each worker in turn
             if isinstance(part, UserError):
                 yield part
                 return
             batches.append(part[0])
-            places |= part[1]
+            positions |= part[1]
         whole = (torch.cat(tensors)[order] for tensors in zip(*batches, strict=True) if tensors[0] is not None)
-        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in whole)), places
+        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in whole)), positions

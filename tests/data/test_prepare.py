@@ -231,14 +231,14 @@ def test_finished_is_left_alone(encoder, tmp_path):
 
 
 def test_finished_by_another_process_before_the_lock_was_free(encoder, whole, tmp_path, monkeypatch):
-    out, lines, source, lock = tmp_path / "out", [], Lists(), prepare_module._lock
+    out, lines, source, lock = tmp_path / "out", [], Lists(), prepare_module.lock_folder
 
     def late(folder):
-        monkeypatch.setattr(prepare_module, "_lock", lock)
+        monkeypatch.setattr(prepare_module, "lock_folder", lock)
         go(out, encoder)
         return lock(folder)
 
-    monkeypatch.setattr(prepare_module, "_lock", late)
+    monkeypatch.setattr(prepare_module, "lock_folder", late)
     assert go(out, encoder, source, log=lines.append).n_documents == 100
     assert content(out) == whole and source.reads == [] and "prepared already" in lines[-1]
 

@@ -176,7 +176,7 @@ BROKEN = {
     "utf8.txt": (b"caf\xe9 au lait", "not valid UTF-8 .*iconv"),
     "utf8.jsonl": (GOOD + b'{"text": "caf\xe9"}\n', "not valid UTF-8"),
     "half.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "not valid UTF-8"),
-    "json.jsonl": (GOOD + b'{"text": "a"\n', "line 42 is no JSON .*expected one object a line"),
+    "json.jsonl": (GOOD + b'{"text": "a"\n', "line 42 is not JSON .*expected one object per line"),
     "list.jsonl": (GOOD + b'"a"\n', 'line 42 holds "a": expected an object'),
     "null.jsonl": (GOOD + b'{"text": null}\n', "'line': 41.*NoneType, not a string"),
     "column.jsonl": (GOOD + b'{"content": "a", "id": 1}\n', "line 42 has no column 'text'; there are: 'content', 'id'"),

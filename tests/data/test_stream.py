@@ -1,4 +1,4 @@
-"""What is tokenized on the way is the same, sample for sample, on every layout, worker count and resume point."""
+"""What is tokenized on the fly is the same, sample for sample, on every layout, worker count and resume point."""
 
 import gc
 import gzip
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from dtron.config.sections import DataLoader
-from dtron.data import stream
+from dtron.data import router
 from dtron.data.order import Mixture
 from dtron.data.sources import HubSource, LocalSource, SourceSpec, open_source
-from dtron.data.stream import StreamedSource, StreamLoader, column_count, merge_states
+from dtron.data.stream import StreamedSource, StreamLoader, merge_states, virtual_shard_count
 from dtron.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -105,7 +105,7 @@ def test_batches_and_states_do_not_depend_on_the_layout(reference, dp, workers):
 
 
 @pytest.mark.parametrize("dp,workers,done", [(1, 0, 1), (2, 0, 5), (8, 0, 9), (1, 2, 3), (4, 2, 7), (16, 0, 13)])
-def test_a_resume_goes_on_exactly(reference, dp, workers, done):
+def test_a_resume_continues_exactly(reference, dp, workers, done):
     source, batches, states = reference
     where = {"dp": dp, "workers": workers, "consumed": 16 * done, "state": states[done - 1]}
     loaders = loaders_of([source], **where)
@@ -126,9 +126,9 @@ def test_a_run_moves_from_layout_to_layout(reference):
 
 
 @pytest.mark.parametrize("gbs,dp", [(64, 64), (96, 48), (96, 12)])
-def test_ranks_may_share_columns(reference, gbs, dp):
+def test_ranks_may_share_virtual_shards(reference, gbs, dp):
     source = reference[0]
-    assert column_count(gbs) == 32
+    assert virtual_shard_count(gbs) == 32
     batches, states = steps([source], 5, gbs=gbs)
     again, again_states = steps([source], 5, gbs=gbs, dp=dp)
     assert torch.equal(again, batches) and again_states == states
@@ -136,14 +136,14 @@ def test_ranks_may_share_columns(reference, gbs, dp):
     assert torch.equal(again, batches[2:])
 
 
-def columns_of(batches, n_columns):
-    """The tokens of every column as one run: the inputs of its rows, one after another."""
+def shards_of(batches, n_shards):
+    """The tokens of every virtual shard as one run: the inputs of its rows, one after another."""
     n_steps, gbs = batches.shape[:2]
-    rows = batches.view(n_steps, n_columns, gbs // n_columns, *batches.shape[2:]).transpose(0, 1).flatten(1, 2)
-    for column in rows:  # [rows, 2 or 3, S]
-        assert torch.equal(column[:, 0, 1:], column[:, 1, :-1])
-        assert torch.equal(column[1:, 0, 0], column[:-1, 1, -1])  # a sequence begins with the last one's last label
-    return [column[:, 0].flatten().tolist() for column in rows]
+    rows = batches.view(n_steps, n_shards, gbs // n_shards, *batches.shape[2:]).transpose(0, 1).flatten(1, 2)
+    for shard in rows:  # [rows, 2 or 3, S]
+        assert torch.equal(shard[:, 0, 1:], shard[:, 1, :-1])
+        assert torch.equal(shard[1:, 0, 0], shard[:-1, 1, -1])  # a sequence begins with the last one's last label
+    return [shard[:, 0].flatten().tolist() for shard in rows]
 
 
 def documents_of(tokens):
@@ -152,10 +152,10 @@ def documents_of(tokens):
     return [bytes(run).decode() for run in (runs if tokens[-1] == EOS else runs[:-1])]
 
 
-def run_of(batches, n_columns):
-    """The documents in the order in which they were dealt, as far as all columns have come."""
-    columns = [documents_of(tokens) for tokens in columns_of(batches, n_columns)]
-    return [text for turn in itertools.takewhile(all, itertools.zip_longest(*columns)) for text in turn]
+def run_of(batches, n_shards):
+    """The documents in the order in which they were dealt, as far as all virtual shards have come."""
+    shards = [documents_of(tokens) for tokens in shards_of(batches, n_shards)]
+    return [text for turn in itertools.takewhile(all, itertools.zip_longest(*shards)) for text in turn]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_every_document_once_an_epoch_in_another_order_each(kind, sizes, gbs, tm
     assert len(set(map(tuple, epochs))) == len(epochs)
 
 
-def test_streams_divide_the_global_batch():
-    assert [column_count(n) for n in (1, 7, 32, 48, 64, 74, 37)] == [1, 7, 32, 24, 32, 2, 1]
+def test_virtual_shards_divide_the_global_batch():
+    assert [virtual_shard_count(n) for n in (1, 7, 32, 48, 64, 74, 37)] == [1, 7, 32, 24, 32, 2, 1]
 
 
 def test_without_shuffle_the_order_is_the_source_s_own(tmp_path):
@@ -285,7 +285,7 @@ def test_a_dataset_of_the_hub(tmp_path):
 # --- another global batch
 
 
-def test_another_global_batch_continues_the_same_columns(reference):
+def test_another_global_batch_continues_the_same_virtual_shards(reference):
     source, batches, states = reference
     again, _ = steps([source], 5, gbs=32, consumed=64, state=states[3])
     assert torch.equal(again.view(5, 16, 2, 3, S).transpose(1, 2).flatten(0, 1), batches[4:])
@@ -293,7 +293,7 @@ def test_another_global_batch_continues_the_same_columns(reference):
         loaders_of([source], gbs=24, consumed=64, state=states[3])
 
 
-def test_a_place_that_is_not_known_is_refused(reference):
+def test_an_unknown_position_is_refused(reference):
     source, _, states = reference
     for state in (None, {"columns": 16, "places": {}}):
         with pytest.raises(UserError, match="does not say where"):
@@ -306,41 +306,41 @@ def test_a_place_that_is_not_known_is_refused(reference):
 
 
 def test_one_huge_document(tmp_path):
-    """Longer than all others together: its column takes nothing else for a while, and the others go on."""
+    """Longer than all others together: its virtual shard takes nothing else for a while, and the others go on."""
     files, huge = texts_of(1), "".join(f"{i};" for i in range(1000))
     assert len(huge) > 1.5 * sum(map(len, files[0]))
     source = streamed(write(tmp_path / "data", "jsonl", [[*files[0], huge]]))
     batches, states = steps([source], 330, gbs=8)
-    assert huge in [text for tokens in columns_of(batches, 8) for text in documents_of(tokens)]
+    assert huge in [text for tokens in shards_of(batches, 8) for text in documents_of(tokens)]
     for done, dp, workers in ((50, 4, 0), (200, 2, 2)):
         where = {"dp": dp, "workers": workers, "consumed": 8 * done, "state": states[done - 1]}
         again, again_states = steps([source], 12, gbs=8, **where)
         assert torch.equal(again, batches[done : done + 12]) and again_states == states[done : done + 12]
     only = streamed(write(tmp_path / "only", "txt", [[huge]]))
     batches, states = steps([only], 250, gbs=2)
-    assert [documents_of(tokens) for tokens in columns_of(batches, 2)] == [[huge]] * 2
+    assert [documents_of(tokens) for tokens in shards_of(batches, 2)] == [[huge]] * 2
     again, _ = steps([only], 10, gbs=2, consumed=480, state=states[239], dp=2)
     assert torch.equal(again, batches[240:])
 
 
-def test_columns_far_apart_are_read_apart(tmp_path, monkeypatch):
+def test_virtual_shards_far_apart_are_read_apart(tmp_path, monkeypatch):
     huge = "x" * 9000
     source = streamed(write(tmp_path / "data", "jsonl", [[huge, *texts_of(1)[0]]]))
     most = [0]
-    real = stream._Reader.read_block
+    real = router._Reader.read_block
 
     def read_block(self):
         real(self)
-        for column, queue in self.waiting.items():
+        for shard, queue in self.waiting.items():
             lengths = [len(document.text) for document in queue]
-            assert self.characters[column] == sum(lengths)
+            assert self.characters[shard] == sum(lengths)
             most[0] = max(most[0], sum(n for n in lengths if n < len(huge)))
 
-    monkeypatch.setattr(stream._Reader, "read_block", read_block)
+    monkeypatch.setattr(router._Reader, "read_block", read_block)
     batches, states = steps([source], 120, gbs=8)
     assert most[0] > 1200
-    monkeypatch.setattr(stream, "WAITING", 200)
-    monkeypatch.setattr(stream, "NEAR", 1)
+    monkeypatch.setattr(router, "WAITING", 200)
+    monkeypatch.setattr(router, "NEAR", 1)
     most[0] = 0
     again, again_states = steps([source], 120, gbs=8)
     assert torch.equal(again, batches) and again_states == states
@@ -360,7 +360,7 @@ def test_an_empty_source_is_refused(tmp_path, workers):
 def test_empty_files_among_others_are_passed_over(tmp_path):
     source = streamed(write(tmp_path / "data", "jsonl", [[], ["aa"], []]))
     batches, states = steps([source], 40, gbs=2)
-    assert set(documents_of(columns_of(batches, 2)[0])) == {"aa"}
+    assert set(documents_of(shards_of(batches, 2)[0])) == {"aa"}
     again, _ = steps([source], 20, gbs=2, consumed=40, state=states[19])
     assert torch.equal(again, batches[20:])
 
@@ -380,11 +380,11 @@ def test_a_source_that_breaks_in_the_middle(tmp_path, workers):
         for _ in range(200):
             next(loader)
             taken += 1
-    assert str(raised.value).startswith(f"{path}, line 301 is no JSON (")
+    assert str(raised.value).startswith(f"{path}, line 301 is not JSON (")
     assert "Traceback" not in str(raised.value) and taken > 50
     assert loader.consumed == 4 * taken
     state = loader.state()
-    path.write_bytes(b"".join(lines[:300] + lines[301:]))  # mended, the run goes on
+    path.write_bytes(b"".join(lines[:300] + lines[301:]))  # fixed, the run resumes
     whole, _ = steps([source], taken + 5, gbs=4)
     assert torch.equal(steps([source], 5, gbs=4, consumed=loader.consumed, state=state)[0], whole[taken:])
     assert set(multiprocessing.active_children()) == others

@@ -1,0 +1,134 @@
+"""A folder of shards in the making: its lock, and the journal of what is finished."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dtron.data.encode import SourcePosition
+from dtron.data.formats import State
+from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, open_store
+from dtron.data.sources import Source
+from dtron.data.tokenizer import TextEncoder
+from dtron.errors import UserError
+from dtron.files import acquire_lock, write_atomically
+
+__all__ = ["InUseError", "Journal", "is_finished", "lock_folder"]
+
+LOCK = "prepare.lock"
+
+
+class InUseError(UserError):
+    """Another process is at the folder."""
+
+
+def is_finished(out: Path, recipe: dict[str, Any]) -> bool:
+    """UserError if the folder holds anything but what this recipe made, or began to make."""
+    if (out / MANIFEST).is_file():
+        _check_recipe(out, open_store(out).recipe, recipe, "holds other data")
+        return True
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder that does not exist yet")
+    names = {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.is_dir() else set()
+    if names - {LOCK} and JOURNAL not in names:
+        raise UserError(f"{out} is not empty, and nothing that dtron prepares: name a folder that does not exist yet")
+    return False
+
+
+def _check_recipe(out: Path, there: dict[str, Any], asked: dict[str, Any], holds: str) -> None:
+    if changed := [key for key in asked if there.get(key) != asked[key]]:
+        values = ", ".join(f"{key} (there {str(there.get(key))[:12]}, asked {str(asked[key])[:12]})" for key in changed)
+        raise UserError(f"{out} {holds}; other than asked for: {values}; name another folder, or delete this one")
+
+
+@contextlib.contextmanager
+def lock_folder(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder, made if need be; UserError for the second."""
+    out.mkdir(parents=True, exist_ok=True)
+    with acquire_lock(
+        out / LOCK, lambda owner: InUseError(f"{out} is being prepared by {owner}: wait for it, or stop it")
+    ):
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+
+
+class Journal:
+    """The finished shards of a folder in the making, and the place to go on from: a file and its reader's state."""
+
+    def __init__(self, out: Path, recipe: dict[str, Any]) -> None:
+        self.out, self.recipe = out, recipe
+        self.shards: list[Shard] = []
+        self.file = 0
+        self.state: State | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def has_no_text(self) -> bool:
+        """Whether there is nothing yet, or nothing but end-of-text tokens."""
+        return self.tokens == self.documents
+
+    def load(self) -> None:
+        """Take up what an earlier run finished, and delete what it did not."""
+        path = self.out / JOURNAL
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is damaged ({error}): delete the folder, or name another") from error
+            if content["shards"]:
+                _check_recipe(self.out, content["recipe"], self.recipe, "was begun with other data")
+                self.shards = [Shard(**entry) for entry in content["shards"]]
+                self.file, self.state = content["file"], content["state"]
+        finished = {shard.name for shard in self.shards}
+        for file in self.out.iterdir():
+            if file.name.startswith("shard-") and file.stem not in finished:
+                file.unlink()
+        self._save()
+
+    def add(self, shard: Shard, position: SourcePosition) -> None:
+        self.shards.append(shard)
+        self.file, self.state = position
+        self._save()
+
+    def _save(self) -> None:
+        shards = [asdict(shard) for shard in self.shards]
+        content = {"recipe": self.recipe, "shards": shards, "file": self.file, "state": self.state}
+        write_atomically(self.out / JOURNAL, json.dumps(content, indent=1), durable=True)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        for path in self.out.glob("shard-*"):
+            path.unlink()
+        for name in (JOURNAL, "tokenizer.json", "tokenizer_config.json"):
+            (self.out / name).unlink(missing_ok=True)
+
+    def finish(self, encoder: TextEncoder, source: Source) -> None:
+        """The manifest in place of the journal."""
+        manifest = {
+            "format": FORMAT,
+            "dtype": encoder.dtype.name,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "vocab_size": encoder.vocab_size,
+            "eos": encoder.eos,
+            "eos_id": encoder.eos_id,
+            "tokenizer": encoder.fingerprint,
+            "source": {"name": source.name, "files": source.n_files},
+            "recipe": self.recipe,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_atomically(self.out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
+        (self.out / JOURNAL).unlink()
