@@ -85,8 +85,8 @@ class Slurm:
 
     requeue_s: seconds after which a requeued job may start again. Slurm's default is 120, for a reason: within a
     minute it may order a node that was lost, and is back, to end the lost attempt, which ends the running one.
-    grace_s: seconds until a preempted job is killed. signals_preempted: send it the signal of --signal then, as clusters
-    do that set preempt_send_user_signal; else SIGTERM.
+    grace_s: seconds until a preempted job is killed. signals_preempted: send it the signal of --signal then, as on
+    clusters with preempt_send_user_signal; else SIGTERM.
     """
 
     def __init__(
