@@ -7,7 +7,7 @@ from typing import Any
 
 from dtron.observe.metrics import read_metrics
 
-__all__ = ["Outcome", "read_outcome", "read_control_file"]
+__all__ = ["Outcome", "read_control_file", "read_outcome"]
 
 
 @dataclass(frozen=True)

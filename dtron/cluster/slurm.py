@@ -31,8 +31,8 @@ __all__ = [
     "SlurmOptions",
     "add_options",
     "prepare",
-    "render",
     "queue_states",
+    "render",
     "submit",
     "time_limit_s",
 ]

@@ -16,7 +16,7 @@ import dtron
 from dtron.observe.device import device_name
 from dtron.ranks.hang_report import format_ranks
 
-__all__ = ["hash_code", "compare_facts", "facts", "format_hosts", "machines", "describe_ranks"]
+__all__ = ["compare_facts", "describe_ranks", "facts", "format_hosts", "hash_code", "machines"]
 
 PACKAGE = Path(dtron.__file__).parent
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["answer_clock", "ask_clock", "measure_disk_write", "clock_offset", "sees_marker", "write_marker"]
+__all__ = ["answer_clock", "ask_clock", "clock_offset", "measure_disk_write", "sees_marker", "write_marker"]
 
 ROUND_TRIPS = 10
 FIRST_WRITE_BYTES = 1 << 20  # each following write is twice as large

@@ -17,7 +17,7 @@ from dtron import compat
 from dtron.cluster.preflight.guard import Guard
 from dtron.mesh import Mesh
 
-__all__ = ["Dimension", "Meter", "Elapsed", "Timer", "bus_factor", "dimensions", "link_rounds"]
+__all__ = ["Dimension", "Elapsed", "Meter", "Timer", "bus_factor", "dimensions", "link_rounds"]
 
 BLOCKS = 5  # the median of this many blocks is taken, so that a pause in one of them does not count
 MAX_CALLS = 200  # per block

@@ -9,7 +9,7 @@ from dtron.cluster.preflight.measure import OPS, bus_factor
 from dtron.observe.console import human_bytes
 from dtron.observe.device import peak_flops_per_s
 
-__all__ = ["SCHEMA", "summarize_dimensions", "summarize_ranks", "upper_median", "table", "find_warnings"]
+__all__ = ["SCHEMA", "find_warnings", "summarize_dimensions", "summarize_ranks", "table", "upper_median"]
 
 SCHEMA = 1  # version of the JSON; a reader rejects others
 # A rate below this share of the upper median is slow. On CPUs rates per CPU second are compared: of four equal ranks on

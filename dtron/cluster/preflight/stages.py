@@ -30,7 +30,7 @@ from dtron.ranks.world import World, check_gpu, compare_configs, join, start_pro
 from dtron.train.folder import saves
 from dtron.train.resolve import choose_device_type, resolve
 
-__all__ = ["Peers", "Plan", "main", "measure", "compare_versions"]
+__all__ = ["Peers", "Plan", "compare_versions", "main", "measure"]
 
 START_S = 60.0  # time limit for the ranks to start, unless --timeout is longer
 DISK_BUDGET_S = 2.0
