@@ -81,7 +81,7 @@ def test_batches_hold_the_samples_of_the_order():
     assert torch.equal(batches[..., 1, :], batches[..., 0, :] + 1)  # labels: the next token
 
 
-def test_another_global_batch_size_goes_on_where_the_old_one_stopped():
+def test_another_global_batch_size_continues_where_the_old_one_stopped():
     dataset = Numbered(50)
     small = steps(dataset, 3, gbs=8).flatten(0, 1)
     large = steps(dataset, 2, consumed=24, gbs=16).flatten(0, 1)
