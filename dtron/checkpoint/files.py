@@ -70,7 +70,7 @@ class Progress:
     attempt: int = 1  # 1 for a fresh run, one more after each resume
     model_only: bool = False
     data_fingerprint: str = ""  # of the training data, where the dataset has one
-    streams: dict[str, Any] = field(default_factory=dict)  # places in sources that are tokenized on the way
+    streams: dict[str, Any] = field(default_factory=dict)  # positions in sources that are tokenized on the fly
     skipped: int = 0  # steps that changed nothing, their gradient not finite or a spike
     skipped_in_a_row: int = 0
     norm_mean: float = 0.0  # running mean of the gradient norm, which spikes are measured against

@@ -1,8 +1,9 @@
 """Data, from text to batches.
 
-`sources` reads documents, `tokenizer` makes token ids of them, `prepare` keeps these on disk as `shards`, `packed` cuts
-sequences from the shards, or `stream` straight from a source; `order` is the order of the samples, and `loader` gives
-every rank its batches. `corpus` is the source that is always there.
+`sources` finds the documents and `formats` reads their files; `tokenizer` turns text into token ids. `prepare` writes
+these to disk as `shards` (`encode` in worker processes, `journal` for resuming) and `packed` cuts sequences from them;
+or `stream` cuts them straight from a source, whose documents `router` deals out. `order` is the order of the samples,
+and `loader` gives every rank its batches. `corpus` is the source that is always there.
 """
 
 import importlib
@@ -14,7 +15,7 @@ _HOMES = {"IGNORE_INDEX": "loader", "SequenceDataset": "loader", "TokenDataset":
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for only: a process that tokenizes has no use for torch, which takes it seconds."""
+    """Import only what is used: a process that tokenizes does not need torch, whose import takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -5,7 +5,7 @@ section is [training], [validation] or one of training.mixture.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dtron.config.sections import Config, Dataset
 from dtron.data.corpus import Log, load_stdlib
@@ -36,8 +36,10 @@ def names_a_place(section: Dataset) -> bool:
     return bool(location) and (Path(location).exists() or ("/" in location and may_be_on_the_hub(location)))
 
 
-def build_by_path(config: Config, section: Dataset, split: Split, seq_len: int, vocab_size: int, log: Log) -> Any:
-    """A folder of `dtron prepare`; or a source that is tokenized on the way, by the tokenizer of model.hf_assets_path.
+def build_by_path(
+    config: Config, section: Dataset, split: Split, seq_len: int, vocab_size: int, log: Log
+) -> TokenDataset | StreamedSource:
+    """A folder of `dtron prepare`; or a source that is tokenized on the fly, by the tokenizer of model.hf_assets_path.
 
     Of a source that is not prepared, a validation set is tokenized once, into job.cache_folder.
     """
@@ -66,7 +68,7 @@ def build_by_path(config: Config, section: Dataset, split: Split, seq_len: int, 
 def _prepared(config: Config, section: Dataset, folder: Path, seq_len: int, documents: bool) -> TokenDataset:
     for key in ("dataset_subset", "dataset_split", "text_column"):
         if getattr(section, key) is not None:
-            raise UserError(f"{folder} is prepared: {key} has no effect any more; leave it out")
+            raise UserError(f"{folder} is prepared, so {key} has no effect; leave it out")
     store = open_store(folder)
     if config.model.hf_assets_path:
         given = _encoder(config, str(folder))
@@ -82,7 +84,7 @@ def _prepared(config: Config, section: Dataset, folder: Path, seq_len: int, docu
 def _encoder(config: Config, location: str) -> TextEncoder:
     if not config.model.hf_assets_path:
         raise UserError(
-            f"{location} is text that is tokenized on the way: name the tokenizer's folder as model.hf_assets_path, "
+            f"{location} is text that is tokenized on the fly: name the tokenizer's folder as model.hf_assets_path, "
             "or tokenize it once with `dtron prepare`"
         )
     return read_tokenizer(config.model.hf_assets_path, config.job.cache_folder, "model.hf_assets_path")

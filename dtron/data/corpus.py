@@ -55,7 +55,7 @@ def is_held_out(name: str) -> bool:
 
 @dataclass(frozen=True)
 class StdlibSource:
-    """One split as a `Source`: each .py file is a file with one document; bytes that are no UTF-8 are replaced."""
+    """One split as a `Source`: each .py file is a file with one document; bytes that are not UTF-8 are replaced."""
 
     name: str
     files: list[Path]
@@ -96,7 +96,7 @@ def prepare_stdlib(
 ) -> Path:
     """Prepare both splits unless they are in the cache; returns the folder of their folders.
 
-    In a distributed run one rank a machine calls this, then a barrier, then every rank calls
+    In a distributed run one rank per machine calls this, then a barrier, then every rank calls
     `load_stdlib`, which then only reads. Processes that race are safe: see `build_once`.
 
     `vocab_size` is for the corpus's own BPE; with `hf_assets_path` that tokenizer is used as it is.

@@ -41,7 +41,7 @@ class DocumentReader:
             text, state = next(self._rows)
             if not isinstance(text, str):
                 raise TypeError(f"a document is {type(text).__name__}, not a string")
-            text.encode()  # JSON can spell half a surrogate pair, which is no text
+            text.encode()  # JSON can spell half a surrogate pair, which is not text
         except (StopIteration, UserError):
             raise
         except UnicodeError as error:

@@ -1,4 +1,4 @@
-"""A folder of shards in the making: its lock, and the journal of what is finished."""
+"""An unfinished folder of shards: its lock, and the journal of what is finished."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ LOCK = "prepare.lock"
 
 
 class InUseError(UserError):
-    """Another process is at the folder."""
+    """Another process is preparing the folder."""
 
 
 def is_finished(out: Path, recipe: dict[str, Any]) -> bool:
-    """UserError if the folder holds anything but what this recipe made, or began to make."""
+    """Whether this recipe's folder is whole. UserError if it holds anything but what this recipe made, or started."""
     if (out / MANIFEST).is_file():
         _check_recipe(out, open_store(out).recipe, recipe, "holds other data")
         return True
@@ -33,19 +33,19 @@ def is_finished(out: Path, recipe: dict[str, Any]) -> bool:
         raise UserError(f"{out} is a file: name a folder that does not exist yet")
     names = {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.is_dir() else set()
     if names - {LOCK} and JOURNAL not in names:
-        raise UserError(f"{out} is not empty, and nothing that dtron prepares: name a folder that does not exist yet")
+        raise UserError(f"{out} is neither empty nor made by `dtron prepare`: name a folder that does not exist yet")
     return False
 
 
-def _check_recipe(out: Path, there: dict[str, Any], asked: dict[str, Any], holds: str) -> None:
-    if changed := [key for key in asked if there.get(key) != asked[key]]:
-        values = ", ".join(f"{key} (there {str(there.get(key))[:12]}, asked {str(asked[key])[:12]})" for key in changed)
-        raise UserError(f"{out} {holds}; other than asked for: {values}; name another folder, or delete this one")
+def _check_recipe(out: Path, there: dict[str, Any], requested: dict[str, Any], holds: str) -> None:
+    if changed := [key for key in requested if there.get(key) != requested[key]]:
+        values = ", ".join(f"{key} ({str(there.get(key))[:12]}, not {str(requested[key])[:12]})" for key in changed)
+        raise UserError(f"{out} {holds}; it has another {values}; name another folder, or delete this one")
 
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder, made if need be; UserError for the second."""
+    """Keep other processes out of a folder, which is created if needed. InUseError where one is in it."""
     out.mkdir(parents=True, exist_ok=True)
     with acquire_lock(
         out / LOCK, lambda owner: InUseError(f"{out} is being prepared by {owner}: wait for it, or stop it")
@@ -59,7 +59,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The finished shards of a folder in the making, and the place to go on from: a file and its reader's state."""
+    """The finished shards of an unfinished folder, and where to resume: a file and its reader's state."""
 
     def __init__(self, out: Path, recipe: dict[str, Any]) -> None:
         self.out, self.recipe = out, recipe
@@ -81,7 +81,7 @@ class Journal:
         return self.tokens == self.documents
 
     def load(self) -> None:
-        """Take up what an earlier run finished, and delete what it did not."""
+        """Read what an earlier run finished, and delete what it did not."""
         path = self.out / JOURNAL
         if path.is_file():
             try:
@@ -89,7 +89,7 @@ class Journal:
             except ValueError as error:
                 raise UserError(f"{path} is damaged ({error}): delete the folder, or name another") from error
             if content["shards"]:
-                _check_recipe(self.out, content["recipe"], self.recipe, "was begun with other data")
+                _check_recipe(self.out, content["recipe"], self.recipe, "was started with other data")
                 self.shards = [Shard(**entry) for entry in content["shards"]]
                 self.file, self.state = content["file"], content["state"]
         finished = {shard.name for shard in self.shards}
@@ -116,7 +116,7 @@ class Journal:
             (self.out / name).unlink(missing_ok=True)
 
     def finish(self, encoder: TextEncoder, source: Source) -> None:
-        """The manifest in place of the journal."""
+        """Write the manifest, and delete the journal."""
         manifest = {
             "format": FORMAT,
             "dtype": encoder.dtype.name,

@@ -1,4 +1,4 @@
-"""Batches for one data-parallel rank, and the one number that says where the run stands in its data.
+"""Batches for one data-parallel rank, and the one number that says where the run is in its data.
 
 Step k of the run trains on the global samples [consumed, consumed + global_batch_size), whatever the
 layout; rank r of dp takes the r-th contiguous block of those rows. The order of the samples comes from
@@ -48,7 +48,7 @@ Row = tuple[np.ndarray, ...]  # (inputs [S], labels [S]) or (inputs [S], labels 
 class Batch(NamedTuple):
     """One data-parallel rank's rows: int64 tensors on the CPU.
 
-    documents: for every token the place in its row where its document begins, under document masks.
+    documents: for every token the position in its row where its document begins, under document masks.
     sources: which of a mixture's sources every row comes from; None without a mixture.
     """
 
@@ -107,15 +107,15 @@ def rows_of(global_batch_size: int, dp_rank: int, dp_size: int) -> range:
 
 
 class _Rows:
-    """Rows of several data sets, or a UserError in their place: raised in a worker, its text would be a traceback."""
+    """Rows of several data sets, or a UserError instead: raised in a worker, its text would be a traceback."""
 
     def __init__(self, datasets: Sequence[SequenceDataset]) -> None:
         self.datasets = datasets
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Row] | UserError:
-        """places: (data set, index) of each row."""
+    def __getitems__(self, indices: Sequence[tuple[int, int]]) -> list[Row] | UserError:
+        """indices: (data set, index) of each row."""
         try:
-            return [self.row(self.datasets[source], i) for source, i in places]
+            return [self.row(self.datasets[source], i) for source, i in indices]
         except UserError as error:
             return error
 
@@ -211,7 +211,7 @@ def torch_loader(
         "prefetch_factor": options.prefetch_factor if options.num_workers else None,
         "worker_init_fn": _ignore_signals,
         # By default every new iterator would draw from the global generator, which a resumed run
-        # would then find at another place than a run that was never interrupted.
+        # would then find in another state than a run that was never interrupted.
         "generator": torch.Generator(),
     }
     return torch.utils.data.DataLoader(dataset, collate_fn=collate, **(arguments | more))
@@ -248,7 +248,7 @@ def _taken_ahead(items: Iterator[T], ahead: int) -> Iterator[T]:
 
 
 class StepLoader:
-    """One `Batch` an optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
+    """One `Batch` per optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
 
     datasets: one, or several mixed by `mixture`. `consumed` counts the global samples of the batches handed
     out; those that were merely loaded ahead do not count. UserError unless dp_size divides the batch.
@@ -279,7 +279,7 @@ class StepLoader:
         return self._consumed
 
     def seek(self, consumed: int) -> None:
-        """Go on from global sample `consumed`, on resume; O(1)."""
+        """Continue from global sample `consumed`; O(1)."""
         self._consumed = self._sampler.start = consumed
         self._batches: Iterator[Batch | UserError] | None = None
 

@@ -51,7 +51,7 @@ class TokenDataset:
 
     @cached_property
     def unigram_entropy(self) -> float:
-        """Nats a token of the tokens' own frequencies: the least loss of a model blind to context."""
+        """Nats per token under the tokens' own frequencies: the lowest loss of a model that ignores context."""
         counts = np.zeros(self.vocab_size, np.int64)
         for start in range(0, self.store.n_tokens, CHUNK):
             tokens = self.store.read(start, min(start + CHUNK, self.store.n_tokens))

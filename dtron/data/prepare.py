@@ -1,9 +1,9 @@
 """From a source and a tokenizer to a folder of shards: in parallel, resumable, and never half-written.
 
-The way of a document: the source's reader in this process -> batches of about a million characters -> a worker
-process, batch i always worker i % n, and back in that order -> a shard under a .partial name -> the journal, which
-names the finished shards and the place in the source after the last of them. So the folder's bytes depend neither on
-the number of processes nor on how often the run was killed. The manifest comes last and takes the journal's place.
+The path of a document: the source's reader in this process -> batches of about a million characters -> a worker
+process, and back in order -> a shard under a .partial name -> the journal, which
+names the finished shards and the position in the source after the last of them. So the folder's bytes depend neither on
+the number of processes nor on how often the run was killed. The manifest comes last and replaces the journal.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     log: Log,
 ) -> TokenStore:
-    """Tokenize every document of `source` into the folder `out`; goes on where an earlier call was ended.
+    """Tokenize every document of `source` into the folder `out`; resumes where an earlier call ended.
 
     processes: how many encode; with 1 it is this one, with as many threads as the library takes.
     shard_tokens: a shard ends with the document that brings it to so many tokens. log: prints progress.
@@ -97,7 +97,7 @@ def _fill(journal: Journal, source: Source, encoder: TextEncoder, processes: int
 def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | str, *, log: Log) -> TokenStore:
     """`prepare` into a folder of `cache_folder` named by what shapes it, unless it is there.
 
-    A killed one goes on at the next call; one that another process is at is waited for.
+    A killed one is resumed by the next call; one that another process is preparing is waited for.
     """
     recipe = hashlib.sha256(f"{FORMAT} {source.fingerprint} {encoder.fingerprint}".encode()).hexdigest()
     final = Path(cache_folder) / f"prepared-{recipe[:16]}"
@@ -170,7 +170,7 @@ def _first_texts(source: Source) -> Iterator[str]:
 
 
 def _read(source: Source, file: int, state: State | None) -> Iterator[TextBatch]:
-    """Batches of about BATCH characters, from a place in the source on."""
+    """Batches of about BATCH characters, from a position in the source on."""
     batch, size = TextBatch([], []), 0
     for number in range(file, source.n_files):
         reader = source.read(number, state if number == file else None)

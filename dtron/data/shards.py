@@ -1,4 +1,4 @@
-"""Prepared tokens on disk: a folder of shards, memory-mapped, in which no damage goes unnoticed.
+"""Prepared tokens on disk: a folder of shards, memory-mapped, in which damage is always noticed.
 
     manifest.json          what was prepared, and of every shard its counts and checksums; written last
     tokenizer.json         beside tokenizer_config.json, as `transformers` reads them
@@ -120,23 +120,23 @@ def open_store(folder: Path | str) -> "TokenStore":
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise UserError(f"{folder} has format {manifest['format']}, this dtron reads {FORMAT}: prepare it anew")
+            raise UserError(f"{folder} has format {manifest['format']}, this dtron reads {FORMAT}: prepare it again")
         shards = [Shard(**entry) for entry in manifest["shards"]]
         store = TokenStore(folder, manifest, shards)
         found = tokenizer_fingerprint(store.tokenizer_json.read_text(encoding="utf-8"), manifest["eos"])
     except FileNotFoundError as error:
         if (folder / JOURNAL).is_file() and not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is not finished: give the same `dtron prepare` again, it goes on") from error
+            raise UserError(f"{folder} is not finished: give the same `dtron prepare` again to resume") from error
         raise UserError(f"{error.filename} is missing: name a folder made by `dtron prepare`, or prepare it") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} cannot be read ({error!r}): copy it anew, or prepare it again") from error
+        raise UserError(f"{folder} cannot be read ({error!r}): copy it again, or prepare it again") from error
     for shard in shards:
         for suffix, size in shard.sizes(store.dtype.itemsize).items():
             path = folder / f"{shard.name}.{suffix}"
             actual = path.stat().st_size if path.is_file() else None
             if actual != size:
                 is_now = "is missing" if actual is None else f"has {actual} bytes"
-                raise UserError(f"{path} {is_now}, expected {size} bytes: copy it anew, or prepare the data again")
+                raise UserError(f"{path} {is_now}, expected {size} bytes: copy it again, or prepare the data again")
     if found != store.tokenizer_fingerprint:
         raise UserError(
             f"{store.tokenizer_json} is not the tokenizer that {folder} was prepared with: its fingerprint is "
@@ -199,8 +199,8 @@ class TokenStore:
             raise IndexError(f"document {number} of {self.n_documents}")
         before = np.cumsum([0, *(shard.documents for shard in self.shards)])
         shard = int(np.searchsorted(before, number, side="right")) - 1
-        ends, first, place = self._shard(shard).ends, int(self._first[shard]), number - int(before[shard])
-        return first + (int(ends[place - 1]) if place else 0), first + int(ends[place])
+        ends, first, i = self._shard(shard).ends, int(self._first[shard]), number - int(before[shard])
+        return first + (int(ends[i - 1]) if i else 0), first + int(ends[i])
 
     def document_lengths(self, shard: int) -> np.ndarray:
         """Tokens of each document of a shard, with its EOS, int64."""
@@ -247,7 +247,7 @@ class TokenStore:
             ends = np.memmap(f"{path}.documents", "<u8", "r", shape=(shard.documents,)).view(np.ndarray)
             crcs = np.fromfile(f"{path}.crc32", "<u4")
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}.* cannot be read any more ({error}): copy the shard anew") from error
+            raise UserError(f"{path}.* cannot be read any more ({error}): copy the shard again") from error
         for suffix, content, crc in (("documents", ends, shard.documents_crc32), ("crc32", crcs, shard.blocks_crc32)):
             if zlib.crc32(content.data) != crc:
                 raise self._damaged(number, suffix)
@@ -257,8 +257,8 @@ class TokenStore:
         self._open[number] = _OpenShard(tokens, ends, crcs, checked)
         return self._open[number]
 
-    def _damaged(self, number: int, suffix: str, place: str = "") -> UserError:
+    def _damaged(self, number: int, suffix: str, where: str = "") -> UserError:
         return UserError(
-            f"{self.folder / self.shards[number].name}.{suffix} is damaged{place}: its checksum is not the one it was "
-            "written with; copy the shard anew, or prepare the data again into a new folder"
+            f"{self.folder / self.shards[number].name}.{suffix} is damaged{where}: its checksum is not the one it was "
+            "written with; copy the shard again, or prepare the data again into a new folder"
         )

@@ -165,7 +165,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 class StreamLoader:
-    """As `StepLoader`, one `Batch` an optimizer step without end, where sources may be streamed.
+    """Like `StepLoader`, one `Batch` per optimizer step without end, where sources may be streamed.
 
     state: `merge_states` of all ranks' `state()` at `consumed`, of any layout and worker count; None at the start.
     Raises UserError where dp_size or the state's virtual shards do not divide the global batch.

@@ -26,7 +26,7 @@ class TextEncoder:
     json: the canonical text of tokenizer.json, without truncation and padding, which would lose or add text.
     eos, eos_id: the end-of-text token. vocab_size: one more than the largest id, for ids may have holes.
     dtype: uint16 where the ids fit, else uint32. fingerprint: sha256 (hex) of json and eos.
-    Raises UserError where the text is no tokenizer or `eos` is none of its tokens.
+    Raises UserError where the text is not a tokenizer or `eos` is none of its tokens.
     """
 
     def __init__(self, tokenizer_json: str, eos: str) -> None:

@@ -15,7 +15,7 @@ from dtron import compat, registry
 from dtron.checkpoint.files import Progress
 from dtron.config import Config
 from dtron.config.sections import Dataset, Training
-from dtron.data.loader import StepLoader, ValidationLoader
+from dtron.data.loader import SequenceDataset, StepLoader, ValidationLoader
 from dtron.data.order import Mixture
 from dtron.data.stream import StreamedSource, StreamLoader, merge_states
 from dtron.errors import UserError
@@ -34,7 +34,7 @@ __all__ = ["HeldOut", "RunData", "check_datasets", "open_data", "open_held_out",
 class HeldOut:
     """A validation set, and this rank's batches of it."""
 
-    dataset: Any
+    dataset: SequenceDataset
     loader: ValidationLoader
 
 
@@ -44,7 +44,7 @@ class RunData:
 
     loader: StepLoader | StreamLoader
     held_out: HeldOut | None
-    first: Any
+    first: SequenceDataset | StreamedSource
     mixture: Mixture
     sources: list[str]
 
@@ -58,7 +58,7 @@ class RunData:
 def open_data(
     config: Config, vocab_size: int, degrees: Degrees, dp_rank: int, world: World, progress: Progress
 ) -> RunData:
-    """Build the data sets and this rank's loaders, at the place where `progress` says; notes the data's fingerprint.
+    """Build the data sets and this rank's loaders, from where `progress` says; records the data's fingerprint.
 
     UserError if a tokenizer is larger than the model's vocabulary, if two sources have different ones, and if the
     tokens are not those of the other ranks, or of the checkpoint.
@@ -76,13 +76,18 @@ def open_data(
     fingerprint = _fingerprint(data, mixture)
     _check_same_on_all_ranks(fingerprint, _named(sections[0]), world)
     _check_same_as_before(fingerprint, _named(sections[0]), progress)
-    rank: Any = {"dp_rank": dp_rank, "dp_size": degrees.dp}
-    where: Any = {"global_batch_size": c.global_batch_size, "seed": config.debug.seed, "consumed": progress.consumed}
-    if any(isinstance(dataset, StreamedSource) for dataset in data):
-        state = progress.streams or None
-        loader: Any = StreamLoader(data, mixture, options=c.dataloader, state=state, **where, **rank)
+    loader: StepLoader | StreamLoader
+    plain = [dataset for dataset in data if not isinstance(dataset, StreamedSource)]
+    if len(plain) < len(data):
+        loader = StreamLoader(
+            data, mixture, global_batch_size=c.global_batch_size, dp_rank=dp_rank, dp_size=degrees.dp,
+            seed=config.debug.seed, options=c.dataloader, consumed=progress.consumed, state=progress.streams or None,
+        )  # fmt: skip
     else:
-        loader = StepLoader(data, mixture, options=c.dataloader, **where, **rank)
+        loader = StepLoader(
+            plain, mixture, global_batch_size=c.global_batch_size, dp_rank=dp_rank, dp_size=degrees.dp,
+            seed=config.debug.seed, options=c.dataloader, consumed=progress.consumed,
+        )  # fmt: skip
     return RunData(loader, held_out, data[0], mixture, source_names(c.mixture))
 
 
@@ -91,6 +96,7 @@ def open_held_out(config: Config, vocab_size: int, degrees: Degrees, dp_rank: in
     v = config.validation
     with _time_to_build(config):
         data = _build(config, v, "validation", v.seq_len or config.training.seq_len, vocab_size, world)
+    assert not isinstance(data, StreamedSource)  # `build_by_path` prepares a validation set
     _check_same_on_all_ranks(getattr(data, "fingerprint", ""), _named(v), world)
     loader = ValidationLoader(
         data, global_batch_size=v.local_batch_size * degrees.dp, dp_rank=dp_rank, dp_size=degrees.dp,
@@ -117,7 +123,9 @@ def _named(section: Dataset) -> str:
     return section.dataset_path or section.dataset
 
 
-def _build(config: Config, section: Dataset, split: str, seq_len: int, vocab_size: int, world: World) -> Any:
+def _build(
+    config: Config, section: Dataset, split: str, seq_len: int, vocab_size: int, world: World
+) -> SequenceDataset | StreamedSource:
     """A data set; the first rank of each machine prepares it while the others wait."""
     build = registry.find_dataset(section, "validation.dataset" if split == "validation" else "training.dataset")
     data = None
@@ -140,7 +148,7 @@ def _build(config: Config, section: Dataset, split: str, seq_len: int, vocab_siz
     return data
 
 
-def _check_one_tokenizer(built: list[tuple[Dataset, Any]]) -> None:
+def _check_one_tokenizer(built: Sequence[tuple[Dataset, SequenceDataset | StreamedSource]]) -> None:
     """UserError if two data sets were made with different tokenizers: the same id would mean different text."""
     prints = [(_named(section), getattr(data, "tokenizer_fingerprint", None)) for section, data in built]
     known = [(name, print_) for name, print_ in prints if print_ is not None]
@@ -148,11 +156,11 @@ def _check_one_tokenizer(built: list[tuple[Dataset, Any]]) -> None:
         if print_ != known[0][1]:
             raise UserError(
                 f"{name} and {known[0][0]} have different tokenizers ({print_[:12]} and {known[0][1][:12]}): prepare "
-                "both with one, or name one in model.hf_assets_path for those that are tokenized on the way"
+                "both with one, or name one in model.hf_assets_path for those that are tokenized on the fly"
             )
 
 
-def _fingerprint(data: list[Any], mixture: Mixture) -> str:
+def _fingerprint(data: Sequence[SequenceDataset | StreamedSource], mixture: Mixture) -> str:
     """Of all the training data: equal if and only if every global sample holds the same tokens."""
     prints = [getattr(dataset, "fingerprint", "") for dataset in data]
     if len(prints) == 1:
@@ -171,13 +179,13 @@ def _check_same_on_all_ranks(fingerprint: str, name: str, world: World) -> None:
 
 
 def _check_same_as_before(fingerprint: str, name: str, progress: Progress) -> None:
-    """UserError if a resumed run has other data than its checkpoint; notes the fingerprint."""
+    """UserError if a resumed run has other data than its checkpoint; records the fingerprint."""
     recorded = progress.data_fingerprint
     if recorded and fingerprint != recorded:
         raise UserError(
             f"dataset {name} is not the one this run was trained on (other files or another tokenizer or, of stdlib, "
             f"another Python version): its fingerprint is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring "
-            "it back, or start a run of its own"
+            "it back, or start a new run"
         )
     progress.data_fingerprint = fingerprint
 

@@ -123,6 +123,6 @@ def _compare_vocabularies(config: Config, dataset: Any, folder: Path) -> None:
         raise UserError(
             f"the data was tokenized with another vocabulary than the weights in {folder} were trained with (id {id_} "
             f"is {spelt[0]} in the data and {spelt[1]} there): prepare the data with --tokenizer {folder}, or set "
-            f"model.hf_assets_path = {folder} for data that is tokenized on the way; for new embeddings leave the old "
+            f"model.hf_assets_path = {folder} for data that is tokenized on the fly; for new embeddings leave the old "
             'ones out: checkpoint.exclude_from_loading = ["embed_tokens.*", "lm_head.*"]'
         )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtron.config.sections import Config, DataLoader
+from dtron.config import Config, replace
+from dtron.config.sections import DataLoader
 from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader, check_dataloader, rows_of
 from dtron.data.order import Mixture, sample_indices
 from dtron.errors import UserError
@@ -81,7 +82,7 @@ def test_batches_hold_the_samples_of_the_order():
     assert torch.equal(batches[..., 1, :], batches[..., 0, :] + 1)  # labels: the next token
 
 
-def test_another_global_batch_size_goes_on_where_the_old_one_stopped():
+def test_another_global_batch_size_continues_where_the_old_one_stopped():
     dataset = Numbered(50)
     small = steps(dataset, 3, gbs=8).flatten(0, 1)
     large = steps(dataset, 2, consumed=24, gbs=16).flatten(0, 1)
@@ -191,15 +192,11 @@ def test_prefetch_factor_and_pin_memory_reach_torch(monkeypatch):
 @pytest.mark.parametrize("section", ["training", "validation"])
 @pytest.mark.parametrize("option,value", [("persistent_workers", True), ("pin_memory", True)])
 def test_options_without_effect_are_refused(section, option, value):
-    cfg = Config()
-    check_dataloader(cfg)
-    cfg.training.device = "cpu"
-    options = getattr(cfg, section).dataloader
-    setattr(options, option, value)
+    check_dataloader(Config())
+    cfg = replace(replace(Config(), "training.device", "cpu"), f"{section}.dataloader.{option}", value)
     with pytest.raises(UserError, match=rf"{section}\.dataloader\.{option} = (?i:{value}) has no effect"):
         check_dataloader(cfg)
-    options.num_workers = 1
-    cfg.training.device = "auto"
+    cfg = replace(replace(cfg, f"{section}.dataloader.num_workers", 1), "training.device", "auto")
     if (section, option) == ("training", "persistent_workers"):
         with pytest.raises(UserError, match="training.* no effect: .* as long as the run; .*validation.dataloader"):
             check_dataloader(cfg)

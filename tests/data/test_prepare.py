@@ -120,12 +120,12 @@ def test_bytes_depend_on_neither_processes_nor_batches(encoder, whole, tmp_path,
     assert content(tmp_path / "out") == whole
 
 
-def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(encoder, whole, tmp_path):
+def test_interrupted_anywhere_it_resumes_to_the_same_bytes(encoder, whole, tmp_path):
     for n in range(3, 100, 12):
         out = tmp_path / str(n)
         broken = [[*FILES[0]], [], [*FILES[2]]]
-        file, place = (0, n) if n < 40 else (2, n - 40)
-        broken[file][place] = KeyboardInterrupt()
+        file, i = (0, n) if n < 40 else (2, n - 40)
+        broken[file][i] = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             go(out, encoder, Lists(broken))
         found = content(out) if out.exists() else {}
@@ -134,7 +134,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(encoder, whole, tmp_p
         if found:
             with pytest.raises(UserError, match="is not finished"):
                 open_store(out)
-            with pytest.raises(UserError, match="other than asked for: shard_tokens .there 200, asked 300"):
+            with pytest.raises(UserError, match="it has another shard_tokens .200, not 300"):
                 go(out, encoder, shard_tokens=300)
         source, lines = Lists(), []
         go(out, encoder, source, log=lines.append)
@@ -169,7 +169,7 @@ def _wait(condition):
         time.sleep(0.01)
 
 
-def test_killed_it_leaves_no_worker_and_goes_on(encoder, whole, tmp_path):
+def test_killed_it_leaves_no_worker_and_is_resumed(encoder, whole, tmp_path):
     out = tmp_path / "out"
     child = multiprocessing.get_context("spawn").Process(target=_prepare_slowly, args=(out, encoder, 2))
     child.start()
@@ -204,7 +204,7 @@ class KillsAWorker(Lists):
         return super().read(file, state)
 
 
-def test_killed_worker_is_told(encoder, whole, tmp_path):
+def test_killed_worker_is_reported(encoder, whole, tmp_path):
     source = KillsAWorker()
     with pytest.raises(UserError, match="a worker process died .exit code -9"):
         go(tmp_path / "out", encoder, source, processes=2)
@@ -225,7 +225,7 @@ def test_finished_is_left_alone(encoder, tmp_path):
         (Lists(), other, {}, "tokenizer"),
         (Lists(), encoder, {"shard_tokens": 9}, "shard_tokens"),
     ):
-        with pytest.raises(UserError, match=f"holds other data; other than asked for: {named} "):
+        with pytest.raises(UserError, match=f"holds other data; it has another {named} "):
             go(out, tokenizer, source, **kwargs)
     assert content(out) == before
 
@@ -245,7 +245,7 @@ def test_finished_by_another_process_before_the_lock_was_free(encoder, whole, tm
 
 def test_foreign_folders_are_left_alone(encoder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    for out, message in ((tmp_path, "is not empty"), (tmp_path / "mine.txt", "is a file")):
+    for out, message in ((tmp_path, "is neither empty nor made by"), (tmp_path / "mine.txt", "is a file")):
         with pytest.raises(UserError, match=message):
             go(out, encoder)
     assert content(tmp_path) == {"mine.txt": b"mine"}
@@ -347,7 +347,7 @@ def test_invalid_utf8_names_the_file_and_keeps_what_is_finished(encoder, tmp_pat
     assert (tmp_path / "out" / JOURNAL).exists() and not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_damaged_journal_is_told(encoder, tmp_path):
+def test_damaged_journal_is_reported(encoder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         go(out, encoder, Lists([*FILES[:2], [*FILES[2], KeyboardInterrupt()]]))
@@ -374,7 +374,7 @@ def test_cached_is_prepared_once_and_keyed(encoder, tmp_path):
         prepare_cached(source, encoder, tmp_path / "file" / "cache", log=silent)
 
 
-def test_cached_goes_on_after_a_kill_and_waits_for_another(encoder, whole, tmp_path):
+def test_cached_resumes_after_a_kill_and_waits_for_another(encoder, whole, tmp_path):
     said, cache = [], tmp_path / "cache"
     first = prepare_cached(Lists(), encoder, cache, log=silent)
     partial = cache / f".partial-{first.folder.name}"
@@ -408,7 +408,7 @@ def test_bpe_is_trained_on_the_first_texts(tmp_path, monkeypatch):
             choose_encoder(Lists(), wrong, tmp_path)
 
 
-def test_progress_is_told(encoder, tmp_path, monkeypatch):
+def test_progress_is_logged(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "PROGRESS_S", 0.0)
     lines = []
     store = go(tmp_path / "out", encoder, log=lines.append)

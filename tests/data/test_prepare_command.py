@@ -70,7 +70,7 @@ def test_output_may_be_cut_short(source, tmp_path):
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_show_tells_of_damage(source, tmp_path, capsys):
+def test_show_reports_damage(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(source, out, "--processes", "1")) == 0
     data = bytearray((out / "shard-00000.tokens").read_bytes())
@@ -81,7 +81,7 @@ def test_show_tells_of_damage(source, tmp_path, capsys):
     assert "verified" not in said.out
 
 
-def test_same_command_again_goes_on_or_is_done(source, tmp_path):
+def test_same_command_again_resumes_or_is_done(source, tmp_path):
     """Killed with all its processes, then given again; then once more."""
     out, home = tmp_path / "out", tmp_path / "home"
     source.write_text(source.read_text() * 100)
@@ -123,7 +123,7 @@ def test_the_embedded_corpus_by_its_name(tmp_path, capsys):
         ([], 2, "COMMAND"),
     ],
 )
-def test_mistakes_are_told_in_a_line(source, tmp_path, capsys, args, code, said):
+def test_mistakes_are_reported_in_one_line(source, tmp_path, capsys, args, code, said):
     args = [arg.format(source=source, out=tmp_path / "out") for arg in args]
     try:
         result = main(args)
@@ -166,7 +166,7 @@ def test_out_inside_the_source_is_refused(source, tmp_path, capsys):
     assert "is inside" in capsys.readouterr().err and os.listdir(tmp_path) == ["texts.jsonl"]
 
 
-def test_mistyped_tokenizer_is_told_at_once(source, tmp_path, capsys):
+def test_mistyped_tokenizer_is_reported_at_once(source, tmp_path, capsys):
     for name in (str(tmp_path / "nope"), "bpe:", "./nope"):
         command = ["prepare", str(source), "--text-column", "body", "--tokenizer", name, "--out", str(tmp_path / "out")]
         began = time.monotonic()

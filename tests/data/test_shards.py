@@ -1,4 +1,4 @@
-"""Prepared tokens on disk: what is written is what is read, and damage is told."""
+"""Prepared tokens on disk: what is written is what is read, and damage is reported."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_a_flipped_bit_is_never_returned(folder):
     assert len(store.read(first + BLOCK, len(WHOLE))) > 0  # the blocks after it are whole
 
 
-def test_damage_in_the_last_block_and_in_other_files_is_told(folder):
+def test_damage_in_the_last_block_and_in_other_files_is_reported(folder):
     flip(folder / "shard-00002.tokens", 11)
     with pytest.raises(UserError, match="shard-00002.tokens is damaged at bytes 0"):
         open_store(folder).read(len(WHOLE) - 1, len(WHOLE))
@@ -140,7 +140,7 @@ def test_a_block_is_checked_once_in_a_process(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["tokens", "documents", "crc32"])
-def test_truncated_and_missing_files_are_told_at_once(folder, suffix):
+def test_truncated_and_missing_files_are_reported_at_once(folder, suffix):
     path = folder / f"shard-00001.{suffix}"
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(UserError, match=rf"shard-00001.{suffix} has \d+ bytes, expected \d+"):
@@ -150,13 +150,13 @@ def test_truncated_and_missing_files_are_told_at_once(folder, suffix):
         open_store(folder)
 
 
-def test_another_tokenizer_is_told(folder):
+def test_another_tokenizer_is_reported(folder):
     train_bpe(["another text"] * 9, 265).save(folder)
     with pytest.raises(UserError, match="is not the tokenizer that .* was prepared with"):
         open_store(folder)
 
 
-def test_what_is_no_finished_folder_is_told(folder):
+def test_what_is_no_finished_folder_is_reported(folder):
     assert is_prepared(folder)
     manifest = (folder / MANIFEST).read_text()
     for bad, message in (

@@ -1,4 +1,4 @@
-"""Documents of every kind of file, from every place in it, and every reading error told."""
+"""Documents of every kind of file, from every position in it, and every reading error reported."""
 
 import gzip
 import io
@@ -73,7 +73,7 @@ def read(path, **spec):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_document_from_every_place(name, suffix, tmp_path):
+def test_every_document_from_every_position(name, suffix, tmp_path):
     (tmp_path / (name + suffix)).write_bytes(compress(name + suffix, WRITERS[name](ROWS)))
     source = open_source(SourceSpec("data", path=str(tmp_path)), "unused")
     assert source.n_files == 1
@@ -181,8 +181,8 @@ BROKEN = {
     "null.jsonl": (GOOD + b'{"text": null}\n', "'line': 41.*NoneType, not a string"),
     "column.jsonl": (GOOD + b'{"content": "a", "id": 1}\n', "line 42 has no column 'text'; there are: 'content', 'id'"),
     "array.json": (b'[{"text": "a"}, {"text": "b"}', "cannot be read"),
-    "cut.jsonl.gz": (gzip.compress(GOOD)[:-30], "cannot be read .*fetch it again"),
-    "cut.jsonl.zst": (pa.compress(GOOD, "zstd", asbytes=True)[:-30], "cannot be read .*fetch it again"),
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-30], "cannot be read .*download it again"),
+    "cut.jsonl.zst": (pa.compress(GOOD, "zstd", asbytes=True)[:-30], "cannot be read .*download it again"),
     "no.jsonl.gz": (GOOD, "cannot be read"),
     "cut.parquet": (parquet(ROWS)[:-30], "cannot be read"),
     "flipped.parquet": (parquet(ROWS)[:4] + bytes(1000) + parquet(ROWS)[1004:], "cannot be read"),
@@ -264,7 +264,7 @@ def hub(tmp_path, monkeypatch):
     return calls
 
 
-def test_hub_documents_from_every_place(hub, monkeypatch):
+def test_hub_documents_from_every_position(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     source = pickle.loads(pickle.dumps(open_source(SourceSpec("user/name", subset="en"), "cache")))
     assert isinstance(source, HubSource) and source.n_files == 3
@@ -313,7 +313,7 @@ def test_hub_libraries_keep_their_files_in_the_cache_folder(hub, monkeypatch):
     assert os.environ["HF_HOME"] == "chosen"
 
 
-def test_hub_mistakes_are_told(hub):
+def test_hub_mistakes_are_reported(hub):
     with pytest.raises(UserError, match="'user/nome' is no local file or folder, and no dataset.*doesn't exist"):
         open_source(SourceSpec("user/nome"), "cache")
     with pytest.raises(UserError, match="split 'test' .*Available splits"):

@@ -28,7 +28,7 @@ S, EOS = 16, 256
 
 
 class Bytes:
-    """A byte a token."""
+    """One byte per token."""
 
     vocab_size, fingerprint = 257, "bytes"
 
@@ -306,7 +306,7 @@ def test_an_unknown_position_is_refused(reference):
 
 
 def test_one_huge_document(tmp_path):
-    """Longer than all others together: its virtual shard takes nothing else for a while, and the others go on."""
+    """Longer than all others together: its virtual shard takes nothing else for a while, and the others continue."""
     files, huge = texts_of(1), "".join(f"{i};" for i in range(1000))
     assert len(huge) > 1.5 * sum(map(len, files[0]))
     source = streamed(write(tmp_path / "data", "jsonl", [[*files[0], huge]]))
