@@ -42,19 +42,19 @@ T = TypeVar("T")
 END: Any = object()
 PADDING = -1  # stands for a row without a sample, where a data-set index is expected
 
-Row = tuple[np.ndarray, ...]  # (inputs [S], labels [S]) or (inputs [S], labels [S], documents [S])
+Row = tuple[np.ndarray, ...]  # (inputs [S], labels [S]) or (inputs [S], labels [S], document_start [S])
 
 
 class Batch(NamedTuple):
     """One data-parallel rank's rows: int64 tensors on the CPU.
 
-    documents: for every token the position in its row where its document begins, under document masks.
+    document_start: for every token the position in its row where its document begins, under document masks.
     sources: which of a mixture's sources every row comes from; None without a mixture.
     """
 
     tokens: torch.Tensor  # [rows, S]
     labels: torch.Tensor  # [rows, S], IGNORE_INDEX: no loss here
-    documents: torch.Tensor | None = None  # [rows, S]
+    document_start: torch.Tensor | None = None  # [rows, S]
     sources: torch.Tensor | None = None  # [rows]
 
 
@@ -70,7 +70,7 @@ class SequenceDataset(Protocol):
     def __getitem__(self, i: int) -> Row:
         """(inputs [S], labels [S]), both int64; label IGNORE_INDEX: no loss at this position.
 
-        With training.attention_mask = document a third array, documents [S]: see `Batch`.
+        With training.attention_mask = document a third array, document_start [S]: see `Batch`.
         """
 
 
@@ -122,8 +122,8 @@ class _Rows:
     def row(self, dataset: SequenceDataset, i: int) -> Row:
         if i != PADDING:
             return dataset[i]
-        inputs, labels, *documents = dataset[0]  # right in shape and without loss
-        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX), *map(np.zeros_like, documents)
+        inputs, labels, *document_start = dataset[0]  # right in shape and without loss
+        return np.zeros_like(inputs), np.full_like(labels, IGNORE_INDEX), *map(np.zeros_like, document_start)
 
 
 # The two batch samplers below refer to no loader: an iterator in a reference cycle would shut its

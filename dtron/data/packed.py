@@ -17,7 +17,7 @@ class TokenDataset:
 
     inputs [S] are its first S tokens and labels [S] its last S, both int64, so every token but the first is
     predicted at most once. A sequence may span documents, each of which ends in the end-of-text token. With
-    `documents` an item has a third array, documents [S] int64: for each position the index in this sequence of
+    `documents` an item has a third array, document_start [S] int64: for each position the index in this sequence of
     the first token of its document, 0 where that began in an earlier sequence.
 
     `fingerprint` names the tokens' content: equal on all ranks and on resume, or the data changed. `name` is for

@@ -51,10 +51,10 @@ class _VirtualShard:
         self._held: deque[tuple[Document, np.ndarray]] = deque()  # with its tokens
 
     def next_sequence(self) -> Row:
-        """(inputs [S], labels [S]) int64, and documents [S] where the source has them."""
+        """(inputs [S], labels [S]) int64, and document_start [S] where the source has it."""
         source = self._router.source
         size = source.seq_len + 1
-        window, documents = np.empty(size, np.int64), np.zeros(size, np.int64)
+        window, document_start = np.empty(size, np.int64), np.zeros(size, np.int64)
         filled, used = 0, self._used
         for i in count():
             if i == len(self._held):
@@ -63,7 +63,7 @@ class _VirtualShard:
             piece = self._held[i][1][used : used + size - filled]
             window[filled : filled + len(piece)] = piece
             if used == 0:
-                documents[filled:] = filled
+                document_start[filled:] = filled
             filled, used = filled + len(piece), 0
             if filled == size:
                 break
@@ -71,7 +71,7 @@ class _VirtualShard:
         while self._used >= len(self._held[0][1]):
             self._used -= len(self._held.popleft()[1])
         row = (window[:-1], window[1:])
-        return (*row, documents[:-1]) if source.documents else row
+        return (*row, document_start[:-1]) if source.documents else row
 
     def state(self) -> State:
         """JSON-able: {document, used, block}, see `_start_state`."""

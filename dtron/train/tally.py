@@ -35,9 +35,11 @@ class Tally:
 
     def accumulate(self, batch: Batch, labels: list[Tensor], row_losses: list[Tensor] | None) -> None:
         """Add one step. labels: on the device, of each forward; row_losses: see `TokenMean.rows`."""
-        if batch.documents is not None:
-            ones = torch.ones_like(batch.documents)
-            lengths = torch.zeros_like(ones).scatter_add_(1, batch.documents, ones)  # where a document begins; else 0
+        if batch.document_start is not None:
+            ones = torch.ones_like(batch.document_start)
+            lengths = torch.zeros_like(ones).scatter_add_(
+                1, batch.document_start, ones
+            )  # where a document begins; else 0
             self._documents += torch.stack((lengths.sum(), lengths.square().sum()))
         if row_losses and batch.sources is not None:  # on ranks with the last pipeline stage
             sources = batch.sources.to(self._device, non_blocking=True)
