@@ -5,6 +5,7 @@ timeout the whole pool is killed, because the failed rank's peers may sit in a c
 """
 
 import functools
+import gc
 import multiprocessing.connection
 import os
 import tempfile
@@ -24,6 +25,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 def _serve(rank: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
+    # Finalizers of what earlier tests left behind are the parent's: a data loader's would wait here for its workers.
+    gc.freeze()
     while True:
         fn, world, store, keep, args = jobs.recv()
         try:

@@ -42,6 +42,7 @@ DUMP_S = 5.0  # longest wait for the files of all ranks, after the report
 STILL_S = 0.2  # a thread that has not moved for so long stands still
 # Parts of the paths of modules whose functions wait for point-to-point messages.
 MESSAGE_CODE = ("/torch/distributed/", "/dtron/parallel/")
+LOADING_CODE = "_taken_ahead"  # the function of dtron.data.loader that waits for its thread "prefetch"
 MOVED_CPU_S = 1e-3  # processor time that shows, in POLL_S, that a thread did something
 
 # Keys of the store; "heartbeat/3" is the last heartbeat of rank 3. WRITTEN and LEFT count ranks.
@@ -231,7 +232,7 @@ class Watchdog:
             wait = recorded_wait(entries[0])
         elif not self._sees_all and at == still_at and still_cpu_s - cpu_s < MOVED_CPU_S and in_communication(frame):
             wait = Wait(f"a point-to-point message ({_location(frame)})", [])
-        return State(self._step(), wait, "".join(traceback.format_stack(frame, FRAMES)))
+        return State(self._step(), wait, "".join(traceback.format_stack(frame, FRAMES)) + _loading(frame))
 
     def _write(self) -> None:
         """The recorder for torch's analyzer, and the stacks of all threads."""
@@ -261,6 +262,17 @@ def in_communication(frame: FrameType) -> bool:
     a wait in a function outside torch.distributed and `dtron.parallel`: such a rank counts as one that computes.
     """
     return any(part in frame.f_code.co_filename for part in MESSAGE_CODE)
+
+
+def _loading(frame: FrameType) -> str:
+    """Where the thread that loads data ahead stands, if that is what the main thread, in `frame`, waits for."""
+    functions = {outer.f_code.co_name for outer, _ in traceback.walk_stack(frame)}
+    frames = sys._current_frames()
+    return "".join(
+        f"and the thread it waits for, {thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident], FRAMES))}"
+        for thread in threading.enumerate()
+        if LOADING_CODE in functions and thread.name.startswith("prefetch") and thread.ident in frames
+    )
 
 
 def _location(frame: FrameType) -> str:

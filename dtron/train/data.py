@@ -143,7 +143,7 @@ def _build(
     if masked and not isinstance(data, StreamedSource) and len(data[0]) < 3:
         raise UserError(
             f"{_named(section)}: the dataset does not say where its documents begin, which "
-            "training.attention_mask = document needs; let its items be (inputs, labels, document_start), or set it causal"
+            "training.attention_mask = document needs; let its items be (inputs, labels, document_start), or set causal"
         )
     return data
 

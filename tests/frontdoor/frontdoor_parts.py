@@ -44,9 +44,11 @@ class Failing(Uneven):
     "rest all STEP": every rank sleeps once, then computes once, for 6 seconds each.
     """
 
-    def arm(self, order: str, rows: int) -> None:
+    def arm(self, order: str, rows: int, ahead: int) -> None:
+        """rows: of a step; ahead: steps whose rows are read before they are needed."""
         self.what, rank, step = order.split()
-        self.left = rows * (int(step) - 1) if rank in (str(RANK), "all") else 10**9
+        steps = int(step) - 1 + (ahead if self.what == "kill" else 0)  # a kill does not wait until its step comes
+        self.left = rows * steps if rank in (str(RANK), "all") else 10**9
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         self.left -= 1
@@ -79,7 +81,7 @@ def failing(config: Any, section: Any, split: str, seq_len: int, vocab_size: int
     if what == "refuse" and rank == str(RANK):
         raise UserError(f"the data of rank {RANK} is missing; copy it there")
     data = Failing(seq_len, vocab_size, first=0, length=203)
-    data.arm(section.dataset_path, config.training.local_batch_size)
+    data.arm(section.dataset_path, config.training.local_batch_size, config.training.dataloader.prefetch_factor)
     return data
 
 

@@ -22,7 +22,7 @@ REFUSED = {
     "world size": (6, "--tp 2 --cp 2", ["cp 2 x tp 2 = 4", "world size 6", "multiple of 4"]),
     "world size, all given": (2, "--dp 2 --tp 2", ["dp_shard 2 x cp 1 x tp 2 = 4", "world size is 2", "4 ranks"]),
     "shard degree": (2, "--dp 0", ["data_parallel_shard_degree = 0", "-1"]),
-    "sequence and cp": (2, "--cp 2 --training.seq_len 66", ["seq_len 66", "divisible by 4", "2 x cp"]),
+    "sequence and cp": (2, "--cp 2 --training.seq_len 66", ["seq_len 66", "divisible by 4", "twice that"]),
     "sequence and tp": (4, "--tp 4 --training.seq_len 66", ["66", "tensor_parallel_degree 4"]),
     "validation sequence": (2, "--cp 2 --validation.enable --validation.seq_len 66", ["validation.seq_len 66", "4"]),
     "global batch": (
