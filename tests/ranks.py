@@ -5,7 +5,6 @@ timeout the whole pool is killed, because the failed rank's peers may sit in a c
 """
 
 import functools
-import gc
 import multiprocessing.connection
 import os
 import tempfile
@@ -25,8 +24,6 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 def _serve(rank: int, jobs: Connection) -> None:
     torch.set_num_threads(1)
-    # Finalizers of what earlier tests left behind are the parent's: a data loader's would wait here for its workers.
-    gc.freeze()
     while True:
         fn, world, store, keep, args = jobs.recv()
         try:
@@ -112,7 +109,9 @@ class Ranks:
 
     def grow(self, world: int) -> None:
         """Fork workers until there are `world`."""
-        context = mp.get_context("fork")
+        # Not from this process: threads that earlier tests left behind would be missing in the child, their locks held.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "dtron.parallel.compose"])
         for rank in range(len(self._workers), world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
