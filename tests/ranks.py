@@ -122,7 +122,6 @@ class Ranks:
         results: dict[int, Any] = {}
         while len(results) < len(pipes):
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-            # A rank that dies closes no pipe: those forked after it hold its end too.
             ends = {process.sentinel: rank for rank, (process, _) in enumerate(self._workers[: len(pipes)])}
             ready = multiprocessing.connection.wait([*waiting, *ends], timeout=max(0.0, end - time.monotonic()))
             if not ready:
@@ -134,7 +133,13 @@ class Ranks:
                 raise RankError(f"ranks died, with the exit codes {codes}")
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
-                good, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                try:
+                    good, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:  # it died; its sentinel follows
+                    self._workers[rank][0].join(10)
+                    codes = {rank: _exit_code(self._workers[rank][0])}
+                    self.close()
+                    raise RankError(f"ranks died, with the exit codes {codes}") from None
                 if not good:
                     self.close()
                     raise RankError(f"rank {rank}:\n{results[rank]}")
