@@ -33,7 +33,6 @@ from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Optimizer
 from dtron.errors import UserError
 from dtron.hf import torchtitan
-from dtron.hf.read import one_rank
 from dtron.mesh import Degrees, Mesh
 from dtron.models.hf import to_hf_config
 from dtron.models.llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
@@ -466,16 +465,19 @@ def test_elsewhere_the_command_that_converts_is_named(command: str, capsys: pyte
     assert f"{SAVED} is a checkpoint of torchtitan" in said and f"dtron convert {SAVED} NEW_FOLDER --config" in said
 
 
-def test_state_that_the_file_lacks_is_named_after_the_weights(tmp_path: Path) -> None:
+def state_and_sizes_that_lack(checkpoint: StoragePath) -> None:
+    model = parallel(Degrees())
+    load(checkpoint, model, None)
+    with pytest.raises(UserError, match=r"no optimizer\..*set checkpoint\.initial_load_model_only = true"):
+        load(checkpoint, model, build_optimizers(model, Optimizer()))
+    wider = parallel(Degrees(), replace(CONFIG, vocab_size=4096))
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is .*change the model's dimensions"):
+        load(checkpoint, wider, build_optimizers(wider, Optimizer()))
+
+
+def test_state_that_the_file_lacks_is_named_after_the_weights(tmp_path: Path, ranks: Ranks) -> None:
     theirs, _ = torchtitans_own()
     path = save(tmp_path / "weights", {name: p.detach() for name, p in theirs.items()})
     checkpoint = StoragePath.at(converted(tmp_path, path))
     assert read_manifest(checkpoint).progress.model_only
-    with one_rank():
-        model = parallel(Degrees())
-        load(checkpoint, model, None)
-        with pytest.raises(UserError, match=r"no optimizer\..*set checkpoint\.initial_load_model_only = true"):
-            load(checkpoint, model, build_optimizers(model, Optimizer()))
-        wider = parallel(Degrees(), replace(CONFIG, vocab_size=4096))
-        with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is .*change the model's dimensions"):
-            load(checkpoint, wider, build_optimizers(wider, Optimizer()))
+    ranks.run(1, state_and_sizes_that_lack, checkpoint)
