@@ -229,11 +229,7 @@ class StreamLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._data.start, self._data.positions = self._consumed, self._positions
-            workers = self._n_workers
-            parts = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
-            pin = self._options.pin_memory and torch.cuda.is_available()
-            self._batches = prefetch(_whole_batches(self._data, parts, max(1, workers), pin), self._options)
+            self._batches = self._open()
         item = next(self._batches)
         if isinstance(item, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
@@ -243,6 +239,14 @@ class StreamLoader:
         first = self._consumed + self._data.rows.start
         self._consumed += self._data.global_batch_size
         return with_sources(batch, self._data.mixture, first)
+
+    def _open(self) -> Iterator[Part]:
+        """The batches from here on; no frame that an error's traceback holds refers to the workers' iterator."""
+        self._data.start, self._data.positions = self._consumed, self._positions
+        workers = self._n_workers
+        parts = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
+        pin = self._options.pin_memory and torch.cuda.is_available()
+        return prefetch(_whole_batches(self._data, parts, max(1, workers), pin), self._options)
 
 
 def _whole_batches(data: _StepRows, parts: Iterator[Part], n_workers: int, pin: bool) -> Iterator[Part]:
