@@ -37,9 +37,8 @@ class Tally:
         """Add one step. labels: on the device, of each forward; row_losses: see `TokenMean.rows`."""
         if batch.document_start is not None:
             ones = torch.ones_like(batch.document_start)
-            lengths = torch.zeros_like(ones).scatter_add_(
-                1, batch.document_start, ones
-            )  # where a document begins; else 0
+            # A document's length where it begins, else 0.
+            lengths = torch.zeros_like(ones).scatter_add_(1, batch.document_start, ones)
             self._documents += torch.stack((lengths.sum(), lengths.square().sum()))
         if row_losses and batch.sources is not None:  # on ranks with the last pipeline stage
             sources = batch.sources.to(self._device, non_blocking=True)
