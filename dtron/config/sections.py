@@ -106,7 +106,7 @@ class Profiling:
 class Metrics:
     log_freq: int = key(10, "steps between logged rows; step 1 and the last step are always logged", minimum=1)
     enable_tensorboard: bool = key(True, "write TensorBoard events with a ready-made dashboard")
-    log_level: Literal["debug", "info", "warning", "error"] = key(
+    log_level: Literal["info", "warning", "error"] = key(
         "info", "least level of what rank 0 logs to the console; the other ranks log from warning"
     )
     disable_color_printing: bool = key(False, "plain console lines")

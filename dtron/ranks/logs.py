@@ -12,7 +12,7 @@ from typing import TextIO
 
 __all__ = ["LEVELS", "setup_logging"]
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def setup_logging(rank: int = 0, level: str = "info") -> None:
