@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-__all__ = ["Changes", "Config", "Dataset", "Source", "key"]
+__all__ = ["ANOTHER_TRAINING", "Changes", "Config", "Dataset", "Source", "key"]
 
 # What another value of a key changes:
 # nothing: neither losses nor speed. speed: memory or speed, on any layout the same losses. losses: the losses, but a
-# resume may change it. training: another training, with a run folder of its own. dimensions: the same, compared as the
-# resolved dimensions of the model, however they are spelled.
-Changes = Literal["nothing", "speed", "losses", "training", "dimensions"]
+# resume may change it. The others make it another training, with a run folder of its own:
+# training: always. dimensions: compared as the resolved dimensions of the model, however they are spelled.
+# hyperparameters: unless checkpoint.resume_run names the run to continue. location: likewise, and a path is compared
+# by where it leads; a resume compares the fingerprint of the data in any case.
+Changes = Literal["nothing", "speed", "losses", "training", "dimensions", "hyperparameters", "location"]
+ANOTHER_TRAINING: tuple[Changes, ...] = ("training", "dimensions", "hyperparameters", "location")
 
 
 def key(
@@ -126,7 +129,7 @@ class Model:
     )
     flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
     hf_assets_path: str | None = key(
-        None, "local folder with the tokenizer; unset: the dataset's own tokenizer", changes="training"
+        None, "local folder with the tokenizer; unset: the dataset's own tokenizer", changes="location"
     )
     hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
     converters: list[str] = key(
@@ -146,9 +149,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimizer:
-    CHANGES: ClassVar[Changes] = "training"
+    CHANGES: ClassVar[Changes] = "hyperparameters"
 
-    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer")
+    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer", changes="training")
     lr: float = key(8e-4, "peak learning rate", minimum=0)
     beta1: float = key(0.9, "Adam's first decay; SGD's momentum", minimum=0)
     beta2: float = key(0.95, "Adam's second decay", minimum=0)
@@ -165,10 +168,12 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class LRScheduler:
-    CHANGES: ClassVar[Changes] = "training"
+    CHANGES: ClassVar[Changes] = "hyperparameters"
 
     warmup_steps: int = key(200, "steps of linear warm-up", minimum=0)
-    total_steps: int | None = key(None, "steps of the whole schedule; unset: training.steps", minimum=1)
+    total_steps: int | None = key(
+        None, "steps of the whole schedule; unset: training.steps", minimum=1, changes="losses"
+    )
     decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", minimum=0)
     decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay")
     min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0)
@@ -194,8 +199,11 @@ class Dataset:
         "stdlib",
         "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, "
         "parquet or arrow, a Hugging Face hub name, or a registered dataset",
+        changes="location",
     )
-    dataset_path: str | None = key(None, "where the dataset is read from, if not where its name says")
+    dataset_path: str | None = key(
+        None, "where the dataset is read from, if not where its name says", changes="location"
+    )
     dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")
     dataset_split: str | None = key(None, "split of a hub dataset; unset: train, of the validation set validation")
     text_column: str | None = key(None, "column that holds the text, of a dataset that is not prepared; unset: text")
@@ -217,7 +225,7 @@ class Training(Dataset):
     mixture: list[Source] = key(
         [],
         "sources mixed in exact proportions, each with the dataset keys above and a weight; replaces dataset",
-        changes="training",
+        changes="location",
     )
     shuffle_documents: int = key(
         1000,
@@ -238,7 +246,7 @@ class Training(Dataset):
         check=_minus_1_or_positive,
     )
     seq_len: int = key(2048, "tokens per sequence", minimum=1, changes="training")
-    max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0, changes="training")
+    max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0, changes="hyperparameters")
     on_nonfinite: Literal["stop", "skip"] = key(
         "stop",
         "a loss or gradient that is NaN or infinite ends the run, or its step changes nothing (fused Adam)",
@@ -324,7 +332,7 @@ class Checkpoint:
     initial_load_path: str | None = key(
         None,
         "initial weights: a checkpoint (.../step-N, also by fsspec URL), or a Hugging Face folder",
-        changes="training",
+        changes="location",
     )
     initial_load_model_only: bool = key(True, "take the weights only; false: optimizer state too", changes="training")
     initial_load_in_hf: bool = key(
@@ -344,6 +352,11 @@ class Checkpoint:
     )
     keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
     keep_every_n_steps: int = key(0, "checkpoints of these steps are never deleted; 0: none", minimum=0)
+    resume_run: str | None = key(
+        None,
+        "run folder to continue with changed optimizer, schedule or clipping keys, or with its data elsewhere; unset: "
+        "the run of this very training, if there is one",
+    )
     load_step: int = key(-1, "the step to resume from; -1: the newest", check=_step_or_minus_1)
     exclude_from_loading: list[str] = key(
         [],

@@ -43,19 +43,22 @@ class Control:
         self._rank = rank
         self._folder = Path(folder) if folder else None
         self._stops: list[Path] = []
+        self._undo: Callable[[], None] | None = None
         self._beat: dict[str, Any] = {}
         self._phase, self._beat_s, self._looked_s = "", -EVERY_S, -EVERY_S
         self._stop = False
         if rank == 0:
             self._clear_outcome()  # here already: this attempt may fail before it starts
 
-    def start_run(self, run_folder: Path | None, checkpoints: str = "") -> None:
+    def start_run(self, run_folder: Path | None, checkpoints: str = "", undo: Callable[[], None] | None = None) -> None:
         """A run begins: from here on there is a folder, and what the attempt before left is gone.
 
         run_folder: None for what has none, an evaluation; nothing is done then if no folder is given either.
+        undo: removes the run folder again if the start is refused.
         """
         if self._rank is None:
             return
+        self._undo = undo
         self._folder = self._folder or run_folder
         if run_folder and self._folder:
             self._stops = [folder / "STOP" for folder in {self._folder, run_folder}]
@@ -99,7 +102,14 @@ class Control:
             self._remove_stops()  # one that came too late must not stop a continuation with more steps
 
     def failed(self, error: BaseException) -> None:
-        """Say why, on whichever rank. Of several that do, the first one's words stay."""
+        """Say why, on whichever rank. Of several that do, the first one's words stay.
+
+        A start that is refused for a mistake leaves no run folder, nor FAILED if that is where it would be.
+        """
+        if self._undo and kind_of(error) == "mistake":
+            own = self._folder is not None and str(self._folder.absolute()) == self._beat["run_folder"]
+            self._undo()
+            self._folder = self._folder if self._folder and (not own or self._folder.is_dir()) else None
         if self._folder is None or (self._folder / "FAILED").exists():
             return
         self._make()

@@ -1,19 +1,22 @@
 """Which folder a run writes to: resumed where the same run left checkpoints, fresh otherwise, never overwritten."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from dtron.checkpoint.files import holds_checkpoints
 from dtron.checkpoint.load import check_source
 from dtron.checkpoint.storage import StoragePath
-from dtron.config import Config, changed_keys, digest, flatten, load
+from dtron.config import Config, load
 from dtron.config.keys import KEYS
-from dtron.config.sections import Changes, Checkpoint
+from dtron.config.sections import ANOTHER_TRAINING, Changes, Checkpoint
 from dtron.errors import UserError
 from dtron.files import acquire_lock, write_atomically
+from dtron.train.identity import differences, format_differences, run_identity
 
 __all__ = [
     "LOCK",
@@ -22,7 +25,7 @@ __all__ = [
     "checkpoint_folder",
     "choose_run_folder",
     "lock_run_folder",
-    "run_identity",
+    "remove_unused",
     "saves",
     "write_config",
 ]
@@ -36,24 +39,25 @@ class InUseError(UserError):
 
 LOCK = "run.lock"
 DRAFT = "config.toml.partial"  # becomes an attempt's config.toml when it is whole
+LEFT_BY_START = {LOCK, DRAFT, "HEARTBEAT", "FAILED"}  # all that a start writes before its configuration
+# What a resume logs and records when it has changed.
+BEARING: tuple[Changes, ...] = ("speed", "losses", *ANOTHER_TRAINING)
 
 
 @dataclasses.dataclass
 class RunFolder:
-    """A run's folder and the number of this attempt. resumes: it holds checkpoints. message: a line for the user."""
+    """A run's folder and the number of this attempt.
+
+    resumes: it holds checkpoints. message: a line for the user. changed: the keys that a resume changes, for the
+    record. made: the folders that this attempt made, innermost first.
+    """
 
     path: Path
     attempt: int
     resumes: bool
     message: str = ""
-
-
-def run_identity(config: Config, model_config: Any) -> str:
-    """Hash of what makes two runs the same training: model, data, optimizer, seed; not layout, length or batch size.
-
-    Keys at their defaults are left out, so that a key which a later version adds makes no run another one.
-    """
-    return digest([changed_keys(config, ["training"]), dataclasses.asdict(model_config)])
+    changed: str = ""
+    made: list[Path] = dataclasses.field(default_factory=list)
 
 
 def checkpoint_folder(config: Checkpoint, run_folder: Path) -> StoragePath:
@@ -66,24 +70,27 @@ def checkpoint_folder(config: Checkpoint, run_folder: Path) -> StoragePath:
 def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
     """The run's folder: one where the same run left checkpoints or had not come to its first, or a new one, made here.
 
-    UserError where checkpoint.load_step names a step and there is no such run.
+    UserError where checkpoint.load_step names a step and there is no such run, and where checkpoint.resume_run names
+    what this configuration cannot continue.
     """
-    stem = f"{config.model.name}-{config.model.flavor}-{run_identity(config, model_config)}"
-    parent, c = Path(config.job.dump_folder), config.checkpoint
+    c, parent = config.checkpoint, Path(config.job.dump_folder)
+    if c.resume_run:
+        return _named_run(config, model_config, Path(c.resume_run))
+    family = f"{config.model.name}-{config.model.flavor}-"
+    stem = family + run_identity(config, model_config)
     if c.enable:
-        local = sorted(parent.glob(f"{stem}*"), key=lambda p: p.stat().st_mtime, reverse=True)
-        remote = (
-            [name for name in StoragePath.at(c.folder).names() if name.startswith(stem)] if "://" in c.folder else []
-        )
-        for folder in (*local, *(parent / name for name in remote)):
-            if holds_checkpoints(checkpoint_folder(c, folder)):
-                folder.mkdir(parents=True, exist_ok=True)
-                return RunFolder(folder, _attempt(folder), True, _changed(config, folder))
+        local = sorted(parent.glob(f"{family}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+        local.sort(key=lambda p: not p.name.startswith(stem))
+        remote = StoragePath.at(c.folder).names() if "://" in c.folder else []
+        for folder in (*local, *(parent / name for name in remote if name.startswith(stem))):
+            if holds_checkpoints(checkpoint_folder(c, folder)) and _is_same_training(config, folder, stem):
+                return _resumed(config, folder)
     if c.initial_load_path:  # a resume needs it no more
         check_source(StoragePath.at(c.initial_load_path))
     if c.enable:
-        if abandoned := next((folder for folder in local if _has_saved_nothing(folder, c)), None):
-            return RunFolder(abandoned, _attempt(abandoned), False, _not_resumed(config, abandoned))
+        for folder in local:
+            if folder.name.startswith(stem) and _has_saved_nothing(folder, c):
+                return RunFolder(folder, _attempt(folder), False, _not_resumed(config, folder))
         if c.load_step != -1:
             raise UserError(
                 f"no run of this model, data and optimizer in {parent} has a checkpoint of step {c.load_step} "
@@ -92,11 +99,52 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
     number = 1
     while True:
         folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True)
-            return RunFolder(folder, 1, False, _not_resumed(config, folder))
         except FileExistsError:
             number += 1
+            continue
+        message = _not_resumed(config, folder) or ("" if number == 1 else _beside(config, parent / stem, folder))
+        return RunFolder(folder, 1, False, message, made=made)
+
+
+def _resumed(config: Config, folder: Path) -> RunFolder:
+    folder.mkdir(parents=True, exist_ok=True)  # the checkpoints may be elsewhere
+    before = _last_config(folder)
+    changed = format_differences(differences(config, before, BEARING), len(KEYS)) if before else ""
+    message = f"changed since the last attempt: {changed}" if changed else ""
+    return RunFolder(folder, _attempt(folder), True, message, changed)
+
+
+def _named_run(config: Config, model_config: Any, folder: Path) -> RunFolder:
+    """The run that checkpoint.resume_run names. UserError unless this configuration can continue it."""
+    key = f"checkpoint.resume_run {folder}"
+    if not (before := _last_config(folder)):
+        raise UserError(f"{key} is no run folder: it has no config.toml; name one, such as outputs/NAME")
+    if not holds_checkpoints(checkpoint_folder(config.checkpoint, folder)):
+        raise UserError(f"{key} has no checkpoint to continue from; leave the key out to start a run of its own")
+    stem = f"{config.model.name}-{config.model.flavor}-{run_identity(config, model_config)}"
+    fixed: tuple[Changes, ...] = ("training",) if folder.name.startswith(stem) else ("training", "dimensions")
+    if found := differences(config, before, fixed):
+        raise UserError(
+            f"{key} is of another training: {format_differences(found)}; a run continues with another optimizer.lr or "
+            "other settings of optimizer, schedule and clipping, or with its data elsewhere, but not with these: set "
+            "them back, or leave checkpoint.resume_run out to start a run of its own"
+        )
+    return _resumed(config, folder)
+
+
+def _is_same_training(config: Config, folder: Path, stem: str) -> bool:
+    """Whether the last attempt there was of this very training; by its name alone where it left no configuration.
+
+    The name vouches for the dimensions, which may be spelled otherwise. A run that was continued with other
+    hyperparameters keeps the name of its first ones.
+    """
+    before, named = _last_config(folder), folder.name.startswith(stem)
+    if before is None:
+        return named
+    return not differences(config, before, [kind for kind in ANOTHER_TRAINING if not named or kind != "dimensions"])
 
 
 def _attempt(folder: Path) -> int:
@@ -111,19 +159,43 @@ def write_config(folder: Path, attempt: int, text: str) -> None:
     write_atomically(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"), text)
 
 
+def _last_config(folder: Path) -> Config | None:
+    """The configuration of the newest attempt in a run folder; None if there is none, or it is of another version."""
+    later = sorted(folder.glob("config-attempt-*.toml"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
+    return _read(later[-1] if later else folder / "config.toml")
+
+
 def _has_saved_nothing(folder: Path, own: Checkpoint) -> bool:
     """Whether a run with checkpoints ended here before its first one: the same run may start in this folder again."""
     text = folder / "config.toml"
     if not folder.is_dir():
         return False
     if not text.is_file():  # it ended while it started
-        foreign = set(os.listdir(folder)) - {LOCK, DRAFT, own.folder.split("/")[0]}
+        foreign = set(os.listdir(folder)) - {*LEFT_BY_START, own.folder.split("/")[0]}
         return not foreign and not holds_checkpoints(checkpoint_folder(own, folder))
-    try:
-        c = load(["--job.config_file", str(text)]).checkpoint
-    except UserError:
-        return False
-    return saves(c) and not holds_checkpoints(checkpoint_folder(c, folder))
+    theirs = _read(text)
+    return (
+        theirs is not None
+        and saves(theirs.checkpoint)
+        and not holds_checkpoints(checkpoint_folder(theirs.checkpoint, folder))
+    )
+
+
+def remove_unused(made: Sequence[Path], own: Checkpoint) -> None:
+    """Remove the run folder of a refused start, and what was made above it, unless anything else was written there.
+
+    made: the folders, innermost first.
+    """
+    with contextlib.suppress(OSError):  # somebody put a file there, or was faster
+        checkpoints = checkpoint_folder(own, made[0]).local
+        if checkpoints and checkpoints.is_dir() and "://" not in own.folder:
+            for folder in (checkpoints, *checkpoints.parents[: own.folder.count("/")]):
+                folder.rmdir()
+        if set(os.listdir(made[0])) <= LEFT_BY_START:
+            for name in os.listdir(made[0]):
+                (made[0] / name).unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def saves(config: Checkpoint) -> bool:
@@ -137,24 +209,24 @@ def _not_resumed(config: Config, folder: Path) -> str:
         return ""
     found = []
     for other in folder.parent.glob("*/config.toml"):
-        theirs = _read(other)
+        theirs = _last_config(other.parent)
         if theirs and other.parent != folder and holds_checkpoints(checkpoint_folder(theirs.checkpoint, other.parent)):
-            found.append((_differences(config, theirs, ("training", "dimensions")), other.parent))
+            found.append((differences(config, theirs, ANOTHER_TRAINING), other.parent))
     if not found:
         return ""
     keys, other_folder = min(found, key=lambda pair: len(pair[0]))
-    what = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+    can = bool(keys) and all(difference.changes in ("hyperparameters", "location") for difference in keys)
+    hint = f"; checkpoint.resume_run = {other_folder} would continue that one with these values" if can else ""
     return (
-        f"a run of its own, not a resume of {other_folder}, from which it differs in {what or 'the model or its files'}"
+        f"a run of its own, not a resume of {other_folder}, from which it differs in "
+        f"{format_differences(keys) or 'the model or its files'}{hint}"
     )
 
 
-def _changed(config: Config, folder: Path) -> str:
-    """A line that names what a resume changes, of all that has a bearing on the training or its speed."""
-    attempts = sorted(folder.glob("config*.toml"), key=lambda path: path.stat().st_mtime)
-    theirs = _read(attempts[-1]) if attempts else None
-    keys = _differences(config, theirs, ("speed", "losses", "training", "dimensions")) if theirs else []
-    return f"changed since the last attempt: {', '.join(keys)}" if keys else ""
+def _beside(config: Config, first: Path, folder: Path) -> str:
+    """Why the same training again has a folder of its own."""
+    why = "checkpoint.enable is false" if not config.checkpoint.enable else "an earlier run there saved no checkpoint"
+    return f"{first} is of an earlier run, which is not resumed ({why}): this one is in {folder}"
 
 
 def _read(path: Path) -> Config | None:
@@ -162,16 +234,6 @@ def _read(path: Path) -> Config | None:
         return load(["--job.config_file", str(path)])
     except UserError:
         return None  # of another version
-
-
-def _differences(config: Config, theirs: Config, changes: Collection[Changes]) -> list[str]:
-    """Of the keys that change one of `changes`."""
-    there = flatten(theirs)
-    return [
-        f"{key} ({mine!r} here, {there[key]!r} there)"
-        for key, mine in flatten(config).items()
-        if mine != there[key] and KEYS[key].changes in changes
-    ]
 
 
 def lock_run_folder(folder: Path) -> TextIO:

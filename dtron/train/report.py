@@ -214,4 +214,5 @@ def start_report(
     held_out = data.held_out.dataset if data.held_out else None
     entropy = getattr(held_out, "unigram_entropy", None) if world.rank == 0 else None
     attempt, ledger = start.progress.attempt, start.progress.ledger
-    return Report(world, config, to_toml(config), start.run_folder, attempt, flops, peak, entropy, ledger)
+    history = f"# changed since attempt {attempt - 1}: {start.changed}\n" if start.changed else ""
+    return Report(world, config, history + to_toml(config), start.run_folder, attempt, flops, peak, entropy, ledger)

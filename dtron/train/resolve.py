@@ -112,6 +112,8 @@ def _check_values(c: Config) -> None:
         raise UserError(f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}")
     if c.checkpoint.folder.startswith("memory:"):
         raise UserError("checkpoint.folder in memory:// is gone when the run ends; name a place that stays")
+    if c.checkpoint.resume_run and not c.checkpoint.enable:
+        raise UserError("checkpoint.resume_run has no effect without checkpoint.enable = true; set it, or leave it out")
     if c.checkpoint.exclude_from_loading and not c.checkpoint.initial_load_path:
         raise UserError("checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path")
 
@@ -154,17 +156,20 @@ def _check_model(m: Any) -> None:
         raise UserError(f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs")
 
 
-def check_batch(config: Config, degrees: Degrees, global_batch: int) -> int:
-    """The global batch in sequences, -1 resolved. UserError unless it is a whole number of local batches."""
+def check_batch(config: Config, degrees: Degrees, global_batch: int, source: str = "") -> int:
+    """The global batch in sequences, -1 resolved. UserError unless it is a whole number of local batches.
+
+    source: a few words on where the batch comes from, if it is not the configured one.
+    """
     local = config.training.local_batch_size
     unit = local * degrees.dp
     if global_batch == -1:
         return unit
     if global_batch < 1 or global_batch % unit:
         raise UserError(
-            f"the global batch of {global_batch} sequences is not a positive multiple of training.local_batch_size "
-            f"{local} x {degrees.dp} data-parallel ranks = {unit}; change training.global_batch_size or "
-            "training.local_batch_size"
+            f"the global batch of {global_batch} sequences{source} is not a positive multiple of "
+            f"training.local_batch_size {local} x {degrees.dp} data-parallel ranks = {unit}; change "
+            "training.global_batch_size or training.local_batch_size"
         )
     return global_batch
 

@@ -1,5 +1,6 @@
 """Where a run starts: its folder, the checkpoint it resumes from, its global batch, the weights it loads."""
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 from dtron.ranks.agree import from_rank_0, raise_first_problem, warn_on_rank_0
 from dtron.ranks.world import World
-from dtron.train.folder import RunFolder, check_writable, checkpoint_folder, choose_run_folder, lock_run_folder, saves
+from dtron.train.folder import (
+    RunFolder,
+    check_writable,
+    checkpoint_folder,
+    choose_run_folder,
+    lock_run_folder,
+    remove_unused,
+    saves,
+)
 from dtron.train.initial import load_weights
 from dtron.train.resolve import check_batch
 from dtron.train.setup import Setup
@@ -29,13 +38,17 @@ LONG_RUN_STEPS = 1000
 
 @dataclass
 class ResumePoint:
-    """resume_from: the verified checkpoint to resume from, None for a fresh run; locks: held while they are open."""
+    """resume_from: the verified checkpoint to resume from, None for a fresh run; locks: held while they are open.
+
+    changed: the keys that this attempt changes, of those that bear on the training or its speed.
+    """
 
     run_folder: Path
     checkpoints: StoragePath
     resume_from: StoragePath | None
     progress: Progress
     locks: list[TextIO]
+    changed: str
 
 
 def start_run(setup: Setup, world: World) -> ResumePoint:
@@ -46,7 +59,8 @@ def start_run(setup: Setup, world: World) -> ResumePoint:
     if folder.message:
         log.info(folder.message)
     checkpoints = checkpoint_folder(c, folder.path)
-    world.control.start_run(folder.path, str(checkpoints))
+    undo = functools.partial(remove_unused, folder.made, c) if folder.made else None
+    world.control.start_run(folder.path, str(checkpoints), undo)
     if saves(c):
         raise_first_problem(_storage_problem(checkpoints, world))
     elif config.training.steps > LONG_RUN_STEPS and not c.enable:
@@ -62,7 +76,7 @@ def start_run(setup: Setup, world: World) -> ResumePoint:
         _check_later_steps(checkpoints, progress.step)
     progress.attempt = folder.attempt
     resume_from = checkpoints / f"step-{progress.step}" if manifest else None
-    return ResumePoint(folder.path, checkpoints, resume_from, progress, locks)
+    return ResumePoint(folder.path, checkpoints, resume_from, progress, locks, folder.changed)
 
 
 def _choose_and_lock(setup: Setup, locks: list[TextIO]) -> RunFolder:
@@ -134,7 +148,8 @@ def resolve_global_batch(setup: Setup, start: ResumePoint) -> Config:
                 "lr_scheduler.total_steps = %d would keep it", progress.steps, steps, progress.steps,
             )  # fmt: skip
     wanted = recorded if given == -1 and start.resume_from else given
-    progress.global_batch_size = check_batch(c, setup.degrees, wanted)
+    source = " (the run's own, as its checkpoint records)" if wanted != given else ""
+    progress.global_batch_size = check_batch(c, setup.degrees, wanted, source)
     progress.steps = steps
     return replace(c, "training.global_batch_size", progress.global_batch_size)
 

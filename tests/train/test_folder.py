@@ -1,7 +1,9 @@
 """Where a run writes: resumed where the same run left checkpoints, fresh otherwise, and nothing is overwritten."""
 
+import functools
 import multiprocessing
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,16 @@ from dtron.checkpoint.load import resumable_steps
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, load, to_toml
 from dtron.errors import UserError
-from dtron.train.folder import check_writable, checkpoint_folder, choose_run_folder, lock_run_folder, run_identity
+from dtron.ranks.control import Control
+from dtron.train.folder import (
+    RunFolder,
+    check_writable,
+    checkpoint_folder,
+    choose_run_folder,
+    lock_run_folder,
+    remove_unused,
+)
+from dtron.train.identity import run_identity
 from dtron.train.resolve import resolve
 
 BASE = "--training.device cpu --checkpoint.enable"
@@ -52,6 +63,7 @@ SAME = [
     "--training.local_batch_size 2",
     "--training.global_batch_size 64",
     "--training.steps 7",
+    "--lr_scheduler.total_steps 10000",
     "--metrics.log_freq 1",
     "--validation.enable",
     "--activation_checkpoint.mode full",
@@ -185,7 +197,122 @@ def test_a_changed_run_is_told_by_the_changed_key(tmp_path: Path) -> None:
     told = begun(tmp_path, "--debug.seed 1 --model.vocab_size 512")
     assert "differs in model.vocab_size (512 here, None there)" in told and "debug.seed" not in told
     assert "training.dataset ('owner/name' here, 'stdlib' there)" in begun(tmp_path, "--training.dataset owner/name")
-    assert begun(tmp_path, "--checkpoint.no_enable") == ""
+    told = begun(tmp_path, "--checkpoint.no_enable")
+    assert "is of an earlier run, which is not resumed (checkpoint.enable is false)" in told and "differs" not in told
+
+
+@pytest.mark.parametrize("again", ["data/mine/", "./data/mine", "data/../data//mine", "{}/data/mine", "link"])
+def test_a_path_written_otherwise_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/mine", "other/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text("a")
+    (tmp_path / "link").symlink_to("data/mine")
+    again = again.format(tmp_path)
+    assert begun(tmp_path, "--training.dataset data/mine") == ""
+    for arguments in (f"--training.dataset {again}", "--training.dataset data/mine"):
+        assert choose(tmp_path, arguments)[1:] == ("step-10", 2)
+    assert begun(tmp_path, f'--training.mixture [{{"dataset":"data/mine"}},{{"dataset":"{again}/a.txt"}}]')
+    assert choose(tmp_path, '--training.mixture [{"dataset":"link/"},{"dataset":"data/mine/a.txt"}]')[1] == "step-10"
+    told = begun(tmp_path, "--training.dataset other/mine")
+    assert "differs in training.dataset ('other/mine' here, 'data/mine' there)" in told
+    assert choose(tmp_path, f"--training.dataset {again}")[1] == "step-10"
+
+
+def test_a_project_that_is_moved_keeps_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "before" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "before")
+    assert begun(tmp_path / "before", "--training.dataset data") == ""
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path / "after")
+    assert choose(tmp_path / "after", "--training.dataset data")[1] == "step-10"
+    assert choose(tmp_path / "after", f"--training.dataset {tmp_path}/after/data")[1] == "step-10"
+
+
+# --- continuing a run with other hyperparameters
+
+
+def continued(folder: Path, run: str, arguments: str) -> RunFolder:
+    config = config_of(folder, f"--checkpoint.resume_run {folder}/outputs/{run} {arguments}")
+    return choose_run_folder(config, resolve(config, 1).model_config)
+
+
+def test_hyperparameters_change_where_the_run_is_named(tmp_path: Path) -> None:
+    begun(tmp_path)
+    name, _, _ = choose(tmp_path)
+    told = begun(tmp_path, "--optimizer.lr 1e-5")
+    named = f"checkpoint.resume_run = {tmp_path}/outputs/{name}"
+    assert told.endswith(f"; {named} would continue that one with these values")
+    assert "resume_run" not in begun(tmp_path, "--optimizer.lr 1e-5 --debug.seed 1")
+    lower = (
+        "--optimizer.lr 2e-5 --optimizer.beta2 0.9 --optimizer.weight_decay 0.2 --training.max_norm 0.5 "
+        "--lr_scheduler.warmup_steps 7 --lr_scheduler.decay_type cosine"
+    )
+    run = continued(tmp_path, name, lower)
+    assert (run.path.name, run.resumes, run.attempt) == (name, True, 2)
+    said = "optimizer.lr (2e-05 here, 0.0008 there), optimizer.beta2 (0.9 here, 0.95 there), "
+    assert run.message.startswith(f"changed since the last attempt: {said}") and "cosine" in run.message
+    # From there on the run is the one with the lower rate, also unnamed; and the first command is another one.
+    (run.path / "config-attempt-2.toml").write_text(to_toml(config_of(tmp_path, lower)))
+    assert choose(tmp_path, lower) == (name, "step-10", 3)
+    assert begun(tmp_path).startswith("a run of its own, not a resume of ")
+    assert choose(tmp_path)[0] == f"{name}-2" and choose(tmp_path, lower)[0] == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--debug.seed 1", "is of another training: debug.seed (1 here, 0 there); "),
+        ("--optimizer.name SGD --optimizer.lr 1", "is of another training: optimizer.name ('SGD' here, 'AdamW' there)"),
+        ("--model.n_layers 4", "model.n_layers (4 here, None there)"),
+        ("--training.seq_len 64", "training.seq_len (64 here, 2048 there)"),
+        ("--checkpoint.resume_run nowhere", "nowhere is no run folder: it has no config.toml"),
+        ("--checkpoint.resume_run {}/empty", "has no checkpoint to continue from"),
+        ("--checkpoint.no_enable", "checkpoint.resume_run has no effect without checkpoint.enable = true"),
+    ],
+)
+def test_what_no_run_is_continued_with(tmp_path: Path, arguments: str, says: str) -> None:
+    begun(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.toml").touch()
+    with pytest.raises(UserError, match=re.escape(says)):
+        continued(tmp_path, choose(tmp_path)[0], arguments.format(tmp_path))
+
+
+# --- a start that is refused
+
+
+def refused(folder: Path, error: Exception, *foreign: str) -> RunFolder:
+    """A start that makes a run folder, writes what it writes there, and fails."""
+    config = config_of(folder, "--checkpoint.folder some/checkpoints")
+    run = choose_run_folder(config, resolve(config, 1).model_config)
+    lock = lock_run_folder(run.path)
+    control = Control(0)
+    control.start_run(run.path, undo=functools.partial(remove_unused, run.made, config.checkpoint))
+    check_writable(checkpoint_folder(config.checkpoint, run.path), 0)
+    control.heartbeat("loading", 1.0)
+    for name in foreign:
+        (run.path / name).touch()
+    control.failed(error)
+    lock.close()
+    return run
+
+
+def test_a_refused_start_leaves_nothing(tmp_path: Path) -> None:
+    run = refused(tmp_path, UserError("the tokenizer is too large"))
+    assert run.path.parent == tmp_path / "outputs" and list(tmp_path.iterdir()) == []
+    (tmp_path / "outputs").mkdir()
+    refused(tmp_path, UserError("again"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "outputs"] and list((tmp_path / "outputs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "foreign"),
+    [(RuntimeError("a fault"), []), (UserError("at step 7"), ["config.toml"]), (UserError("at start"), ["mine.txt"])],
+)
+def test_a_run_folder_with_anything_else_in_it_stays(tmp_path: Path, error: Exception, foreign: list[str]) -> None:
+    run = refused(tmp_path, error, *foreign)
+    assert str(error) in (run.path / "FAILED").read_text() and all((run.path / name).exists() for name in foreign)
 
 
 def _held(folder: str, answers: Any) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import RankError, Ranks
 from tinyrun import quiet_world, train_tiny
@@ -160,3 +161,48 @@ def test_a_resume_says_what_it_changes_and_needs_no_initial_weights(ranks: Ranks
     bf16 = "--training.mixed_precision_param float32"
     said, _ = ranks.run(2, trained, str(tmp_path / "second"), 5, f"{start} --tp 2 {bf16}")[0]
     assert any("training.mixed_precision_param ('float32' here, 'bfloat16' there)" in line for line in said)
+
+
+def test_a_resume_with_nothing_changed_says_so_by_silence(ranks: Ranks, tmp_path: Path) -> None:
+    """The recorded global batch is the resolved one; the configured -1 takes it, so it is no change."""
+    ranks.run(2, trained, str(tmp_path), 2, "")
+    said, step = ranks.run(2, trained, str(tmp_path), 2, "")[0]
+    assert step == 2 and not any("changed since" in line for line in said)
+    with pytest.raises(RankError, match=r"batch of 4 sequences \(the run's own, as its checkpoint records\) is not a"):
+        ranks.run(1, trained, str(tmp_path), 4, "--training.local_batch_size 3")
+
+
+def weights_and_said(folder: str, steps: int, arguments: str) -> tuple[list[torch.Tensor], list[str]]:
+    usual = "--checkpoint.interval 2 --lr_scheduler.warmup_steps 0 --lr_scheduler.decay_ratio 0"
+    trainer, said = train_tiny(folder, steps, f"{usual} {arguments}")
+    return [p.detach().full_tensor() for _, p in trainer.model.named_parameters()], said  # type: ignore[attr-defined]
+
+
+def test_a_run_continues_with_a_lower_learning_rate(ranks: Ranks, tmp_path: Path) -> None:
+    """The new rate is in effect, AdamW's state is kept, the history has the change, and reruns find the run."""
+    first, _ = ranks.run(1, weights_and_said, str(tmp_path), 2, "")[0]
+    (run,) = tmp_path.iterdir()
+    lower = f"--checkpoint.resume_run {run} --optimizer.lr 0.0"
+    same, said = ranks.run(1, weights_and_said, str(tmp_path), 4, lower)[0]
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True)), "the learning rate is 0"
+    assert any("optimizer.lr (0.0 here, 0.0008 there)" in line for line in said)
+    history = (run / "config-attempt-2.toml").read_text()
+    assert history.startswith("# changed since attempt 1: optimizer.lr (0.0 here, 0.0008 there)")
+    assert load(["--job.config_file", str(run / "config-attempt-2.toml")]).optimizer.lr == 0.0
+    _, said = ranks.run(1, weights_and_said, str(tmp_path), 5, "--optimizer.lr 0.0")[0]
+    assert any(line.startswith("resuming from") and "step-4" in line for line in said)
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_the_advice_on_the_length_of_the_schedule_keeps_the_run(ranks: Ranks, tmp_path: Path) -> None:
+    usual = "--checkpoint.interval 2 --lr_scheduler.warmup_steps 0"
+    ranks.run(1, train_and_said, str(tmp_path), 2, usual)
+    said = ranks.run(1, train_and_said, str(tmp_path), 3, usual)[0]
+    assert any("lr_scheduler.total_steps = 2 would keep it" in line for line in said)
+    said = ranks.run(1, train_and_said, str(tmp_path), 4, f"{usual} --lr_scheduler.total_steps 2")[0]
+    assert any("lr_scheduler.total_steps (2 here, None there)" in line for line in said)
+    assert any(line.startswith("resuming from") and "step-3" in line for line in said)
+
+
+def train_and_said(folder: str, steps: int, arguments: str) -> list[str]:
+    return train_tiny(folder, steps, arguments)[1]

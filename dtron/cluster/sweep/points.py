@@ -9,6 +9,7 @@ import torch
 from dtron.cluster.sweep.file import DEGREES, SweepFile, assignments
 from dtron.config import Config, changed_keys, digest, flatten, load, replace
 from dtron.config.cli import SHORT_FORMS
+from dtron.config.sections import ANOTHER_TRAINING
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.spec import meta_model
@@ -98,7 +99,7 @@ def _point(file: SweepFile, settings: dict[str, Any], device_type: Literal["cpu"
     name, batch = _name(config, degrees), config.training.global_batch_size
     if pruned:
         return Point(name, config, settings, degrees, batch, pruned=pruned)
-    same = changed_keys(config, ("losses", "training", "dimensions"))
+    same = changed_keys(config, ("losses", *ANOTHER_TRAINING))
     parameters = sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters())
     return Point(name, config, settings, degrees, batch, parameters, digest([batch, same]))
 
