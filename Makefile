@@ -19,7 +19,6 @@ lint: setup  ## ruff, mypy and shellcheck
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy dtron
-	$(PYTHON) -m mypy --strict dtron/config dtron/mesh.py dtron/models dtron/parallel
 	.venv/bin/shellcheck --severity=warning scripts/*.sh scripts/slurm/*.sbatch .ci/run
 
 test: lint  ## lint, then all but the long tests, two files at a time

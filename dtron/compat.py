@@ -178,7 +178,7 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Sent into a buffer of another dtype or size, hidden states would become NaN or end the process."""
-        output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = super().forward_maybe_with_nosync(*args, **kwargs)
         expected = self._hidden
         if expected is None or self.is_last or (output.dtype, output.shape) == (expected.dtype, expected.shape):
             return output
@@ -248,7 +248,7 @@ class CsvSchedule(_PipelineScheduleRuntime):
     """A schedule whose compute actions are rows of cells, one row per pipeline rank."""
 
     def __init__(self, stages: list[Stage], n_microbatches: int, rows: Sequence[Sequence[str]], **kwargs: Any) -> None:
-        super().__init__(stages, n_microbatches, **kwargs)  # type: ignore[no-untyped-call]
+        super().__init__(stages, n_microbatches, **kwargs)
         self.pipeline_order = {
             rank: [_Action.from_str(cell.strip()) for cell in row if cell.strip()] for rank, row in enumerate(rows)
         }
@@ -287,7 +287,7 @@ def set_timeout(seconds: int) -> None:
 
 def copy_of_dtensor(like: DTensor, shard: torch.Tensor) -> DTensor:
     """`like` with another shard in place of its own."""
-    return DTensor(shard, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return DTensor(shard, like._spec, requires_grad=False)
 
 
 # --- steps that change nothing, 2.11 and 2.13: what torch.amp.GradScaler asks of an optimizer; waits for a public way.

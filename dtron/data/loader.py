@@ -204,7 +204,7 @@ def _ignore_signals(worker: int) -> None:
 
 def torch_loader(
     dataset: Any, collate: Callable[[Any], Any], options: DataLoader, **more: Any
-) -> torch.utils.data.DataLoader:
+) -> torch.utils.data.DataLoader[Any]:
     """torch's loader with the configured workers. more: further arguments of it, in place of those."""
     arguments = {
         "num_workers": options.num_workers,
@@ -219,7 +219,7 @@ def torch_loader(
 
 def _rows_loader(
     datasets: Sequence[SequenceDataset], batch_sampler: Any, options: DataLoader, **more: Any
-) -> torch.utils.data.DataLoader:
+) -> torch.utils.data.DataLoader[Any]:
     """Over lists of (data set, index); page-locks memory only where there is a GPU to copy to."""
     pin = options.pin_memory and torch.cuda.is_available()
     return torch_loader(_Rows(datasets), _collate, options, batch_sampler=batch_sampler, pin_memory=pin, **more)

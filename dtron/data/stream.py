@@ -97,7 +97,7 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 @dataclass
-class _StepRows(torch.utils.data.IterableDataset):
+class _StepRows(torch.utils.data.IterableDataset[Any]):
     """A worker's part of every step.
 
     It refers to no loader, so that an iterator is shut down as soon as its loader is gone.
