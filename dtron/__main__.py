@@ -62,6 +62,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="folder, tokenizer.json, hub name, or bpe:N to train one with N tokens on the source",
     )
+    specials = "put the special tokens that the tokenizer's own encode adds, such as a BOS, around documents (default)"
+    add("--add-special-tokens", action=argparse.BooleanOptionalAction, help=specials)
     add("--out", metavar="DIR", help="folder to create")
     add("--show", metavar="DIR", help="verify a finished folder and show its contents")
     add("--subset", help="subset (configuration) of a hub dataset")
@@ -117,7 +119,8 @@ def _prepare(given: argparse.Namespace) -> None:
             f"--out {given.out} is inside {given.source}, and would be read as part of it: choose another folder"
         )
     source = _source(given)
-    encoder = choose_encoder(source, given.tokenizer, given.cache_folder)
+    specials = given.add_special_tokens
+    encoder = choose_encoder(source, given.tokenizer, given.cache_folder, add_special_tokens=specials)
     prepare(source, encoder, given.out, processes=given.processes, shard_tokens=given.shard_tokens, log=_say)
     return _say(f"written to {given.out}; to inspect it: dtron prepare --show {given.out}")
 
@@ -148,6 +151,8 @@ def _show(store: TokenStore) -> None:
             bar = "#" * -(-40 * count // store.n_documents)
             _say(f"{1 << power:>9,} to {(2 << power) - 1:<9,} {count:>9,}  {bar}")
     encoder = read_tokenizer(str(store.folder), store.folder, "--show")
+    begin, end = encoder.decode(store.begins_with), encoder.decode(store.ends_with)
+    _say(f"\ndocuments {f'begin with {begin!r} and ' if begin else ''}end with {end!r}")
     for number in sorted({0, store.n_documents // 2, store.n_documents - 1}):
         start, stop = store.document(number)
         more = " ..." if stop - start > SAMPLE_TOKENS else ""

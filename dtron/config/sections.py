@@ -131,6 +131,12 @@ class Model:
     hf_assets_path: str | None = key(
         None, "local folder with the tokenizer; unset: the dataset's own tokenizer", changes="location"
     )
+    add_special_tokens: bool | None = key(
+        None,
+        "documents have the special tokens that the tokenizer's own encode adds, such as a BOS (they always end in the "
+        "end-of-text token); unset: as prepared data have them, else true",
+        changes="training",
+    )
     hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
     converters: list[str] = key(
         [], "registered model converters, applied to the meta model in order", changes="training"

@@ -26,8 +26,9 @@ def stdlib(config: Config, section: Dataset, split: Split, seq_len: int, vocab_s
     """The embedded corpus; its own tokenizer has 4096 tokens, or fewer for a model with a smaller vocabulary."""
     size, documents = min(4096, vocab_size), config.training.attention_mask == "document"
     return load_stdlib(
-        config.job.cache_folder, seq_len, split, config.model.hf_assets_path, size, documents=documents, log=log
-    )
+        config.job.cache_folder, seq_len, split, config.model.hf_assets_path, size, documents=documents, log=log,
+        add_special_tokens=config.model.add_special_tokens,
+    )  # fmt: skip
 
 
 def names_a_place(section: Dataset) -> bool:
@@ -69,13 +70,23 @@ def _prepared(config: Config, section: Dataset, folder: Path, seq_len: int, docu
     for key in ("dataset_subset", "dataset_split", "text_column"):
         if getattr(section, key) is not None:
             raise UserError(f"{folder} is prepared, so {key} has no effect; leave it out")
-    store = open_store(folder)
-    if config.model.hf_assets_path:
-        given = _encoder(config, str(folder))
+    store, model = open_store(folder), config.model
+    if model.hf_assets_path or model.add_special_tokens not in (None, store.add_special_tokens):
+        given = read_tokenizer(
+            model.hf_assets_path or str(folder), config.job.cache_folder, "model.hf_assets_path",
+            add_special_tokens=model.add_special_tokens,
+        )  # fmt: skip
+        if given.fingerprint != store.tokenizer_fingerprint and given.json == store.tokenizer_json.read_text("utf-8"):
+            there, wanted = ("with", "without") if store.add_special_tokens else ("without", "with")
+            raise UserError(
+                f"the documents of {folder} were prepared {there} the special tokens that the tokenizer adds, those of "
+                f"the run are {wanted} them (model.add_special_tokens, or else other prepared data): change the key, "
+                f"or prepare {folder} again with --{'no-' if wanted == 'without' else ''}add-special-tokens"
+            )
         if given.fingerprint != store.tokenizer_fingerprint:
             raise UserError(
                 f"{folder} was prepared with another tokenizer ({store.tokenizer_fingerprint[:12]}) than "
-                f"model.hf_assets_path = {config.model.hf_assets_path!r} ({given.fingerprint[:12]}): leave the key out "
+                f"model.hf_assets_path = {model.hf_assets_path!r} ({given.fingerprint[:12]}): leave the key out "
                 "to take the one in the folder, name that tokenizer, or prepare the data again"
             )
     return TokenDataset(store, seq_len, documents=documents, name=str(folder))
@@ -87,4 +98,7 @@ def _encoder(config: Config, location: str) -> TextEncoder:
             f"{location} is text that is tokenized on the fly: name the tokenizer's folder as model.hf_assets_path, "
             "or tokenize it once with `dtron prepare`"
         )
-    return read_tokenizer(config.model.hf_assets_path, config.job.cache_folder, "model.hf_assets_path")
+    return read_tokenizer(
+        config.model.hf_assets_path, config.job.cache_folder, "model.hf_assets_path",
+        add_special_tokens=config.model.add_special_tokens,
+    )  # fmt: skip

@@ -93,6 +93,7 @@ def prepare_stdlib(
     *,
     log: Log,
     source: str | Path | None = None,
+    add_special_tokens: bool | None = None,
 ) -> Path:
     """Prepare both splits unless they are in the cache; returns the folder of their folders.
 
@@ -100,11 +101,14 @@ def prepare_stdlib(
     `load_stdlib`, which then only reads. Processes that race are safe: see `build_once`.
 
     `vocab_size` is for the corpus's own BPE; with `hf_assets_path` that tokenizer is used as it is.
-    `source`: see `StdlibSource.open`.
+    `source`: see `StdlibSource.open`. `add_special_tokens`: see `read_tokenizer`.
     Raises UserError for an unreadable tokenizer, missing sources or an unwritable cache.
     """
     train, validation = StdlibSource.open("train", source), StdlibSource.open("validation", source)
-    user = read_tokenizer(hf_assets_path, cache_folder, "model.hf_assets_path") if hf_assets_path else None
+    user = None
+    if hf_assets_path:
+        key = "model.hf_assets_path"
+        user = read_tokenizer(hf_assets_path, cache_folder, key, add_special_tokens=add_special_tokens)
     tokenizer = user.fingerprint if user else f"bpe {vocab_size}"
     recipe = f"{FORMAT} {train.fingerprint} {validation.fingerprint} {tokenizer}"
     final = Path(cache_folder) / f"stdlib-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
@@ -130,11 +134,14 @@ def load_stdlib(
     documents: bool = False,
     log: Log,
     source: str | Path | None = None,
+    add_special_tokens: bool | None = None,
 ) -> TokenDataset:
     """One split of the standard library as sequences of `seq_len` tokens, memory-mapped from the cache.
 
     Arguments and errors: see `prepare_stdlib` and `TokenDataset`.
     """
-    folder = prepare_stdlib(cache_folder, hf_assets_path, vocab_size, log=log, source=source)
+    folder = prepare_stdlib(
+        cache_folder, hf_assets_path, vocab_size, log=log, source=source, add_special_tokens=add_special_tokens
+    )
     name = f"the {split} split of the standard library"
     return TokenDataset(open_store(folder / split), seq_len, documents=documents, name=name)

@@ -40,7 +40,8 @@ def is_finished(out: Path, recipe: dict[str, Any]) -> bool:
 def _check_recipe(out: Path, there: dict[str, Any], requested: dict[str, Any], holds: str) -> None:
     if changed := [key for key in requested if there.get(key) != requested[key]]:
         values = ", ".join(f"{key} ({str(there.get(key))[:12]}, not {str(requested[key])[:12]})" for key in changed)
-        raise UserError(f"{out} {holds}; it has another {values}; name another folder, or delete this one")
+        hint = ", or the same but for special tokens (--no-add-special-tokens)" if "tokenizer" in changed else ""
+        raise UserError(f"{out} {holds}; it has another {values}{hint}; name another folder, or delete this one")
 
 
 @contextlib.contextmanager
@@ -75,10 +76,9 @@ class Journal:
     def documents(self) -> int:
         return sum(shard.documents for shard in self.shards)
 
-    @property
-    def has_no_text(self) -> bool:
-        """Whether there is nothing yet, or nothing but end-of-text tokens."""
-        return self.tokens == self.documents
+    def has_no_text(self, encoder: TextEncoder) -> bool:
+        """Whether there is nothing yet, or nothing but the special tokens around documents."""
+        return self.tokens == self.documents * (len(encoder.begins_with) + len(encoder.ends_with))
 
     def load(self) -> None:
         """Read what an earlier run finished, and delete what it did not."""
@@ -125,6 +125,9 @@ class Journal:
             "vocab_size": encoder.vocab_size,
             "eos": encoder.eos,
             "eos_id": encoder.eos_id,
+            "add_special_tokens": encoder.add_special_tokens,
+            "begins_with": encoder.begins_with,
+            "ends_with": encoder.ends_with,
             "tokenizer": encoder.fingerprint,
             "source": {"name": source.name, "files": source.n_files},
             "recipe": self.recipe,

@@ -85,11 +85,11 @@ def _fill(journal: Journal, source: Source, encoder: TextEncoder, processes: int
         encoder.save(journal.out)
         batches = _read(source, journal.file, journal.state)
         _write(journal, encode_in_order(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
-        if journal.has_no_text:
+        if journal.has_no_text(encoder):
             raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
         journal.finish(encoder, source)
     except BaseException:
-        if journal.has_no_text:
+        if journal.has_no_text(encoder):
             journal.discard()
         raise
 
@@ -149,11 +149,13 @@ def _make_cache(folder: Path) -> None:
         ) from error
 
 
-def choose_encoder(source: Source, tokenizer: str, cache_folder: Path | str) -> TextEncoder:
+def choose_encoder(
+    source: Source, tokenizer: str, cache_folder: Path | str, *, add_special_tokens: bool | None = None
+) -> TextEncoder:
     """`bpe:N`: a byte-level BPE of N tokens, trained on the source's first 32M characters; else `read_tokenizer`."""
     if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
         return train_bpe(_first_texts(source), int(match[1]))
-    return read_tokenizer(tokenizer, cache_folder, "--tokenizer")
+    return read_tokenizer(tokenizer, cache_folder, "--tokenizer", add_special_tokens=add_special_tokens)
 
 
 def _first_texts(source: Source) -> Iterator[str]:

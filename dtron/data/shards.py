@@ -2,7 +2,7 @@
 
     manifest.json          what was prepared, and of every shard its counts and checksums; written last
     tokenizer.json         beside tokenizer_config.json, as `transformers` reads them
-    shard-00000.tokens     the ids, little-endian uint16 or uint32: documents one after another, each with its EOS
+    shard-00000.tokens     the ids, little-endian uint16 or uint32: documents one after another, special tokens included
     shard-00000.documents  where each document ends, in tokens from the start of the shard: uint64
     shard-00000.crc32      a checksum of every 64 KiB of the tokens: uint32
 
@@ -123,7 +123,8 @@ def open_store(folder: Path | str) -> "TokenStore":
             raise UserError(f"{folder} has format {manifest['format']}, this dtron reads {FORMAT}: prepare it again")
         shards = [Shard(**entry) for entry in manifest["shards"]]
         store = TokenStore(folder, manifest, shards)
-        found = tokenizer_fingerprint(store.tokenizer_json.read_text(encoding="utf-8"), manifest["eos"])
+        text = store.tokenizer_json.read_text(encoding="utf-8")
+        found = tokenizer_fingerprint(text, manifest["eos"], store.begins_with, store.ends_with)
     except FileNotFoundError as error:
         if (folder / JOURNAL).is_file() and not (folder / MANIFEST).is_file():
             raise UserError(f"{folder} is not finished: give the same `dtron prepare` again to resume") from error
@@ -156,7 +157,8 @@ class _OpenShard:
 class TokenStore:
     """One run of `n_tokens` tokens in `n_documents` documents, memory-mapped; see `open_store`.
 
-    dtype: of the tokens. eos_id: the token that ends every document. fingerprint: of the content, from the shards'
+    dtype: of the tokens. eos_id: the end-of-text token. begins_with, ends_with: ids around every document's text; data
+    of versions that did not record them have the end-of-text token alone. fingerprint: of the content, from the shards'
     checksums. source: what was prepared. recipe: what shaped it. Every 64 KiB that a process touches are checked the
     first time: what is damaged raises UserError and is never returned.
     """
@@ -165,6 +167,9 @@ class TokenStore:
         self.folder, self.shards = folder, shards
         self.source, self.recipe = manifest["source"], manifest["recipe"]
         self.vocab_size, self.eos_id = int(manifest["vocab_size"]), int(manifest["eos_id"])
+        self.add_special_tokens = bool(manifest.get("add_special_tokens", False))
+        self.begins_with: list[int] = manifest.get("begins_with", [])
+        self.ends_with: list[int] = manifest.get("ends_with", [self.eos_id])
         self.tokenizer_json, self.tokenizer_fingerprint = folder / "tokenizer.json", manifest["tokenizer"]
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self.fingerprint = hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()

@@ -1,9 +1,10 @@
 """Text to token ids: any tokenizer of the Hugging Face family, or a byte-level BPE trained on the spot."""
 
 import hashlib
+import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import numpy as np
 from dtron.data.sources import may_be_on_the_hub
 from dtron.errors import UserError
 
-__all__ = ["END_OF_TEXT", "TextEncoder", "eos_token", "read_tokenizer", "train_bpe"]
+__all__ = [
+    "END_OF_TEXT",
+    "TextEncoder",
+    "documents_have_special_tokens",
+    "holds_tokenizer",
+    "read_tokenizer",
+    "train_bpe",
+]
 
 END_OF_TEXT = "<|endoftext|>"  # where the tokenizer's files name no other
 PIECE = 1 << 20  # characters encoded as one text
@@ -25,11 +33,13 @@ class TextEncoder:
 
     json: the canonical text of tokenizer.json, without truncation and padding, which would lose or add text.
     eos, eos_id: the end-of-text token. vocab_size: one more than the largest id, for ids may have holes.
-    dtype: uint16 where the ids fit, else uint32. fingerprint: sha256 (hex) of json and eos.
+    begins_with, ends_with: ids before and after every document's text. With `add_special_tokens` they are those that
+    the tokenizer's own `encode` adds, and eos_id at the end unless it is among them; else eos_id alone.
+    dtype: uint16 where the ids fit, else uint32. fingerprint: see `tokenizer_fingerprint`.
     Raises UserError where the text is not a tokenizer or `eos` is none of its tokens.
     """
 
-    def __init__(self, tokenizer_json: str, eos: str) -> None:
+    def __init__(self, tokenizer_json: str, eos: str | None, add_special_tokens: bool = True) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -38,19 +48,31 @@ class TextEncoder:
             raise UserError(f"not a tokenizer.json ({_short(error)}): expected what Tokenizer.save writes") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.json, self.eos = self._tokenizer.to_str(), eos
         eos_id = self._tokenizer.token_to_id(eos) if eos else None
-        if eos_id is None:
+        if eos is None or eos_id is None:
             raise UserError(
                 f"the tokenizer has no end-of-text token {eos!r} to put between documents: "
                 'name one of its tokens as "eos_token" in tokenizer_config.json'
             )
+        self.json, self.eos = self._tokenizer.to_str(), eos
         self.eos_id: int = eos_id
+        self.begins_with, after = self._specials_around() if add_special_tokens else ([], [])
+        self.ends_with = after if eos_id in after else [*after, eos_id]
+        self.add_special_tokens = add_special_tokens
         # Text that spells a special token, such as the "<s>" of HTML, stays text.
         self._tokenizer.encode_special_tokens = True
 
-    def __reduce__(self) -> tuple[type["TextEncoder"], tuple[str, str]]:
-        return TextEncoder, (self.json, self.eos)
+    def __reduce__(self) -> tuple[type["TextEncoder"], tuple[str, str, bool]]:
+        return TextEncoder, (self.json, self.eos, self.add_special_tokens)
+
+    def _specials_around(self) -> tuple[list[int], list[int]]:
+        """The ids that the post-processor puts before and after a text."""
+        if not self._tokenizer.num_special_tokens_to_add(is_pair=False):
+            return [], []
+        # Whatever text has a token: a vocabulary may lack any one letter.
+        encodings = (self._tokenizer.encode(text) for text in ("a", "0", *self._tokenizer.get_vocab()))
+        ids, mask = next((e.ids, e.special_tokens_mask) for e in encodings if 0 in e.special_tokens_mask)
+        return ids[: mask.index(0)], ids[len(mask) - mask[::-1].index(0) :]
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -67,10 +89,10 @@ class TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        return tokenizer_fingerprint(self.json, self.eos)
+        return tokenizer_fingerprint(self.json, self.eos, self.begins_with, self.ends_with)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each document's token ids and `eos_id` [tokens], as `dtype`.
+        """Each document's token ids [tokens] as `dtype`: `begins_with`, those of its text, `ends_with`.
 
         A document of more than 2**20 characters is encoded in pieces, so that memory stays bounded: cut after
         a newline, else before a space, else anywhere. No text is lost, but a token that would span a cut is
@@ -82,16 +104,19 @@ class TextEncoder:
             for (i, _), encoding in zip(batch, encodings, strict=True):
                 ids[i].append(np.array(encoding.ids, self.dtype))
             del encodings, encoding  # before there are the next ones
-        eos = np.array([self.eos_id], self.dtype)
-        return [np.concatenate([*parts, eos]) for parts in ids]
+        before, after = np.array(self.begins_with, self.dtype), np.array(self.ends_with, self.dtype)
+        return [np.concatenate([before, *parts, after]) for parts in ids]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of the beginning of a text that a model shall continue, as transformers' tokenizers give them.
+        """Token ids of the beginning of a document that a model shall continue: `begins_with` and those of the text.
 
-        Unlike in a document, text that spells a special token is that token, and what the tokenizer itself puts around
-        a text, such as a token that begins it, is there.
+        Unlike in a document, text that spells a special token is that token, as in transformers' tokenizers.
         """
-        return self._prompt_tokenizer.encode(text).ids
+        return [*self.begins_with, *self.encode_with_specials(text)]
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Token ids of a text alone, in which what spells a special token is that token."""
+        return self._prompt_tokenizer.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _prompt_tokenizer(self) -> Any:
@@ -104,22 +129,45 @@ class TextEncoder:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def files(self) -> dict[str, str]:
-        """tokenizer.json and tokenizer_config.json, as transformers and `read_tokenizer` read them."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos}
-        return {"tokenizer.json": self.json, "tokenizer_config.json": json.dumps(config)}
+        """tokenizer.json and tokenizer_config.json, as transformers and `read_tokenizer` read them.
+
+        What they add to a text is what documents have here, but for the end-of-text token.
+        """
+        return {"tokenizer.json": self.json_as_used(), "tokenizer_config.json": json.dumps(self._config())}
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos}
+        if self.begins_with:  # lm-eval begins with a bos_token that is named, and one of no document is untrained
+            config["bos_token"] = self._tokenizer.id_to_token(self.begins_with[0])
+        return config
+
+    def json_as_used(self) -> str:
+        """`json`, whose post-processor adds nothing where documents have none of what it would add."""
+        if self.add_special_tokens or not self._tokenizer.num_special_tokens_to_add(is_pair=False):
+            return self.json
+        content = json.loads(self.json)
+        processor = content["post_processor"] or {}
+        kept = [part for part in processor.get("processors", [processor]) if part.get("type") == "ByteLevel"]
+        content["post_processor"] = kept[0] if kept else None
+        return json.dumps(content, ensure_ascii=False)
 
     def save(self, folder: Path) -> None:
-        """Write `files` to a folder, durably."""
-        for name, content in self.files().items():
+        """Write tokenizer.json as it was read, and tokenizer_config.json, durably."""
+        for name, content in (("tokenizer.json", self.json), ("tokenizer_config.json", json.dumps(self._config()))):
             with (folder / name).open("w", encoding="utf-8") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def tokenizer_fingerprint(tokenizer_json: str, eos: str) -> str:
-    """See `TextEncoder`."""
-    return hashlib.sha256(f"{tokenizer_json} {eos}".encode()).hexdigest()
+def tokenizer_fingerprint(tokenizer_json: str, eos: str, begins_with: list[int], ends_with: list[int]) -> str:
+    """sha256 (hex) of what decides the tokens of a document; `ends_with` ends with the id of `eos` where that is all.
+
+    Of JSON and eos alone where documents only end in it: data and runs of versions that added nothing else are known
+    by that.
+    """
+    around = f" {begins_with} {ends_with}" if begins_with or len(ends_with) > 1 else ""
+    return hashlib.sha256(f"{tokenizer_json} {eos}{around}".encode()).hexdigest()
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -170,11 +218,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextEncoder:
     return TextEncoder(tokenizer.to_str(), END_OF_TEXT)
 
 
-def read_tokenizer(name: str, cache_folder: Path | str, key: str) -> TextEncoder:
+def holds_tokenizer(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names holds a tokenizer."""
+    return not {"tokenizer.json", "tokenizer.model", "vocab.json"}.isdisjoint(names)
+
+
+def read_tokenizer(
+    name: str, cache_folder: Path | str, key: str, *, add_special_tokens: bool | None = None
+) -> TextEncoder:
     """The tokenizer in a local folder or tokenizer.json file, else the hub's by that name, kept in `cache_folder`.
 
     key: the option that named it, for messages. A hub token comes from HF_TOKEN in the environment alone.
-    The end-of-text token is tokenizer_config.json's eos_token, else <|endoftext|>. Raises UserError.
+    add_special_tokens: see `TextEncoder`; None: as the documents of a folder of `dtron prepare` are, else True.
+    The end-of-text token is the one that transformers takes, see `_eos_token`. Raises UserError.
     """
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -182,9 +238,14 @@ def read_tokenizer(name: str, cache_folder: Path | str, key: str) -> TextEncoder
         raise UserError(f"{key} = {name!r} is no local file or folder: expected a folder with tokenizer.json")
     try:
         if file.is_file():
-            text, eos = file.read_text(encoding="utf-8"), eos_token(file.with_name("tokenizer_config.json"))
+            text, eos = _with_eos_token(file.read_text(encoding="utf-8"), file.parent)
         else:
+            _check_libraries(path)
             text, eos = _converted(path if path.is_dir() else name, Path(cache_folder))
+        if add_special_tokens is None:
+            add_special_tokens = documents_have_special_tokens(file.parent)
+    except UserError as error:
+        raise UserError(f"{key} = {name!r}: {error}") from None
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError, ...
         missing = "" if path.exists() else "is no local file or folder, and "
         raise UserError(
@@ -192,19 +253,65 @@ def read_tokenizer(name: str, cache_folder: Path | str, key: str) -> TextEncoder
             "tokenizer.json, or files or a name on the hub from which transformers.AutoTokenizer makes a fast tokenizer"
         ) from error
     try:
-        return TextEncoder(text, eos)
+        return TextEncoder(text, eos, add_special_tokens)
     except UserError as error:
         raise UserError(f"{key} = {name!r} holds no readable tokenizer: {error}") from error
 
 
-def eos_token(config_file: Path) -> str:
-    """The end-of-text token that a tokenizer_config.json names, where there is one, else ours."""
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    eos = config.get("eos_token", END_OF_TEXT)
-    return eos["content"] if isinstance(eos, dict) else eos
+def documents_have_special_tokens(folder: Path) -> bool:
+    """Whether documents get a tokenizer's special tokens: as in the prepared data beside it, if there are any."""
+    try:
+        manifest = _object(folder / "manifest.json")
+    except ValueError:
+        manifest = {}  # of something else
+    return bool(manifest.get("add_special_tokens", "shards" not in manifest))
 
 
-def _converted(name: Path | str, cache_folder: Path) -> tuple[str, str]:
+def _with_eos_token(tokenizer_json: str, folder: Path) -> tuple[str, str | None]:
+    """(tokenizer.json, end-of-text token), from it and the files beside it, as transformers finds the token.
+
+    tokenizer_config.json names it, unless that has no added_tokens_decoder and special_tokens_map.json names it. Where
+    neither has the key it is <|endoftext|>, if that is a token; at last that of the model, see `_eos_id`. A token that
+    only added_tokens_decoder defines is added to the vocabulary, after those there and those defined before it.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    config = _object(folder / "tokenizer_config.json")
+    added = config.get("added_tokens_decoder") or {}
+    named = [config, _object(folder / "special_tokens_map.json")]
+    default = END_OF_TEXT if tokenizer.token_to_id(END_OF_TEXT) is not None else None
+    order = named if "added_tokens_decoder" in config else named[::-1]
+    eos = next((content["eos_token"] for content in order if "eos_token" in content), default)
+    if isinstance(eos, dict):
+        eos = eos["content"]
+    if eos is None and (eos_id := _eos_id(folder)) is not None:
+        eos = tokenizer.id_to_token(eos_id)
+    if eos and tokenizer.token_to_id(eos) is None and eos in [token["content"] for token in added.values()]:
+        tokenizer.add_tokens([AddedToken(**added[id_]) for id_ in sorted(added, key=int)])
+        return tokenizer.to_str(), eos
+    return tokenizer_json, eos
+
+
+def _eos_id(folder: Path) -> int | None:
+    """The eos_token_id, of several the first, of generation_config.json or else config.json in a model's folder."""
+    for name in ("generation_config.json", "config.json"):
+        given = _object(folder / name).get("eos_token_id")
+        for id_ in given if isinstance(given, list) else [given]:
+            if isinstance(id_, int):
+                return id_
+    return None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file. ValueError where it holds another thing."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def _converted(name: Path | str, cache_folder: Path) -> tuple[str, str | None]:
     """(tokenizer.json, end-of-text token) of whatever files transformers reads. name: a folder, or a hub name."""
     # Read once, when the libraries are imported; without it they write to the home folder.
     os.environ.setdefault("HF_HOME", str(cache_folder / "huggingface"))
@@ -215,7 +322,24 @@ def _converted(name: Path | str, cache_folder: Path) -> tuple[str, str]:
         # False: not even a token that lies in the home folder.
         where = {"cache_dir": str(cache_folder), "token": os.environ.get("HF_TOKEN") or False}
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token
+    backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
+    if eos is None and isinstance(name, Path) and (eos_id := _eos_id(name)) is not None:
+        eos = backend.id_to_token(eos_id)
+    return backend.to_str(), eos
+
+
+def _check_libraries(folder: Path) -> None:
+    """UserError if transformers would lack a library for the tokenizer.model in a folder; its message is misleading."""
+    if not (file := folder / "tokenizer.model").is_file():
+        return
+    with file.open("rb") as opened:
+        # A protobuf message begins with a field's tag, tiktoken's lines with base64.
+        kind, needed = ("sentencepiece", "google.protobuf") if opened.read(1) == b"\n" else ("tiktoken", "tiktoken")
+    if missing := [name for name in dict.fromkeys((kind, needed)) if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"its tokenizer.model is of {kind}, which needs {missing[0]}, and that is not installed: "
+            "pip install 'dtron[tokenizers]'"
+        )
 
 
 def _short(error: Exception) -> str:

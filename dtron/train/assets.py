@@ -6,7 +6,7 @@ from typing import Any
 
 from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.storage import StoragePath
-from dtron.data.tokenizer import TextEncoder, eos_token
+from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
 from dtron.models.hf import hf_dimensions, read_hf_config
 from dtron.train.setup import Setup
@@ -29,9 +29,12 @@ def model_assets(setup: Setup, source: StoragePath | None, dataset: Any) -> dict
     same_tokenizer = encoder is None or _has_tokenizer(assets, encoder)
     if encoder is not None and not same_tokenizer:
         assets = {name: text.encode() for name, text in encoder.files().items()}
-        ids = {"bos_token_id": None, "eos_token_id": encoder.eos_id, "pad_token_id": None}
-    elif _is_of(old, setup):
-        return assets
+        bos_id = encoder.begins_with[0] if encoder.begins_with else None
+        ids = {"bos_token_id": bos_id, "eos_token_id": encoder.eos_id, "pad_token_id": None}
+    else:
+        assets |= _special_tokens(assets, encoder)
+        if _is_of(old, setup):
+            return assets
     scaling = getattr(setup.model_config, "rope_scaling", None)
     if (file := setup.config.model.hf_config_path) and not old:
         old = read_hf_config(file)[0]
@@ -59,7 +62,16 @@ def encoder_of(dataset: Any) -> TextEncoder | None:
     path = getattr(dataset, "tokenizer_json", None)
     if path is None:
         return None
-    return TextEncoder(Path(path).read_text(encoding="utf-8"), eos_token(Path(path).with_name("tokenizer_config.json")))
+    return read_tokenizer(str(path), Path(path).parent, "the data's tokenizer")
+
+
+def _special_tokens(assets: dict[str, bytes], encoder: TextEncoder | None) -> dict[str, bytes]:
+    """A tokenizer.json for that among `assets` where it begins a text with other tokens than the run's documents."""
+    if encoder is None or "tokenizer.json" not in assets:
+        return {}
+    theirs = TextEncoder(assets["tokenizer.json"].decode(), encoder.eos)
+    same = (theirs.begins_with, theirs.ends_with) == (encoder.begins_with, encoder.ends_with)
+    return {} if same else {"tokenizer.json": encoder.json_as_used().encode()}
 
 
 def _has_tokenizer(assets: dict[str, bytes], encoder: TextEncoder) -> bool:

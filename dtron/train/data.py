@@ -13,11 +13,13 @@ import torch.distributed as dist
 
 from dtron import compat, registry
 from dtron.checkpoint.files import Progress
-from dtron.config import Config
+from dtron.config import Config, replace
 from dtron.config.sections import Dataset, Training
 from dtron.data.loader import SequenceDataset, StepLoader, ValidationLoader
 from dtron.data.order import Mixture
+from dtron.data.shards import is_prepared
 from dtron.data.stream import StreamedSource, StreamLoader, merge_states
+from dtron.data.tokenizer import documents_have_special_tokens
 from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.ranks.agree import from_all_ranks
@@ -65,14 +67,20 @@ def open_data(
     """
     c = config.training
     sections: list[Dataset] = [*c.mixture] or [c]
-    with _time_to_build(config):
-        data = [_build(config, section, "train", c.seq_len, vocab_size, world) for section in sections]
+    mixture = Mixture([getattr(section, "weight", 1.0) for section in sections])
+    config = _with_special_tokens(config)
+    data = _build_sources(config, sections, vocab_size, world)
+    if config.model.add_special_tokens is None and progress.data_fingerprint not in ("", _fingerprint(data, mixture)):
+        # Perhaps a run of a version that added no special tokens to text tokenized on the fly.
+        without = replace(config, "model.add_special_tokens", False)
+        before = _build_sources(without, sections, vocab_size, world)
+        if _fingerprint(before, mixture) == progress.data_fingerprint:
+            config, data = without, before
     held_out = open_held_out(config, vocab_size, degrees, dp_rank, world) if config.validation.enable else None
     if c.shuffle_documents != Training().shuffle_documents and not any(isinstance(d, StreamedSource) for d in data):
         raise UserError("training.shuffle_documents has no effect on prepared data, which is shuffled as a whole")
     built = [*zip(sections, data, strict=True)]
     _check_one_tokenizer([*built, (config.validation, held_out.dataset)] if held_out else built)
-    mixture = Mixture([getattr(section, "weight", 1.0) for section in sections])
     fingerprint = _fingerprint(data, mixture)
     _check_same_on_all_ranks(fingerprint, _named(sections[0]), world)
     _check_same_as_before(fingerprint, _named(sections[0]), progress)
@@ -93,7 +101,7 @@ def open_data(
 
 def open_held_out(config: Config, vocab_size: int, degrees: Degrees, dp_rank: int, world: World) -> HeldOut:
     """Build the validation set alone. UserError as from `open_data`."""
-    v = config.validation
+    v, config = config.validation, _with_special_tokens(config)
     with _time_to_build(config):
         data = _build(config, v, "validation", v.seq_len or config.training.seq_len, vocab_size, world)
     assert not isinstance(data, StreamedSource)  # `build_by_path` prepares a validation set
@@ -103,6 +111,23 @@ def open_held_out(config: Config, vocab_size: int, degrees: Degrees, dp_rank: in
         options=v.dataloader, steps=v.steps,
     )  # fmt: skip
     return HeldOut(data, loader)
+
+
+def _build_sources(
+    config: Config, sections: Sequence[Dataset], vocab_size: int, world: World
+) -> list[SequenceDataset | StreamedSource]:
+    """Everything that is trained on."""
+    with _time_to_build(config):
+        return [_build(config, s, "train", config.training.seq_len, vocab_size, world) for s in sections]
+
+
+def _with_special_tokens(config: Config) -> Config:
+    """`config` in which model.add_special_tokens is that of the prepared data, where it is unset and there are any."""
+    sections = [*config.training.mixture, config.training, *([config.validation] if config.validation.enable else [])]
+    prepared = [folder for section in sections if is_prepared(folder := Path(_named(section)))]
+    if config.model.add_special_tokens is not None or not prepared:
+        return config
+    return replace(config, "model.add_special_tokens", documents_have_special_tokens(prepared[0]))
 
 
 @contextlib.contextmanager
@@ -155,8 +180,9 @@ def _check_one_tokenizer(built: Sequence[tuple[Dataset, SequenceDataset | Stream
     for name, print_ in known[1:]:
         if print_ != known[0][1]:
             raise UserError(
-                f"{name} and {known[0][0]} have different tokenizers ({print_[:12]} and {known[0][1][:12]}): prepare "
-                "both with one, or name one in model.hf_assets_path for those that are tokenized on the fly"
+                f"{name} and {known[0][0]} have different tokenizers, or only one of them has the tokenizer's special "
+                f"tokens around documents ({print_[:12]} and {known[0][1][:12]}): prepare both alike, or name one "
+                "tokenizer in model.hf_assets_path for those that are tokenized on the fly"
             )
 
 

@@ -1,8 +1,11 @@
 """Texts as token ids."""
 
+import base64
+import importlib.util
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +133,109 @@ def test_wrong_tokenizers_are_the_users_error(assets, tmp_path):
         (assets / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match="--tokenizer = .*no readable tokenizer"):
             read(assets)
+
+
+def plain(folder, **files):
+    """A folder with a tokenizer.json of <s> and </s>, no <|endoftext|>, and with other files of JSON."""
+    tokens = Tokenizer.from_str(train_bpe(TEXTS, 280).json.replace(END_OF_TEXT, "<s>"))
+    tokens.add_special_tokens(["</s>"])
+    folder.mkdir()
+    tokens.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def added(*tokens):
+    """An added_tokens_decoder, whose ids are often not those that the tokens get."""
+    return {str(128000 + i): {"content": token, "special": True} for i, token in enumerate(tokens)}
+
+
+BEGIN_END = {"eos_token": "<end>", "bos_token": "<begin>", "added_tokens_decoder": added("<begin>", "<end>")}
+MAP = {"eos_token": "</s>"}
+NAMED = {
+    "as text": ({"tokenizer_config": {"eos_token": "</s>"}}, "</s>"),
+    "as a token": ({"tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": "</s>"}}}, "</s>"),
+    "added, as in torchtitan's assets": ({"tokenizer_config": BEGIN_END}, "<end>"),
+    "in the map": ({"special_tokens_map": MAP}, "</s>"),
+    "in the map as a token": (
+        {"tokenizer_config": {}, "special_tokens_map": {"eos_token": {"content": "</s>"}}},
+        "</s>",
+    ),
+    "in both": ({"tokenizer_config": {"eos_token": "<s>"}, "special_tokens_map": MAP}, "</s>"),
+    "in both, with added tokens": (
+        {"tokenizer_config": {"eos_token": "<s>", "added_tokens_decoder": {}}, "special_tokens_map": MAP},
+        "<s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_the_end_of_text_token_is_that_of_transformers(how, tmp_path):
+    files, eos = NAMED[how]
+    folder = plain(tmp_path / "t", **files)
+    found, theirs = read(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert (found.eos, found.eos_id) == (eos, theirs.eos_token_id) and theirs.eos_token == eos
+    assert found.encode(["some text"])[0].tolist() == [*theirs("some text")["input_ids"], theirs.eos_token_id]
+    found.save(tmp_path)
+    assert read(tmp_path).fingerprint == found.fingerprint
+
+
+def test_the_end_of_text_token_of_the_model_where_the_tokenizer_names_none(tmp_path):
+    for i, (files, eos) in enumerate((
+        ({"config": {"eos_token_id": 280}}, "</s>"),
+        ({"config": {"eos_token_id": [0, 280]}}, "<s>"),
+        ({"generation_config": {"eos_token_id": [280, 0]}, "config": {"eos_token_id": 0}}, "</s>"),
+        ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": 280}}, "</s>"),
+        ({"generation_config": {}, "config": {"eos_token_id": 280}, "tokenizer_config": {"eos_token": None}}, "</s>"),
+    )):  # fmt: skip
+        assert read(plain(tmp_path / str(i), **files)).eos == eos
+    for i, files in enumerate(({}, {"config": {"eos_token_id": 999}}, {"config": {"eos_token_id": "</s>"}})):
+        with pytest.raises(UserError, match="no end-of-text token None"):
+            read(plain(tmp_path / f"none-{i}", **files))
+    with pytest.raises(UserError, match=r"special_tokens_map.json holds a JSON list; expected an object"):
+        read(plain(tmp_path / "list", special_tokens_map=[1]))
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    """transformers itself says that tiktoken is missing for a tokenizer of sentencepiece."""
+    find = importlib.util.find_spec
+    for content, library, absent in (
+        (b"\n\x0e\n\x05<unk>", "sentencepiece", "sentencepiece"),
+        (b"\n\x0e\n\x05<unk>", "sentencepiece", "google.protobuf"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken", "tiktoken"),
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, gone=absent: None if name == gone else find(name))
+        with pytest.raises(UserError, match=rf"is of {library}, .* needs .*pip install 'dtron\[tokenizers\]'"):
+            read(tmp_path)
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    assert '\ntokenizers = ["protobuf", "sentencepiece", "tiktoken"]\n' in pyproject.read_text()
+
+
+def test_a_tokenizer_of_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install 'dtron[tokenizers]'")
+    (tmp_path / "text").write_text("\n".join(f"hello world number {i}, {i * 7} words" for i in range(500)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found, theirs = read(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert found.encode(["hello world"])[0].tolist() == [*theirs("hello world")["input_ids"], theirs.eos_token_id]
+    assert found.begins_with == [theirs.bos_token_id] and found.eos == "</s>"
+
+
+def test_a_tokenizer_of_tiktoken(tmp_path):
+    pytest.importorskip("tiktoken", reason="pip install 'dtron[tokenizers]'")
+    words = [*(bytes([i]) for i in range(256)), b"he", b"ll", b"hell", b"hello"]
+    lines = (b"%s %d\n" % (base64.b64encode(word), i) for i, word in enumerate(words))
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    config["added_tokens_decoder"] = {"260": {"content": "<begin>"}, "261": {"content": "<end>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read(tmp_path).encode(["hello!"])[0].tolist() == [259, ord("!"), 261]
 
 
 def test_bpe_without_room_for_bytes_is_refused():
