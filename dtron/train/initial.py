@@ -13,7 +13,7 @@ from dtron.checkpoint.load import check_excluded, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, replace
 from dtron.config.sections import Checkpoint
-from dtron.data.tokenizer import read_tokenizer
+from dtron.data.tokenizer import holds_tokenizer, read_tokenizer
 from dtron.errors import UserError
 from dtron.models.hf import from_hf_config
 from dtron.models.llama import LlamaConfig
@@ -113,7 +113,7 @@ def check_vocabulary(config: Config, dataset: Any) -> None:
 
 def _compare_vocabularies(config: Config, dataset: Any, folder: Path) -> None:
     encoder = encoder_of(dataset)
-    if encoder is None or not any(folder.glob("tokenizer.*")):
+    if encoder is None or not holds_tokenizer(os.listdir(folder)):
         return
     theirs = read_tokenizer(str(folder), config.job.cache_folder, "checkpoint.initial_load_path").vocabulary
     ours = encoder.vocabulary

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from hf.models import save_random
 from safetensors.torch import load_file
 from tinyrun import train_tiny
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import load
@@ -82,6 +84,27 @@ def test_what_came_with_the_weights_is_kept_while_it_holds(tmp_path: Path) -> No
     }  # fmt: skip
 
 
+def test_the_tokenizer_begins_texts_as_the_documents_of_the_run_begin(tmp_path: Path) -> None:
+    """Whatever that of the initial weights, or of a checkpoint of an earlier version, does."""
+    plain = train_bpe(TEXT, 300)
+    tokenizer = Tokenizer.from_str(plain.json)
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", tokenizer.token_to_id("<s>"))])
+    begins = TextEncoder(tokenizer.to_str(), plain.eos)
+    without = TextEncoder(begins.json, plain.eos, add_special_tokens=False)
+    folder = weights(tmp_path / "weights", begins)
+    sizes = ["--model.hf_config_path", str(folder), "--model.n_layers", "3", "--model.n_kv_heads", "4"]
+    made, source = setup(*sizes, "--model.n_heads", "8"), StoragePath.at(folder)
+    given = {path.name: path.read_bytes() for path in folder.iterdir() if "safetensors" not in path.name}
+    assert model_assets(made, source, Data(begins)) == given
+    changed = model_assets(made, source, Data(without))
+    assert TextEncoder(changed["tokenizer.json"].decode(), plain.eos).encode_prompt("the")[0] != begins.begins_with[0]
+    assert changed | {"tokenizer.json": b""} == given | {"tokenizer.json": b""}
+    for encoder, bos_id in ((begins, begins.begins_with[0]), (without, None)):
+        config = json.loads(model_assets(setup(), None, Data(encoder))["config.json"])
+        assert config["bos_token_id"] == bos_id
+
+
 def test_models_that_hugging_face_does_not_know_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     made = setup()
     unknown = dataclasses.replace(made, spec=dataclasses.replace(made.spec, hf_config=None))
@@ -118,5 +141,12 @@ def test_another_vocabulary_is_refused_unless_the_embeddings_are_new(ranks: Any,
         Exception, match=r"the data was tokenized with another vocabulary .* \(id \d+ is .* in the data"
     ):
         ranks.run(2, vocabulary, config, Data(other))
+    # The weights' tokenizer as GPT-2 has it.
+    (folder / "tokenizer.json").unlink()
+    Tokenizer.from_str(encoder.json).model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    ranks.run(1, vocabulary, config, Data(encoder))
+    with pytest.raises(Exception, match="the data was tokenized with another vocabulary"):
+        ranks.run(1, vocabulary, config, Data(other))
     new = ["--checkpoint.exclude_from_loading", "embed_tokens.*", "lm_head.*"]
     ranks.run(2, vocabulary, load(["--checkpoint.initial_load_path", str(folder), *new]), Data(other))
