@@ -5,7 +5,7 @@ the iterator, the model is as it was.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dtron.errors import UserError
 from dtron.models.llama import Llama
 
-__all__ = ["CachedAttention", "CachedModel", "SampleOptions", "filter_logits", "generate"]
+__all__ = ["CachedAttention", "CachedModel", "SampleOptions", "filter_logits", "generate", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,26 @@ def generate(
             f"{vocab_size - 1}: expected the tokenizer that it was trained with"
         )
     return _generate(model, prompt_ids, options, frozenset(stop_ids))
+
+
+def options_of(generation: Mapping[str, Any], given: Mapping[str, Any], place: str) -> SampleOptions:
+    """`given` on top of a generation_config.json's values on top of the defaults. UserError names `place`, its file.
+
+    Where it says do_sample = false, it is the most likely token, as in transformers.
+    """
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    theirs = {name: generation[name] for name in names if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        theirs["temperature"] = 0.0
+    for name, value in theirs.items():
+        whole = name in ("max_new_tokens", "top_k")
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise UserError(f"{place}: {name} = {value!r}: expected a {'whole ' if whole else ''}number")
+    try:
+        SampleOptions(**theirs)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    return SampleOptions(**{**theirs, **given})
 
 
 def _generate(

@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,9 @@ from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.files import DamagedError, read_manifest, steps_in
 from dtron.checkpoint.load import Kind, kind_of, load_initial
 from dtron.checkpoint.storage import StoragePath
-from dtron.data.tokenizer import TextEncoder, read_tokenizer
+from dtron.data.tokenizer import TextEncoder, holds_tokenizer, read_tokenizer
 from dtron.errors import UserError
+from dtron.hf.prompts import unpacked
 from dtron.models.hf import from_hf_config
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.parallel.compose import ParallelModel, TokenMean
@@ -43,7 +43,8 @@ class OpenedModel:
 
     encoder: None where no tokenizer lies beside the weights. stop_ids: tokens that end a text.
     bos_id: the token that begins one, None where the files name none. max_positions: the longest sequence it was made
-    for, in tokens, None where not known. name: what was opened, for messages.
+    for, in tokens, None where not known. name: what was opened, for messages. generation: the object of its
+    generation_config.json. assets: the files beside its weights.
     """
 
     model: Llama
@@ -52,6 +53,8 @@ class OpenedModel:
     bos_id: int | None
     max_positions: int | None
     name: str
+    generation: dict[str, Any] = field(default_factory=dict)
+    assets: dict[str, bytes] = field(default_factory=dict)
 
 
 def folder_at(path: str) -> StoragePath:
@@ -68,11 +71,11 @@ def find_model(path: str) -> Found:
     if "config.json" not in assets:
         cause = "; an older checkpoint, or a registered model that has no Hugging Face form" if kind == "dtron" else ""
         raise UserError(f"{folder} has no config.json{cause}; expected the model's: put it into the folder")
-    with _unpacked(assets) as unpacked:
+    with unpacked(assets) as local:
         try:
-            config = from_hf_config(unpacked, str(folder))
+            config = from_hf_config(local, str(folder))
         except UserError as error:
-            raise UserError(str(error).replace(str(unpacked), str(folder))) from None
+            raise UserError(str(error).replace(str(local), str(folder))) from None
     return Found(folder, kind, assets, config)
 
 
@@ -99,15 +102,6 @@ def _runs(folder: StoragePath) -> list[StoragePath]:
     """The folders of checkpoints of the runs in a local folder, the one that was last written to first."""
     found = list(folder.local.glob("*/checkpoint")) if folder.local else []
     return [StoragePath.at(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
-
-
-@contextlib.contextmanager
-def _unpacked(assets: dict[str, bytes]) -> Iterator[Path]:
-    """The files in a local folder, since their readers take nothing else."""
-    with tempfile.TemporaryDirectory(prefix="dtron-") as folder:
-        for name, content in assets.items():
-            (Path(folder) / name).write_bytes(content)
-        yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -139,14 +133,14 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedMod
     longest = config.get("max_position_embeddings")
     return OpenedModel(
         model, encoder, ends, begins[0] if begins else None, longest if isinstance(longest, int) else None,
-        str(found.path),
+        str(found.path), generation, found.assets,
     )  # fmt: skip
 
 
 def _encoder(found: Found) -> TextEncoder | None:
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & found.assets.keys():
+    if not holds_tokenizer(found.assets):
         return None
-    with _unpacked(found.assets) as folder:
+    with unpacked(found.assets) as folder:
         try:
             return read_tokenizer(str(folder), folder, str(found.path))
         except UserError as error:

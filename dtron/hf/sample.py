@@ -1,6 +1,8 @@
 """The command `dtron sample`: text from a model, written as it is generated. torch is only imported when it runs."""
 
 import argparse
+import itertools
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from dtron.data.tokenizer import TextEncoder
 from dtron.errors import UserError
+from dtron.hf.prompts import ChatTemplate, Prompt, read_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -18,28 +21,32 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "sample", "stream_text"]
 
+# Those of SampleOptions, whose module imports torch.
+DEFAULTS = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
 UNFINISHED = "\ufffd"  # what a decoder makes of the bytes of a character that is not whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `dtron sample`, with `run` as what it does."""
-    parser.description = "Let MODEL continue text, and report how fast it did."
+    parser.description = (
+        "Let MODEL continue text. The text alone goes to stdout, how fast it came to stderr. What is not given is as "
+        "MODEL's generation_config.json says, or else the default."
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", help="checkpoint, run folder or Hugging Face folder")
     prompt = "text to continue, or - to read it from stdin; may be repeated (default: start a new text)"
     add("--prompt", metavar="TEXT", action="append", help=prompt)
-    add("--max-new-tokens", type=int, default=100, metavar="N", help="at most (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0: always the most likely (default: %(default)s)")
-    add(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="of the K most likely tokens; 0: of all (default: %(default)s)",
-    )
-    top_p = "only the most likely tokens that together have probability P (default: %(default)s, all)"
-    add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
-    add("--seed", type=int, default=0, metavar="N", help="the same gives the same text (default: %(default)s)")
+    file = 'file with a text to continue; or .jsonl, a {"prompt": ...} per line: then stdout is JSON lines too, each '
+    add("--prompt-file", metavar="FILE", action="append", help=file + 'with its "completion"; may be repeated')
+    chat = "the prompts are a user's messages, put into the form of MODEL's chat template; stdout has the answers alone"
+    add("--chat", action="store_true", help=chat)
+    add("--max-new-tokens", type=int, metavar="N", help=f"at most (default: {DEFAULTS['max_new_tokens']})")
+    temperature = f"0: always the most likely (default: {DEFAULTS['temperature']})"
+    add("--temperature", type=float, metavar="T", help=temperature)
+    add("--top-k", type=int, metavar="K", help=f"of the K most likely tokens; 0: of all (default: {DEFAULTS['top_k']})")
+    top_p = f"only the most likely tokens that together have probability P (default: {DEFAULTS['top_p']}, all)"
+    add("--top-p", type=float, metavar="P", help=top_p)
+    add("--seed", type=int, metavar="N", help=f"the same gives the same text (default: {DEFAULTS['seed']})")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on cpu, bfloat16 on cuda)")
     parser.set_defaults(run=run, parser=parser)
@@ -49,14 +56,23 @@ def run(given: argparse.Namespace) -> None:
     """What `add_arguments` describes. Raises UserError."""
     import torch
 
-    from dtron.hf.generate import SampleOptions
+    from dtron.hf.generate import SampleOptions, options_of
     from dtron.hf.read import open_model
 
-    options = SampleOptions(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)
+    texts, files = given.prompt or [], given.prompt_file or []
+    if [*texts, *files].count("-") > 1:
+        given.parser.error("- may be given once: stdin can be read once")
+    if given.chat and not (texts or files):
+        given.parser.error("--chat needs a message: --prompt or --prompt-file")
+    options = {name: getattr(given, name) for name in DEFAULTS if getattr(given, name) is not None}
+    SampleOptions(**options)  # before the model is read, which may take long
     device = _device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    prompts = _prompts(given.prompt or [""], given.parser)
-    sample(open_model(given.model, device, dtype), prompts, options, sys.stdout)
+    prompts = read_prompts(texts if texts or files else [""], files, chat=given.chat)
+    opened = open_model(given.model, device, dtype)
+    chat = ChatTemplate(opened.assets, opened.name) if given.chat else None
+    chosen = options_of(opened.generation, options, f"{opened.name}/generation_config.json")
+    sample(opened, prompts, chosen, sys.stdout, sys.stderr, chat)
 
 
 def _device(name: str) -> "torch.device":
@@ -67,56 +83,57 @@ def _device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _prompts(given: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The texts, that of stdin without its last newline, which `echo` and editors put there."""
-    if given.count("-") > 1:
-        parser.error("--prompt - may be given once: stdin can be read once")
-    try:
-        texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in given]
-        for text in texts:
-            text.encode()
-    except UnicodeError as error:
-        raise UserError(f"--prompt is not UTF-8 ({error}): expected text") from error
-    return texts
+def sample(
+    opened: "OpenedModel",
+    prompts: Sequence[Prompt],
+    options: "SampleOptions",
+    out: TextIO,
+    err: TextIO,
+    chat: ChatTemplate | None = None,
+) -> None:
+    """Write each prompt and its continuation, as it is generated, to `out`; warnings and how fast it was to `err`.
 
-
-def sample(opened: "OpenedModel", prompts: Sequence[str], options: "SampleOptions", out: TextIO) -> None:
-    """Write each prompt, its continuation as it is generated, and a line that says how fast that was.
-
+    With a chat template it is the answers alone. If any prompt is from JSON lines, `out` gets one JSON object per
+    prompt, which is the line's with its "completion".
     A prompt without tokens, such as the empty one, starts from the token that begins a text, or else from the one that
     ends a text. Every prompt has the same seed, so its text does not depend on those before it. Raises UserError.
     """
+    from dtron.hf.generate import generate
+
     if opened.encoder is None:
         raise UserError(
             f"{opened.name} has no tokenizer: expected tokenizer.json (and tokenizer_config.json) beside its weights"
         )
+    encoder, as_json = opened.encoder, any(prompt.line is not None for prompt in prompts)
     for number, prompt in enumerate(prompts):
-        out.write("\n" if number else "")
-        _sample_one(opened, opened.encoder, prompt, options, out)
+        # A template has its own token that begins a text.
+        ids = encoder.encode_with_specials(chat.render(prompt)) if chat else encoder.encode_prompt(prompt.text)
+        ids = ids or [encoder.eos_id if opened.bos_id is None else opened.bos_id]
+        _warn_of_length(opened, len(ids) + options.max_new_tokens, err)
+        arrivals: list[float] = []
+        start = time.perf_counter()
+        tokens = generate(opened.model, ids, **asdict(options), stop_ids=opened.stop_ids)
+        pieces = stream_text(encoder, ids, _noting(tokens, arrivals))
+        if as_json:
+            given = {"prompt": prompt.text} if prompt.line is None else prompt.line
+            out.write(json.dumps(given | {"completion": "".join(pieces)}, ensure_ascii=False) + "\n")
+            out.flush()
+        else:
+            first = ("\n" if number else "") + ("" if chat else prompt.text)
+            for piece in itertools.chain([first], pieces, ["\n"]):
+                out.write(piece)
+                out.flush()
+        ended = "; the model ended the text" if len(arrivals) < options.max_new_tokens else ""
+        err.write(f"--- {opened.name}: {_speed(start, arrivals)}{ended}\n")
 
 
-def _sample_one(
-    opened: "OpenedModel", encoder: TextEncoder, prompt: str, options: "SampleOptions", out: TextIO
-) -> None:
-    from dtron.hf.generate import generate
-
-    ids = encoder.encode_prompt(prompt) or [encoder.eos_id if opened.bos_id is None else opened.bos_id]
-    length, known = len(ids) + options.max_new_tokens, opened.max_positions
+def _warn_of_length(opened: "OpenedModel", length: int, err: TextIO) -> None:
+    known = opened.max_positions
     if known is not None and length > known:
-        out.write(
+        err.write(
             f"warning: prompt and new tokens are up to {length:,}, the model was made for {known:,}: "
-            "what lies beyond may be worse\n"
+            "what lies beyond (its max_position_embeddings) may be worse\n"
         )
-    tokens = generate(opened.model, ids, **asdict(options), stop_ids=opened.stop_ids)
-    out.write(prompt)
-    out.flush()
-    arrivals: list[float] = []
-    start = time.perf_counter()
-    for piece in stream_text(encoder, ids, _noting(tokens, arrivals)):
-        out.write(piece)
-        out.flush()
-    ended = len(arrivals) < options.max_new_tokens
-    out.write(f"\n--- {opened.name}: {_speed(start, arrivals)}{'; the model ended the text' if ended else ''}\n")
 
 
 def _noting(tokens: Iterable[int], arrivals: list[float]) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from dtron.__main__ import main
 from dtron.data.tokenizer import TextEncoder, train_bpe
 from dtron.errors import UserError
 from dtron.hf import sample as command
-from dtron.hf.generate import CachedAttention, CachedModel, SampleOptions, filter_logits, generate
+from dtron.hf.generate import CachedAttention, CachedModel, SampleOptions, filter_logits, generate, options_of
+from dtron.hf.prompts import Prompt
 from dtron.hf.read import OpenedModel
 from dtron.hf.sample import sample, stream_text
 from dtron.models.llama import CausalAttention, Llama, LlamaConfig, RopeScaling
@@ -324,10 +326,11 @@ def opened(model: Llama, encoder: TextEncoder | None, **change: object) -> Opene
     return replace(OpenedModel(model, encoder, [], None, None, "tiny"), **change)
 
 
-def written(*args: object) -> str:
-    out = io.StringIO()
-    sample(*args, out)
-    return out.getvalue()
+def written(opened: OpenedModel, prompts: list, options: SampleOptions) -> tuple[str, str]:
+    """What goes to stdout and to stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    sample(opened, [Prompt(p) if isinstance(p, str) else p for p in prompts], options, out, err)
+    return out.getvalue(), err.getvalue()
 
 
 SPEED = r"--- tiny: 30 tokens, the first after \d+\.\d{3} s, then [\d,]+\.\d tokens/s\n"
@@ -337,33 +340,33 @@ def test_what_is_printed(model: Llama, encoder: TextEncoder):
     options = SampleOptions(max_new_tokens=30, seed=5)
     ids = [*generate(model, encoder.encode_prompt("Ünder"), **vars(options), stop_ids=[])]
     expected = encoder.decode([*encoder.encode_prompt("Ünder"), *ids])
-    output = written(opened(model, encoder), ["Ünder", "Ünder"], options)
-    assert re.fullmatch(f"{re.escape(expected)}\n{SPEED}\n{re.escape(expected)}\n{SPEED}", output)
+    out, err = written(opened(model, encoder), ["Ünder", "Ünder"], options)
+    assert out == f"{expected}\n\n{expected}\n" and re.fullmatch(SPEED * 2, err)
     stop = replace(opened(model, encoder), stop_ids=[ids[1]])
-    assert re.search(r"\n--- tiny: 1 token, after [\d.]+ s; the model ended the text\n$",
-                     written(stop, ["Ünder"], options))  # fmt: skip
+    assert re.fullmatch(r"--- tiny: 1 token, after [\d.]+ s; the model ended the text\n",
+                        written(stop, ["Ünder"], options)[1])  # fmt: skip
     stop = replace(stop, stop_ids=[ids[0]])
-    assert written(stop, ["Ünder"], options) == "Ünder\n--- tiny: 0 tokens; the model ended the text\n"
+    assert written(stop, ["Ünder"], options) == ("Ünder\n", "--- tiny: 0 tokens; the model ended the text\n")
 
 
 def test_an_empty_prompt_starts_where_a_text_does(model: Llama, encoder: TextEncoder):
     options = SampleOptions(30, temperature=0)
     for change, first in (({}, encoder.eos_id), ({"bos_id": 0}, 0), ({"bos_id": 7}, 7)):
-        output = written(opened(model, encoder, **change), [""], options)
+        out, _ = written(opened(model, encoder, **change), [""], options)
         ids = [*generate(model, [first], **GREEDY | {"max_new_tokens": 30})]
-        assert output.startswith("".join(stream_text(encoder, [first], ids)) + "\n--- tiny")
+        assert out == "".join(stream_text(encoder, [first], ids)) + "\n"
     begins = with_bos(encoder)
     bos = begins.encode_prompt("")
-    assert len(bos) == 1 and written(opened(model, begins, bos_id=7), [""], options).startswith(
-        "".join(stream_text(begins, bos, generate(model, bos, **GREEDY | {"max_new_tokens": 30}))) + "\n--- tiny"
+    assert len(bos) == 1 and written(opened(model, begins, bos_id=7), [""], options)[0] == (
+        "".join(stream_text(begins, bos, generate(model, bos, **GREEDY | {"max_new_tokens": 30}))) + "\n"
     )
 
 
 def test_more_positions_than_the_model_was_made_for_are_reported(model: Llama, encoder: TextEncoder):
     length = len(encoder.encode_prompt("abc")) + 30
     warning = f"warning: prompt and new tokens are up to {length}, the model was made for {length - 1}: "
-    assert written(opened(model, encoder, max_positions=length - 1), ["abc"], SampleOptions(30)).startswith(warning)
-    assert "warning" not in written(opened(model, encoder, max_positions=length), ["abc"], SampleOptions(30))
+    assert written(opened(model, encoder, max_positions=length - 1), ["abc"], SampleOptions(30))[1].startswith(warning)
+    assert "warning" not in written(opened(model, encoder, max_positions=length), ["abc"], SampleOptions(30))[1]
 
 
 def test_no_tokenizer(model: Llama):
@@ -392,16 +395,16 @@ def test_the_command(
     numbers = ["--max-new-tokens", "30", "--temperature", "0.5", "--top-k", "20", "--top-p", "0.8", "--seed", "3"]
     assert main(["sample", "some/model", *numbers, "--prompt", "Ü", "--prompt", "-"]) == 0
     output = capsys.readouterr()
-    texts = re.split(SPEED + "\n?", output.out)
-    for text, prompt in zip(texts, ("Ü", "from\nstdin"), strict=False):
+    texts = []
+    for prompt in ("Ü", "from\nstdin"):
         ids = encoder.encode_prompt(prompt)
         options = {"temperature": 0.5, "top_k": 20, "top_p": 0.8, "seed": 3, "max_new_tokens": 30}
-        assert text == encoder.decode([*ids, *generate(model, ids, **GREEDY | options)]) + "\n"
-    assert len(texts) == 3 and texts[2] == "" and output.err == ""
+        texts.append(encoder.decode([*ids, *generate(model, ids, **GREEDY | options)]) + "\n")
+    assert output.out == "\n".join(texts) and re.fullmatch(SPEED * 2, output.err)
     assert reading == [("some/model", torch.device("cpu"), torch.float32)]
     assert main(["sample", "m", "--dtype", "bfloat16", "--max-new-tokens", "1"]) == 0
     assert reading[1] == ("m", torch.device("cpu"), torch.bfloat16)
-    assert "tiny: 1 token, after" in capsys.readouterr().out
+    assert "tiny: 1 token, after" in capsys.readouterr().err
 
 
 def test_devices(reading: list, monkeypatch: pytest.MonkeyPatch):
@@ -460,6 +463,7 @@ for name in ("prepare", "sample"):
 assert "torch" not in sys.modules
 import types, torch
 from dtron.data.tokenizer import read_tokenizer
+from dtron.hf.prompts import Prompt
 from dtron.hf.read import OpenedModel
 from dtron.models.llama import Llama, LlamaConfig
 def open_model(path, device, dtype):
@@ -472,12 +476,100 @@ sys.exit(main(["sample", sys.argv[1], "--prompt", "Ü", "--device", "cpu", "--ma
         [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )
     assert result.returncode == 0, result.stderr
-    assert "--max-new-tokens" in result.stdout and f"--- {tmp_path}: 3 tokens" in result.stdout
+    assert "--max-new-tokens" in result.stdout and f"--- {tmp_path}: 3 tokens" in result.stderr
 
 
-def test_parser_defaults_are_those_of_the_options():
+def test_what_is_not_given_is_as_the_options_and_generation_config_say():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = vars(parser.parse_args(["m"]))
-    assert {name: given[name] for name in vars(SampleOptions())} == vars(SampleOptions())
+    assert vars(SampleOptions()) == command.DEFAULTS and all(given[name] is None for name in command.DEFAULTS)
     assert (given["prompt"], given["device"], given["dtype"]) == (None, "auto", None)
+    assert options_of({}, {}, "") == SampleOptions()
+    file = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_new_tokens": 7, "do_sample": True, "eos_token_id": 2}
+    assert options_of(file, {"top_p": 1.0, "seed": 3}, "") == SampleOptions(7, 0.6, 0, 1.0, 3)
+    assert options_of(file | {"do_sample": False}, {}, "").temperature == 0
+    assert options_of(file | {"do_sample": False}, {"temperature": 2.0}, "").temperature == 2
+    for wrong in ({"temperature": "hot"}, {"top_k": 1.5}, {"max_new_tokens": True}, {"top_p": 0}):
+        with pytest.raises(UserError, match=f"^x.json: {next(iter(wrong))} = .*: expected "):
+            options_of(wrong, {}, "x.json")
+
+
+def test_json_lines_go_in_and_out(
+    reading: list, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    lines = [{"prompt": "a\u2028b", "id": 7}, {"prompt": "Ünder"}]
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + '\r\n"bare"\n'
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    (tmp_path / "p.txt").write_text("from a file\n\n")
+    options = ["--temperature", "0", "--max-new-tokens", "5"]
+    assert main(["sample", "m", *options, "--prompt-file", str(tmp_path / "p.jsonl"), "--prompt", "Ü"]) == 0
+    found = capsys.readouterr()
+    answers = [json.loads(line) for line in found.out.split("\n")[:-1]]
+    completions = [answer.pop("completion") for answer in answers]
+    assert answers == [{"prompt": "Ü"}, *lines, {"prompt": "bare"}] and all(completions)
+    assert found.err.count("--- tiny") == 4
+    assert main(["sample", "m", *options, "--prompt", "Ünder"]) == 0
+    assert capsys.readouterr().out == f"Ünder{completions[2]}\n"
+    assert main(["sample", "m", *options, "--prompt-file", str(tmp_path / "p.txt")]) == 0
+    assert capsys.readouterr().out.startswith("from a file\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
+    assert main(["sample", "m", *options, "--prompt-file", "-"]) == 0
+    assert capsys.readouterr().out.startswith("from stdin")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', "p.jsonl, line 3 is not JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: expected an object such as {"prompt"'),
+        ("p.jsonl", b'{"prompt": 7}', "line 1: expected an object"),
+        ("p.jsonl", b"[1]", "line 1: expected an object"),
+        ("p.jsonl", b'{"prompt": "\\ud83d"}', "line 1 is not JSON"),
+        ("p.jsonl", b'{"messages": []}', "line 1 holds messages: give --chat"),
+        ("p.jsonl", b" \n", "is empty: expected a text, or JSON lines"),
+        ("p.txt", b"", "is empty"),
+        ("p.txt", b"\xff", "is not UTF-8"),
+        ("absent.txt", None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_prompt_files_that_are_wrong(
+    name: str, content: bytes | None, said: str, reading: list, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main(["sample", "m", "--prompt-file", str(tmp_path / name)]) == 1
+    assert said in capsys.readouterr().err and reading == []
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+TEMPLATE += "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+TEMPLATE += "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+def test_a_chat_is_put_into_the_models_form(
+    model: Llama, encoder: TextEncoder, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    begins = with_bos(encoder)
+    chat = opened(model, begins, assets={name: text.encode() for name, text in begins.files().items()})
+    fake = types.SimpleNamespace(open_model=lambda *_: chat)
+    monkeypatch.setitem(sys.modules, "dtron.hf.read", fake)
+    options = ["--temperature", "0", "--max-new-tokens", "5", "--device", "cpu", "--chat"]
+    assert main(["sample", "m", *options, "--prompt", "Hi"]) == 1
+    assert "tiny has no chat template: expected chat_template.jinja" in capsys.readouterr().err
+    chat.assets["chat_template.jinja"] = TEMPLATE.encode()
+    ids = begins.encode_prompt("[user] Hi\n[assistant] ")
+    answer = begins.decode([*generate(model, ids, **GREEDY | {"max_new_tokens": 5})])
+    assert main(["sample", "m", *options, "--prompt", "Hi"]) == 0
+    assert capsys.readouterr().out == answer + "\n"
+    messages = [{"role": "user", "content": "Hi"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ({"prompt": "Hi"}, {"messages": messages}))))
+    assert main(["sample", "m", *options, "--prompt-file", str(tmp_path / "p.jsonl")]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [{"prompt": "Hi", "completion": answer}, {"messages": messages, "completion": answer}]
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "robot", "content": "Hi"}]}')
+    assert main(["sample", "m", *options, "--prompt-file", str(tmp_path / "p.jsonl")]) == 1
+    assert "--chat: the template of tiny refuses the messages: no robots" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", "m", "--chat"])
+    assert "--chat needs a message" in capsys.readouterr().err
