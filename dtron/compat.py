@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ import torch.distributed.tensor.experimental._context_parallel._attention as cp_
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _utils as pipelining_utils
@@ -27,8 +30,10 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import register_sharding
+from torch.serialization import _get_layout
 
 __all__ = [
+    "DCP_INDEX_CLASSES",
     "CsvSchedule",
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
@@ -380,3 +385,36 @@ def compile_without_autograd_cache() -> None:
     import torch._functorch.config as functorch
 
     functorch.enable_autograd_cache = False
+
+
+# --- what the index of a DCP checkpoint is made of, 2.11 and 2.13; waits for a reader in torch that knows these alone.
+
+
+def _memory_format(cls: type, name: str) -> Any:
+    """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
+    if cls is not dcp_metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"the Python object {cls}.{name}")
+    return dcp_metadata._MEM_FORMAT_ENCODING[name]
+
+
+# By (module, name) in the pickle. None of them runs anything that it is given.
+DCP_INDEX_CLASSES: dict[tuple[str, str], Any] = {
+    **{
+        ("torch.distributed.checkpoint.metadata", cls.__name__): cls
+        for cls in (
+            dcp_metadata.BytesStorageMetadata, dcp_metadata.ChunkStorageMetadata, dcp_metadata.Metadata,
+            dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta, dcp_metadata.TensorProperties,
+            dcp_metadata.TensorStorageMetadata, dcp_metadata._MEM_FORMAT_ENCODING,
+        )
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("builtins", "getattr"): _memory_format,
+    # The folder that was written to, which nothing reads: a path of any kind.
+    **{
+        (module, name): PurePosixPath
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
+}  # fmt: skip

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf
 from dtron.checkpoint.files import ASSETS, WRITTEN
-from dtron.checkpoint.save import reason
+from dtron.checkpoint.reader import reader_of
+from dtron.checkpoint.save import first_error, reason
 from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.ranks.agree import from_rank_0, raise_first_problem
@@ -128,9 +129,8 @@ def export(
             try:
                 _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number])
             except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
-                problem = (
-                    str(error) if isinstance(error, UserError) else f"{reason(error)}; make room, or name another disk"
-                )
+                known = isinstance(first_error(error), UserError)
+                problem = reason(error) + ("" if known else "; make room, or name another disk")
                 break
             say(f"{number + 1} of {len(plan)} files written")
         raise_first_problem(problem, lambda found: f"{checkpoint} could not be written to {out}: {found}")
@@ -150,7 +150,7 @@ def _plan(
 ) -> Plan:
     """Check everything, and share out the tensors over files, in the order of the model."""
     check_out(out, force)
-    saved = checkpoint.reader().read_metadata().state_dict_metadata
+    saved = reader_of(checkpoint).read_metadata().state_dict_metadata
     tensors = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
     there = {name: entry for name, entry in tensors.items() if name.startswith("model.")}
     hf.check_fits(checkpoint, {name: tuple(entry.size) for name, entry in there.items()}, shapes)
@@ -179,7 +179,7 @@ def _write_file(
     state: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads by itself, and means to
-        dcp.load(state, storage_reader=checkpoint.reader(), no_dist=True)
+        dcp.load(state, storage_reader=reader_of(checkpoint), no_dist=True)
     for name, tensor in state.items():
         if tensor.dtype == torch.float16 and not tensor.isfinite().all():
             raise UserError(f"{name} has values that float16 does not hold (above 65504, or not finite); use bfloat16")

@@ -7,13 +7,15 @@ tensor is gathered. Everything else, the step and the samples consumed, is in th
 """
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf
 from dtron.checkpoint.files import (
@@ -26,7 +28,8 @@ from dtron.checkpoint.files import (
     read_manifest,
     steps_in,
 )
-from dtron.checkpoint.save import named_tensors
+from dtron.checkpoint.reader import METADATA, reader_of
+from dtron.checkpoint.save import first_error, named_tensors, reason
 from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
@@ -47,7 +50,8 @@ __all__ = [
     "verify_on_all_ranks",
 ]
 
-METADATA = ".metadata"
+log = logging.getLogger(__name__)
+
 Kind = Literal["dtron", "hf"]  # of a checkpoint: whose
 
 
@@ -84,6 +88,7 @@ def kind_of(checkpoint: StoragePath) -> Kind | None:
         )
     if METADATA in names:
         raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
+    hf.check_foreign(checkpoint, names)
     return "hf" if hf.is_hf(names) else None
 
 
@@ -92,10 +97,7 @@ def is_torchtitan(checkpoint: StoragePath) -> bool:
     names = checkpoint.names()
     if METADATA not in names or MANIFEST in names:
         return False
-    try:
-        saved = checkpoint.reader().read_metadata().state_dict_metadata
-    except Exception as error:  # a pickle that is damaged may raise anything
-        raise UserError(f"{checkpoint / METADATA} cannot be read: {type(error).__name__}: {error}") from None
+    saved = reader_of(checkpoint).read_metadata().state_dict_metadata
     return not {"tok_embeddings.weight", "model.tok_embeddings.weight"}.isdisjoint(saved)
 
 
@@ -105,27 +107,30 @@ def load_initial(
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str],
     whole: nn.Module,
+    grow: bool = False,
 ) -> None:
     """What a fresh run starts with, from another run of dtron, verified first, or from Hugging Face.
 
-    whole: the plain model, on meta.
+    whole: the plain model, on meta. grow: embedding and head may have more rows than there are, which keep their
+    initial values.
     UserError on all ranks if the checkpoint is damaged or does not fit.
     """
     if from_rank_0(lambda: kind_of(checkpoint)) != "hf":
         verify_on_all_ranks(checkpoint)
-        load(checkpoint, model, optimizers, exclude)
+        load(checkpoint, model, optimizers, exclude, grow)
         return
 
     def excluded(name: str) -> bool:
         return _is_excluded(name, exclude)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        dcp.load(tensors, storage_reader=hf.Reader(hf.local(checkpoint), entries))
+        dcp.load(tensors, storage_reader=hf.Reader(hf.local(checkpoint), entries, grown))
 
     if optimizers:
         raise UserError(f"{checkpoint} holds no optimizer state; set checkpoint.initial_load_model_only = true")
     hint = "choose the dimensions of its config.json: model.hf_config_path, and no keys that override it"
-    entries = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, hint))
+    entries, grown = from_rank_0(lambda: fitting_entries(checkpoint, whole, excluded, hint, grow))
+    _log_grown(grown, {name: entries[name].shape for name in grown})
     _fill(checkpoint, model, optimizers, exclude, read)
 
 
@@ -134,14 +139,35 @@ def fitting_entries(
     whole: nn.Module,
     excluded: Callable[[str], bool] = lambda name: False,
     hint: str = "its config.json is of another model",
-) -> dict[str, hf.Entry]:
-    """What a Hugging Face folder holds. UserError if it is not all there, or not this model's."""
+    grow: bool = False,
+) -> tuple[dict[str, hf.Entry], dict[str, tuple[int, ...]]]:
+    """What a Hugging Face folder holds, and the model's shapes of the tensors that have more rows in it, if `grow`.
+
+    UserError if it is not all there, or not this model's.
+    """
     folder = hf.local(checkpoint)
     entries = hf.entries_of(folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
-    hf.check_fits(checkpoint, {name: entry.shape for name, entry in entries.items()}, expected, excluded, hint)
-    hf.check_tied(folder, entries, tied=hf.HEAD not in expected)
-    return entries
+    tied = hf.HEAD not in expected
+    if tied and hf.EMBEDDING not in entries and hf.HEAD in entries:  # some save the one matrix under the other name
+        entries[hf.EMBEDDING] = entries.pop(hf.HEAD)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    grown = {name: s for name, s in hf.grown_shapes(shapes, expected).items() if grow and not excluded(name)}
+
+    def shown(name: str) -> str:
+        return entries[name].stored if name in entries else hf.their_name(name)
+
+    hf.check_fits(checkpoint, shapes | grown, expected, excluded, hint, shown)
+    hf.check_tied(folder, entries, tied)
+    return entries, grown
+
+
+def _log_grown(grown: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in grown.items():
+        log.info(
+            "%s has %d rows in the initial weights and %d here (model.vocab_size): the %d new ones keep their initial "
+            "values", name.removeprefix("model."), shapes[name][0], shape[0], shape[0] - shapes[name][0],
+        )  # fmt: skip
 
 
 def resumable_steps(folder: StoragePath) -> list[int]:
@@ -233,15 +259,17 @@ def load(
     model: ParallelModel,
     optimizers: list[torch.optim.Optimizer] | None,
     exclude: Sequence[str] = (),
+    grow: bool = False,
 ) -> None:
     """Read weights, and optimizer state unless None, into this layout, without the parameters that `exclude` names.
 
+    grow: as in `load_initial`; the optimizer state of new rows is 0.
     UserError on all ranks if the checkpoint does not fit.
     """
-    reader = checkpoint.reader()
+    reader = reader_of(checkpoint)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        _check_fits(checkpoint, reader, tensors)
+        _check_fits(checkpoint, reader, tensors, grow)
         dcp.load(tensors, storage_reader=reader)
 
     _fill(checkpoint, model, optimizers, exclude, read)
@@ -264,7 +292,9 @@ def _fill(
     try:
         read(tensors)
     except (dcp.api.CheckpointException, OSError) as error:
-        raise UserError(f"{checkpoint} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        if isinstance(first := first_error(error), UserError):
+            raise first from None
+        raise UserError(f"{checkpoint} cannot be read: {reason(error)}") from error
     with torch.no_grad():
         for name, tensor in named:
             if tensors[name] is not tensor:
@@ -291,16 +321,27 @@ def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(parameter, pattern) for pattern in patterns)
 
 
-def _check_fits(checkpoint: StoragePath, reader: Any, tensors: dict[str, Tensor]) -> None:
-    """UserError on all ranks if any rank's tensors are not all in the checkpoint, each in its shape."""
-    saved = reader.read_metadata().state_dict_metadata
-    problem = ""
+def _check_fits(checkpoint: StoragePath, reader: Any, tensors: dict[str, Tensor], grow: bool) -> None:
+    """UserError on all ranks if any rank's tensors are not all in the checkpoint, each in its shape.
+
+    grow: the reader is told of the embedding and the head that have more rows here.
+    """
+    problem, saved = "", {}
+    try:
+        saved = reader.read_metadata().state_dict_metadata
+    except (UserError, OSError) as error:
+        problem = f"{error}"
+    raise_first_problem(problem)
+    if grow:
+        _let_grow(reader, saved, tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[0].startswith("optimizer."), item[0])):
         if name not in saved:
             problem = f"it has no {name}"
             if name.startswith("optimizer."):
                 problem += " (set checkpoint.initial_load_model_only = true to take the weights alone)"
-        elif tuple(saved[name].size) != tuple(tensor.shape):
+        elif not isinstance(saved[name], TensorStorageMetadata):
+            problem = f"{name} is no tensor there"
+        elif name not in reader.grown and tuple(saved[name].size) != tuple(tensor.shape):
             problem = f"{name} is {list(saved[name].size)} there and {list(tensor.shape)} in this model"
         if problem:
             break
@@ -311,6 +352,20 @@ def _check_fits(checkpoint: StoragePath, reader: Any, tensors: dict[str, Tensor]
             "by checkpoint.exclude_from_loading where it is an initial_load_path"
         ),
     )
+
+
+def _let_grow(reader: Any, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Tell `reader` of the embedding and the head that have more rows here, and of their optimizer state."""
+    shapes = {name: tuple(entry.size) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+    grown = hf.grown_shapes(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    _log_grown(grown, shapes)
+    reader.grown = {
+        name: torch.Size(grown[weight])
+        for weight in grown
+        for name, shape in shapes.items()
+        if name == weight
+        or (name.startswith(f"optimizer.{weight.removeprefix('model.')}.") and shape == shapes[weight])
+    }
 
 
 def _create_state(optimizers: list[torch.optim.Optimizer]) -> None:

@@ -30,7 +30,7 @@ from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["Saved", "Saver", "check_optimizer_state", "named_tensors", "reason", "write_checkpoint"]
+__all__ = ["Saved", "Saver", "check_optimizer_state", "first_error", "named_tensors", "reason", "write_checkpoint"]
 
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the slowest disk
 
@@ -288,10 +288,16 @@ def _of_the_disk(error: BaseException) -> BaseException:
     return cause or error
 
 
+def first_error(error: BaseException) -> BaseException:
+    """Of DCP's summary, the error of the first rank."""
+    failures = getattr(error, "failures", None)
+    return failures[min(failures)][0] if failures else error
+
+
 def reason(error: BaseException) -> str:
     """One line: of DCP's summary the first rank's error."""
-    failures = getattr(error, "failures", None)
-    if not failures:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    rank = min(failures)
-    return f"rank {rank}: {type(failures[rank][0]).__name__}: {failures[rank][0]}".splitlines()[0]
+    first, rank = first_error(error), min(getattr(error, "failures", None) or [None])
+    if isinstance(first, UserError):
+        return str(first)
+    where = "" if rank is None else f"rank {rank}: "
+    return f"{where}{type(first).__name__}: {first}".splitlines()[0]

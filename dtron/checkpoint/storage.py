@@ -10,9 +10,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from torch.distributed.checkpoint import FileSystemReader
 
-from dtron import compat
 from dtron.errors import UserError
 
 __all__ = ["StoragePath"]
@@ -131,7 +129,3 @@ class StoragePath:
             with contextlib.suppress(OSError):  # a file system that cannot has nothing more to offer
                 os.fsync(handle)
             os.close(handle)
-
-    def reader(self) -> FileSystemReader:
-        """What torch.distributed.checkpoint reads from here with."""
-        return FileSystemReader(self.local) if self.local else compat.FsspecReader(self.url)

@@ -247,6 +247,12 @@ def read_tokenizer(
     except UserError as error:
         raise UserError(f"{key} = {name!r}: {error}") from None
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, ImportError, ...
+        if "trust_remote_code" in str(error) or _names_code(path / "tokenizer_config.json"):
+            raise UserError(
+                f"{key} = {name!r} needs code of its own to be read (auto_map in its tokenizer_config.json), which is "
+                "never run (no trust_remote_code): expected a folder with tokenizer.json, as save_pretrained of a fast "
+                "tokenizer writes it"
+            ) from error
         missing = "" if path.exists() else "is no local file or folder, and "
         raise UserError(
             f"{key} = {name!r} {missing}holds no readable tokenizer ({_short(error)}): expected a folder with "
@@ -265,6 +271,14 @@ def documents_have_special_tokens(folder: Path) -> bool:
     except ValueError:
         manifest = {}  # of something else
     return bool(manifest.get("add_special_tokens", "shards" not in manifest))
+
+
+def _names_code(config_file: Path) -> bool:
+    """Whether a tokenizer_config.json names Python code that would read the tokenizer."""
+    try:
+        return "AutoTokenizer" in json.loads(config_file.read_text(encoding="utf-8")).get("auto_map", {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _with_eos_token(tokenizer_json: str, folder: Path) -> tuple[str, str | None]:
@@ -318,10 +332,11 @@ def _converted(name: Path | str, cache_folder: Path) -> tuple[str, str | None]:
     from transformers import AutoTokenizer
 
     where: dict[str, Any] = {"local_files_only": True}
+    never: dict[str, Any] = {"trust_remote_code": False}  # unset, transformers asks at a terminal
     if isinstance(name, str):
         # False: not even a token that lies in the home folder.
         where = {"cache_dir": str(cache_folder), "token": os.environ.get("HF_TOKEN") or False}
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    tokenizer = AutoTokenizer.from_pretrained(name, **never, **where)
     backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
     if eos is None and isinstance(name, Path) and (eos_id := _eos_id(name)) is not None:
         eos = backend.id_to_token(eos_id)

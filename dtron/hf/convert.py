@@ -13,7 +13,7 @@ from dtron.checkpoint import hf
 from dtron.checkpoint.export import FILE_BYTES, ExportDtype, check_out, export, replacing
 from dtron.checkpoint.files import Manifest, Progress
 from dtron.checkpoint.load import fitting_entries, is_torchtitan, verify_on_all_ranks
-from dtron.checkpoint.save import reason, write_checkpoint
+from dtron.checkpoint.save import first_error, reason, write_checkpoint
 from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.hf.read import Found, find_model, folder_at, one_rank
@@ -81,7 +81,7 @@ def convert(
 
 def _map(folder: StoragePath, model: Llama) -> dict[str, Tensor]:
     """The tensors of a Hugging Face folder, mapped from disk: each is read when it is written."""
-    entries = fitting_entries(folder, model)
+    entries, _ = fitting_entries(folder, model)
     names = {f"model.{name}" for name, _ in model.named_parameters()}
     return hf.tensors_of(hf.local(folder), {name: entry for name, entry in entries.items() if name in names})
 
@@ -108,4 +108,6 @@ def _user_errors(what: str, hint: str) -> Iterator[None]:
     except CheckpointException as error:  # which is no Exception
         if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
             raise KeyboardInterrupt from None
+        if isinstance(first := first_error(error), UserError):
+            raise first from None
         raise UserError(f"{what}: {reason(error)}; {hint}") from None

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.files import DamagedError, read_manifest, steps_in
+from dtron.checkpoint.hf import folder_meant
 from dtron.checkpoint.load import Kind, kind_of, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, holds_tokenizer, read_tokenizer
@@ -61,7 +62,7 @@ def folder_at(path: str) -> StoragePath:
     """A local path or an fsspec URL. UserError for the address of a model of the hub."""
     if path.split("://")[0] in ("http", "https", "hf") or not path.rstrip("/"):
         raise UserError(f"{path!r} is no folder to read a model from; {DOWNLOAD}")
-    return StoragePath.at(Path(path).expanduser() if "://" not in path else path)
+    return StoragePath.at(Path(folder_meant(path)).expanduser() if "://" not in path else path)
 
 
 def find_model(path: str) -> Found:

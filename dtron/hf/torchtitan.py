@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.hf import EMBEDDING, HEAD, check_fits
+from dtron.checkpoint.reader import reader_of
 from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.hf.read import Found
@@ -76,7 +77,7 @@ def read_torchtitan(folder: StoragePath, model: Llama) -> dict[str, Tensor]:
     in the model; after reading, where the model is tied and the checkpoint is not. DCP's CheckpointException where a
     file cannot be read.
     """
-    reader = folder.reader()
+    reader = reader_of(folder)
     saved = {
         name: entry
         for name, entry in reader.read_metadata().state_dict_metadata.items()

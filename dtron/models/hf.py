@@ -57,7 +57,8 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
     """The dimensions in the object of a config.json, called `file` in messages. UserError, naming the field."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in TYPES:
-        raise UserError(f"{file}: model_type is {kind!r}; expected one of {', '.join(TYPES)}")
+        own = "; the code that its auto_map names is never run (no trust_remote_code)" if hf.get("auto_map") else ""
+        raise UserError(f"{file}: model_type is {kind!r}; expected one of {', '.join(TYPES)}{own}")
     for field, legal in _ONLY.items():
         if hf.get(field) not in legal:
             raise UserError(f"{file}: {field} = {hf[field]!r} cannot be represented; expected {legal[0]!r}")
@@ -105,7 +106,7 @@ def _rope(hf: dict[str, Any], file: Path | str) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(hf.get(name) or {}, dict):
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected an object, or null")
-        rope |= hf.get(name) or {}
+        rope |= _of_full_attention(hf.get(name) or {}, name, file)
     theta = float(_positive({"rope_theta": hf.get("rope_theta", 10000.0)} | rope, "rope_theta", 10000.0, file))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (1, None):
@@ -126,6 +127,25 @@ def _rope(hf: dict[str, Any], file: Path | str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: the llama3 rope scaling has a missing or invalid field: {error}") from None
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _of_full_attention(rope: dict[str, Any], name: str, file: Path | str) -> dict[str, Any]:
+    """Rotary settings, or of nested ones, by kind of layer, those of the kind that all our layers are."""
+    nested = {kind: fields for kind, fields in rope.items() if isinstance(fields, dict)}
+    if not nested:
+        return rope
+    flat = [field for field, value in rope.items() if field not in nested and value is not None]
+    if flat:
+        raise UserError(
+            f"{file}: {name} has settings by kind of layer ({', '.join(nested)}) and others beside ({flat[0]})"
+        )
+    first, *others = nested.values()
+    if "full_attention" not in nested and any(other != first for other in others):
+        raise UserError(
+            f"{file}: {name} has settings of {', '.join(nested)}, which differ and cannot be represented; expected "
+            "those of full_attention"
+        )
+    return nested.get("full_attention", first)
 
 
 def to_hf_config(c: LlamaConfig) -> dict[str, Any]:

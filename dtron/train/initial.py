@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtron.checkpoint.hf import is_hf
+from dtron.checkpoint.hf import check_foreign, folder_meant, is_hf
 from dtron.checkpoint.load import check_excluded, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, replace
@@ -29,7 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def resolve_initial(config: Config) -> Config:
-    """initial_load_in_hf without a path takes model.hf_assets_path."""
+    """initial_load_in_hf without a path takes model.hf_assets_path; a cache of the hub and a file mean their folder."""
+    for key in ("checkpoint.initial_load_path", "model.hf_config_path", "model.hf_assets_path"):
+        given = getattr(getattr(config, key.split(".")[0]), key.split(".")[1])
+        # A tokenizer's or configuration's file is one.
+        if given and (key == "checkpoint.initial_load_path" or Path(given).expanduser().is_dir()):
+            config = replace(config, key, folder_meant(given))
     c = config.checkpoint
     if not c.initial_load_in_hf or c.initial_load_path:
         return config
@@ -55,6 +60,7 @@ def check_initial(config: Config, model_config: Any) -> None:
     if folder is None or local is None or not local.is_dir():
         return
     names = os.listdir(local)
+    check_foreign(local, names)
     if config.checkpoint.initial_load_in_hf and not ("config.json" in names and is_hf(names)):
         raise UserError(
             f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it; leave the key out "
@@ -99,7 +105,9 @@ def load_weights(setup: Setup, model: ParallelModel, optimizers: list[torch.opti
     path = StoragePath.at(c.initial_load_path)
     whole = meta_model(setup.spec, setup.model_config)
     check_excluded(c.exclude_from_loading, [name for name, _ in whole.named_parameters()])
-    load_initial(path, model, optimizers, c.exclude_from_loading, whole)
+    # Only where its key is set: an evaluation is of the weights, and a model of another size is a mistake.
+    grow = setup.config.model.vocab_size is not None and not setup.config.validation.only
+    load_initial(path, model, optimizers, c.exclude_from_loading, whole, grow)
     log.info("weights from %s", path)
 
 
@@ -117,12 +125,18 @@ def _compare_vocabularies(config: Config, dataset: Any, folder: Path) -> None:
         return
     theirs = read_tokenizer(str(folder), config.job.cache_folder, "checkpoint.initial_load_path").vocabulary
     ours = encoder.vocabulary
-    if differ := sorted((id_, token) for token, id_ in theirs.items() ^ ours.items()):
-        id_ = differ[0][0]
+    if lost := theirs.items() - ours.items():
+        id_ = min(id_ for _, id_ in lost)
         spelt = [next((repr(token) for token, i in known.items() if i == id_), "nothing") for known in (ours, theirs)]
         raise UserError(
             f"the data was tokenized with another vocabulary than the weights in {folder} were trained with (id {id_} "
-            f"is {spelt[0]} in the data and {spelt[1]} there): prepare the data with --tokenizer {folder}, or set "
-            f"model.hf_assets_path = {folder} for data that is tokenized on the fly; for new embeddings leave the old "
-            'ones out: checkpoint.exclude_from_loading = ["embed_tokens.*", "lm_head.*"]'
+            f"is {spelt[0]} in the data and {spelt[1]} there): prepare the data with --tokenizer {folder}, or with one "
+            f"that adds tokens to it and keeps the old ids, or set model.hf_assets_path = {folder} for data that is "
+            "tokenized on the fly; for new embeddings leave the old ones out: "
+            'checkpoint.exclude_from_loading = ["embed_tokens.*", "lm_head.*"]'
         )
+    if new := sorted((id_, token) for token, id_ in ours.items() - theirs.items()):
+        log.info(
+            "the data's tokenizer has %d tokens more than that in %s, from %r (id %d) on; the old ones agree, so their "
+            "embeddings are used, and those of the new ones have yet to be trained", len(new), folder, *new[0][::-1],
+        )  # fmt: skip

@@ -5,21 +5,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hf.models import save_random
 from safetensors.torch import load_file
-from tinyrun import train_tiny
+from tinyrun import quiet_world, tiny_setup, train_tiny
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.distributed.tensor import DTensor
 
+from dtron.checkpoint.files import Manifest, Progress
+from dtron.checkpoint.save import named_tensors, write_checkpoint
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import load
 from dtron.data.tokenizer import TextEncoder, train_bpe
+from dtron.errors import UserError
+from dtron.mesh import Mesh
 from dtron.models.hf import hf_dimensions
+from dtron.parallel.compose import parallelize
+from dtron.ranks.agree import from_all_ranks
+from dtron.registry import cross_entropy
 from dtron.train.assets import model_assets
-from dtron.train.initial import check_vocabulary
+from dtron.train.initial import check_vocabulary, load_weights
+from dtron.train.optimizer import build_optimizers
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 
@@ -150,3 +160,122 @@ def test_another_vocabulary_is_refused_unless_the_embeddings_are_new(ranks: Any,
         ranks.run(1, vocabulary, config, Data(other))
     new = ["--checkpoint.exclude_from_loading", "embed_tokens.*", "lm_head.*"]
     ranks.run(2, vocabulary, load(["--checkpoint.initial_load_path", str(folder), *new]), Data(other))
+
+
+# --- more tokens, more rows
+
+
+def extended(encoder: TextEncoder, *tokens: str) -> TextEncoder:
+    tokenizer = Tokenizer.from_str(encoder.json)
+    tokenizer.add_tokens(list(tokens))
+    return TextEncoder(tokenizer.to_str(), encoder.eos)
+
+
+def checked(folder: str, cache: str, json_: str, eos: str) -> list[str]:
+    """What rank 0 is told of a data set's tokenizer."""
+    config = load(["--checkpoint.initial_load_path", folder, "--job.cache_folder", cache])
+    _, said = quiet_world()
+    check_vocabulary(config, Data(TextEncoder(json_, eos)))
+    return said
+
+
+def test_a_tokenizer_may_add_tokens_but_none_may_be_lost_or_moved(ranks: Any, tmp_path: Path) -> None:
+    encoder = train_bpe(TEXT, 300)
+    folder, more = weights(tmp_path / "weights", encoder), extended(encoder, "<|user|>", "<|bot|>")
+    assert more.vocab_size == encoder.vocab_size + 2
+    (line,) = ranks.run(2, checked, str(folder), str(tmp_path), more.json, more.eos)[0]
+    first = f"2 tokens more than that in {folder}, from '<|user|>' (id {encoder.vocab_size}) on; the old ones agree"
+    assert first in line
+    fewer = train_bpe(TEXT, 280)
+    moved = more.json.replace(f'"id":{encoder.vocab_size},', '"id":9999,').replace(
+        f'"id":{encoder.vocab_size + 1},', f'"id":{encoder.vocab_size},'
+    )
+    more.save(folder)
+    for other in (encoder, fewer, TextEncoder(moved, more.eos)):  # one that lost the two, and more; one that moved them
+        with pytest.raises(Exception, match=r"another vocabulary .* or with one that adds tokens to it"):
+            ranks.run(2, checked, str(folder), str(tmp_path), other.json, other.eos)
+
+
+GROWN = (
+    "--model.n_layers 3 --model.dim 64 --model.n_heads 8 --model.n_kv_heads 4 --model.ffn_dim 96 --training.seq_len 16 "
+    "--model.vocab_size 352 --training.mixed_precision_param float32 --debug.seed 5"
+)
+
+
+def loaded(source: str, layout: str) -> tuple[dict[str, Any], list[str]]:
+    """Weights and optimizer state of a fresh run of 352 rows, whole, as rank 0 has them, and what it is told."""
+    world, said = quiet_world()
+    made = tiny_setup(f"{GROWN} {layout} --checkpoint.initial_load_path {source}")
+    mesh = Mesh(made.degrees, "cpu")
+    model = parallelize(made.spec, made.model_config, made.config, mesh, torch.device("cpu"), cross_entropy, [])
+    optimizers = None
+    if not made.config.checkpoint.initial_load_model_only:
+        optimizers = build_optimizers(model, made.config.optimizer)
+    load_weights(made, model, optimizers)
+    whole = {n: whole_tensor(x).numpy() for n, x, _ in named_tensors(model, optimizers)}
+    everyones = from_all_ranks(whole)  # a pipeline's stages have some each
+    return {name: x for part in everyones for name, x in part.items()}, said
+
+
+def whole_tensor(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_more_rows_keep_the_old_and_initialize_the_new_on_every_layout(tied: bool, ranks: Any, tmp_path: Path) -> None:
+    """From Hugging Face, and from a checkpoint with AdamW's state, whose new rows are 0."""
+    folder = save_random("Llama-3.2-1B" if tied else "Meta-Llama-3-8B", tmp_path / "hf")
+    old = load_file(folder / "model.safetensors")
+    theirs = f"--model.hf_config_path {folder}"
+    fresh, _ = ranks.run(1, loaded, str(folder), f"{theirs} --checkpoint.exclude_from_loading *")[0]
+    grown = {"model.embed_tokens.weight": "model.embed_tokens.weight"} | (
+        {} if tied else {"model.lm_head.weight": "lm_head.weight"}
+    )
+    results = {
+        layout: ranks.run(world, loaded, str(folder), f"{theirs} {layout}")[0]
+        for world, layout in ((1, ""), (4, "--tp 2 --dp_shard 2"), (2, "--dp_shard 2"), (2, "--pp 2"))
+    }
+    for tensors, said in results.values():
+        for name, stored in grown.items():
+            assert tensors[name].shape == (352, 64)
+            assert np.array_equal(tensors[name][:320], old[stored].numpy())
+            assert np.array_equal(tensors[name][320:], fresh[name][320:]) and fresh[name][320:].std() > 0.01
+            word = f"{name.removeprefix('model.')} has 320 rows in the initial weights and 352 here (model.vocab_size)"
+            assert any(word in line for line in said), said
+        assert all(np.array_equal(x, results[""][0][name]) for name, x in tensors.items())
+    # The dtron checkpoint of the old size.
+    tensors = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in old.items()}
+    state = {
+        f"optimizer.{n.removeprefix('model.')}.{k}": torch.ones_like(x)
+        for n, x in tensors.items()
+        for k in ("exp_avg", "exp_avg_sq")
+    }
+    steps = {f"optimizer.{n.removeprefix('model.')}.step": torch.tensor(3.0) for n in tensors}
+    ranks.run(1, write, str(tmp_path / "step-3"), tensors | state | steps)
+    for world, layout in ((1, ""), (4, "--tp 2 --dp_shard 2")):
+        arguments = f"{theirs} {layout} --checkpoint.no_initial_load_model_only"
+        found, _ = ranks.run(world, loaded, str(tmp_path / "step-3"), arguments)[0]
+        assert all(np.array_equal(x, results[""][0][name]) for name, x in found.items() if name.startswith("model."))
+        moment = found["optimizer.embed_tokens.weight.exp_avg"]
+        assert (moment[:320] == 1).all() and (moment[320:] == 0).all() and moment.shape == (352, 64)
+
+
+def write(folder: str, tensors: dict[str, Any]) -> None:
+    write_checkpoint(StoragePath.at(folder), tensors, Manifest(Progress(step=3), {}), {})
+
+
+def fails_to_load(source: str, arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        loaded(source, arguments)
+    return str(error.value)
+
+
+def test_rows_do_not_grow_where_that_is_not_asked_for(ranks: Any, tmp_path: Path) -> None:
+    folder = save_random("Meta-Llama-3-8B", tmp_path / "hf")
+    theirs = f"--model.hf_config_path {folder}"
+    fewer = ranks.run(1, fails_to_load, str(folder), f"{theirs} --model.vocab_size 288")[0]
+    assert "model.embed_tokens.weight is [320, 64] there and [288, 64] in the model" in fewer
+    evaluated = f"{theirs} --validation.only --validation.dataset tiny_counting"
+    assert "[320, 64] there and [352, 64]" in ranks.run(1, fails_to_load, str(folder), evaluated)[0]
+    wider = ranks.run(1, fails_to_load, str(folder), f"{theirs} --model.dim 128 --model.hf_config_path=")[0]
+    assert "but the weights in" in wider
