@@ -154,7 +154,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map does not give names of files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of files with weights: {error!r}") from None
+        kind = "safetensors" if ".safetensors" in index.name.lower() else "torch.save"
+        raise UserError(f"{index} is no index of {kind} files: {error!r}") from None
     return weight_map
 
 

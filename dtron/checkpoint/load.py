@@ -63,6 +63,7 @@ def check_source(checkpoint: StoragePath) -> None:
         if not names:
             raise UserError(f"{key}: there is no folder {checkpoint}, or it is empty")
         if (kind := kind_of(checkpoint)) is None:
+            hf.check_foreign(checkpoint, names)
             inside = [name for name in names if name.startswith("step-")]
             hint = f"; did you mean {checkpoint / inside[-1]}?" if inside else ""
             raise UserError(
@@ -88,8 +89,10 @@ def kind_of(checkpoint: StoragePath) -> Kind | None:
         )
     if METADATA in names:
         raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
+    if not hf.is_hf(names):
+        return None
     hf.check_foreign(checkpoint, names)
-    return "hf" if hf.is_hf(names) else None
+    return "hf"
 
 
 def is_torchtitan(checkpoint: StoragePath) -> bool:

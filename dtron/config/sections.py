@@ -147,7 +147,9 @@ class Model:
     n_kv_heads: int | None = key(None, "overrides the flavor: key/value heads", minimum=1)
     ffn_dim: int | None = key(None, "overrides the flavor: hidden size of the feed-forward", minimum=1)
     vocab_size: int | None = key(
-        None, "overrides the flavor: rows of the embedding; at least the tokenizer's", minimum=1
+        None,
+        "overrides the flavor: rows of the embedding; at least the tokenizer's; more than initial weights have are new",
+        minimum=1,
     )
     tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
     rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies", check=_positive)

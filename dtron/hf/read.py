@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.files import DamagedError, read_manifest, steps_in
-from dtron.checkpoint.hf import folder_meant
+from dtron.checkpoint.hf import check_foreign, folder_meant
 from dtron.checkpoint.load import Kind, kind_of, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, holds_tokenizer, read_tokenizer
@@ -89,6 +89,7 @@ def _find(folder: StoragePath) -> tuple[StoragePath, Kind]:
                 with contextlib.suppress(DamagedError):
                     read_manifest(inside / f"step-{step}")
                     return inside / f"step-{step}", "dtron"
+        check_foreign(folder, folder.names())
         there = ", ".join(folder.names()[:5]) or "nothing"
         found = f"there is no model in {folder} (but {there})" if folder.exists() else f"there is no folder {folder}"
     except OSError as error:

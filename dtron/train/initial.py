@@ -60,8 +60,8 @@ def check_initial(config: Config, model_config: Any) -> None:
     if folder is None or local is None or not local.is_dir():
         return
     names = os.listdir(local)
-    check_foreign(local, names)
     if config.checkpoint.initial_load_in_hf and not ("config.json" in names and is_hf(names)):
+        check_foreign(local, names)
         raise UserError(
             f"checkpoint.initial_load_in_hf: {folder} has no config.json with safetensors beside it; leave the key out "
             "for a checkpoint"

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dtron.__main__ import main
+from dtron.checkpoint.load import check_source
+from dtron.checkpoint.storage import StoragePath
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.hf.read import open_model
@@ -133,6 +135,14 @@ def test_half_precision_and_the_format_before_torch_1_6_are_read(untied: Path, t
     torch.testing.assert_close(ours(folder), expected, rtol=0, atol=0)
 
 
+def test_names_in_capitals_as_some_disks_have_them(untied: Path, tmp_path: Path) -> None:
+    folder = made(untied, tmp_path / "model", weights_of(untied), *TWO)
+    expected = ours(folder)
+    for file in folder.glob("pytorch_model*"):
+        file.rename(folder / file.name.upper())
+    torch.testing.assert_close(ours(folder), expected, rtol=0, atol=0)
+
+
 def test_the_single_file_counts_as_in_transformers(untied: Path, tmp_path: Path) -> None:
     """Whatever an index says of others, and whatever .bin files there are."""
     folder = Path(shutil.copytree(untied, tmp_path / "model"))
@@ -211,17 +221,21 @@ def test_what_is_no_whole_model_is_named(untied: Path, tmp_path: Path, capsys: p
     assert "other.safetensors is not among the weights of" in refused(capsys, untied / "other.safetensors")
     (untied / "other.safetensors").unlink()
     assert "is a file; expected the folder of a model" in refused(capsys, untied / "generation_config.json")
+    # What else lies in a run's folder does not keep its checkpoints from being found.
+    assert main(["convert", str(untied), str(tmp_path / "run" / "checkpoint" / "step-3")]) == 0
+    (tmp_path / "run" / "notes.pt").write_bytes(b"")
+    torch.testing.assert_close(ours(tmp_path / "run"), ours(untied), rtol=0, atol=0)
 
 
 def initial_weights_refused(path: Path) -> str:
-    from dtron.checkpoint.load import check_source
-    from dtron.checkpoint.storage import StoragePath
-
+    """What a training from it says, with the key for Hugging Face's folders and without."""
     with pytest.raises(UserError) as early:
-        resolve(load(["--checkpoint.initial_load_path", str(path), "--training.device", "cpu"]), 1)
+        given = ["--checkpoint.initial_load_path", str(path), "--checkpoint.initial_load_in_hf"]
+        resolve(load([*given, "--training.device", "cpu"]), 1)
     if path.is_dir():
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as late:
             check_source(StoragePath.at(path))
+        assert str(early.value) == str(late.value)
     return str(early.value)
 
 
@@ -246,7 +260,7 @@ def test_faults_of_saved_files_are_named(untied: Path, tmp_path: Path, capsys: p
         capsys, folder
     )
     (folder / "pytorch_model.bin.index.json").write_text("{}")
-    assert "pytorch_model.bin.index.json is no index of files with weights" in refused(capsys, folder)
+    assert "pytorch_model.bin.index.json is no index of torch.save files" in refused(capsys, folder)
 
 
 # --- config.json

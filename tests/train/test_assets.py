@@ -186,12 +186,9 @@ def test_a_tokenizer_may_add_tokens_but_none_may_be_lost_or_moved(ranks: Any, tm
     (line,) = ranks.run(2, checked, str(folder), str(tmp_path), more.json, more.eos)[0]
     first = f"2 tokens more than that in {folder}, from '<|user|>' (id {encoder.vocab_size}) on; the old ones agree"
     assert first in line
-    fewer = train_bpe(TEXT, 280)
-    moved = more.json.replace(f'"id":{encoder.vocab_size},', '"id":9999,').replace(
-        f'"id":{encoder.vocab_size + 1},', f'"id":{encoder.vocab_size},'
-    )
     more.save(folder)
-    for other in (encoder, fewer, TextEncoder(moved, more.eos)):  # one that lost the two, and more; one that moved them
+    swapped = extended(encoder, "<|bot|>", "<|user|>")
+    for other in (encoder, train_bpe(TEXT, 280), swapped):
         with pytest.raises(Exception, match=r"another vocabulary .* or with one that adds tokens to it"):
             ranks.run(2, checked, str(folder), str(tmp_path), other.json, other.eos)
 
@@ -228,12 +225,11 @@ def test_more_rows_keep_the_old_and_initialize_the_new_on_every_layout(tied: boo
     old = load_file(folder / "model.safetensors")
     theirs = f"--model.hf_config_path {folder}"
     fresh, _ = ranks.run(1, loaded, str(folder), f"{theirs} --checkpoint.exclude_from_loading *")[0]
-    grown = {"model.embed_tokens.weight": "model.embed_tokens.weight"} | (
-        {} if tied else {"model.lm_head.weight": "lm_head.weight"}
-    )
+    grown = {"model.embed_tokens.weight": "model.embed_tokens.weight", "model.lm_head.weight": "lm_head.weight"}
+    grown = {name: stored for name, stored in grown.items() if stored in old}
     results = {
-        layout: ranks.run(world, loaded, str(folder), f"{theirs} {layout}")[0]
-        for world, layout in ((1, ""), (4, "--tp 2 --dp_shard 2"), (2, "--dp_shard 2"), (2, "--pp 2"))
+        (world, layout): ranks.run(world, loaded, str(folder), f"{theirs} {layout}")[0]
+        for world, layout in ((1, ""), (4, "--tp 2"), (3, ""), (2, "--pp 2"))
     }
     for tensors, said in results.values():
         for name, stored in grown.items():
@@ -242,7 +238,7 @@ def test_more_rows_keep_the_old_and_initialize_the_new_on_every_layout(tied: boo
             assert np.array_equal(tensors[name][320:], fresh[name][320:]) and fresh[name][320:].std() > 0.01
             word = f"{name.removeprefix('model.')} has 320 rows in the initial weights and 352 here (model.vocab_size)"
             assert any(word in line for line in said), said
-        assert all(np.array_equal(x, results[""][0][name]) for name, x in tensors.items())
+        assert all(np.array_equal(x, results[1, ""][0][name]) for name, x in tensors.items())
     # The dtron checkpoint of the old size.
     tensors = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in old.items()}
     state = {
@@ -252,10 +248,10 @@ def test_more_rows_keep_the_old_and_initialize_the_new_on_every_layout(tied: boo
     }
     steps = {f"optimizer.{n.removeprefix('model.')}.step": torch.tensor(3.0) for n in tensors}
     ranks.run(1, write, str(tmp_path / "step-3"), tensors | state | steps)
-    for world, layout in ((1, ""), (4, "--tp 2 --dp_shard 2")):
+    for world, layout in ((1, ""), (4, "--tp 2")):
         arguments = f"{theirs} {layout} --checkpoint.no_initial_load_model_only"
         found, _ = ranks.run(world, loaded, str(tmp_path / "step-3"), arguments)[0]
-        assert all(np.array_equal(x, results[""][0][name]) for name, x in found.items() if name.startswith("model."))
+        assert all(np.array_equal(x, results[1, ""][0][name]) for name, x in found.items() if name.startswith("model."))
         moment = found["optimizer.embed_tokens.weight.exp_avg"]
         assert (moment[:320] == 1).all() and (moment[320:] == 0).all() and moment.shape == (352, 64)
 
@@ -277,5 +273,3 @@ def test_rows_do_not_grow_where_that_is_not_asked_for(ranks: Any, tmp_path: Path
     assert "model.embed_tokens.weight is [320, 64] there and [288, 64] in the model" in fewer
     evaluated = f"{theirs} --validation.only --validation.dataset tiny_counting"
     assert "[320, 64] there and [352, 64]" in ranks.run(1, fails_to_load, str(folder), evaluated)[0]
-    wider = ranks.run(1, fails_to_load, str(folder), f"{theirs} --model.dim 128 --model.hf_config_path=")[0]
-    assert "but the weights in" in wider
