@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dtron.checkpoint import hf
+from dtron.checkpoint import hf, hf_folder
 from dtron.checkpoint.files import ASSETS, WRITTEN
 from dtron.checkpoint.reader import reader_of
 from dtron.checkpoint.save import first_error, reason
@@ -168,7 +168,7 @@ def _plan(
 
 
 def _file_name(number: int, of: int) -> str:
-    return hf.SINGLE if of == 1 else f"model-{number + 1:05}-of-{of:05}.safetensors"
+    return hf_folder.SINGLE if of == 1 else f"model-{number + 1:05}-of-{of:05}.safetensors"
 
 
 def _write_file(
@@ -202,7 +202,7 @@ def _finish(checkpoint: StoragePath, partial: Path, plan: Plan) -> None:
             "metadata": {"total_size": sum(sizes)},
             "weight_map": {name: _file_name(i, len(plan)) for name, i in names},
         }
-        (partial / hf.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (partial / hf_folder.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if missing := [i for i in range(len(plan)) if not (partial / _file_name(i, len(plan))).is_file()]:
         raise UserError(
             f"{_file_name(missing[0], len(plan))}, which another rank has written, cannot be seen from rank 0: the "

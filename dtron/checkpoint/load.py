@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dtron.checkpoint import hf
+from dtron.checkpoint import hf, hf_folder
 from dtron.checkpoint.files import (
     MANIFEST,
     DamagedError,
@@ -63,7 +63,7 @@ def check_source(checkpoint: StoragePath) -> None:
         if not names:
             raise UserError(f"{key}: there is no folder {checkpoint}, or it is empty")
         if (kind := kind_of(checkpoint)) is None:
-            hf.check_foreign(checkpoint, names)
+            hf_folder.check_foreign(checkpoint, names)
             inside = [name for name in names if name.startswith("step-")]
             hint = f"; did you mean {checkpoint / inside[-1]}?" if inside else ""
             raise UserError(
@@ -72,7 +72,7 @@ def check_source(checkpoint: StoragePath) -> None:
         if kind == "dtron":
             read_manifest(checkpoint)
         if kind == "hf":
-            hf.entries_of(hf.local(checkpoint))
+            hf.entries_of(hf_folder.local(checkpoint))
     except OSError as error:
         raise UserError(f"{key}: {checkpoint} cannot be read: {error}") from None
 
@@ -89,9 +89,9 @@ def kind_of(checkpoint: StoragePath) -> Kind | None:
         )
     if METADATA in names:
         raise UserError(f"{checkpoint} is neither a checkpoint of dtron (it has no {MANIFEST}) nor one of torchtitan")
-    if not hf.is_hf(names):
+    if not hf_folder.is_hf(names):
         return None
-    hf.check_foreign(checkpoint, names)
+    hf_folder.check_foreign(checkpoint, names)
     return "hf"
 
 
@@ -127,7 +127,7 @@ def load_initial(
         return _is_excluded(name, exclude)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        dcp.load(tensors, storage_reader=hf.Reader(hf.local(checkpoint), entries, grown))
+        dcp.load(tensors, storage_reader=hf.Reader(hf_folder.local(checkpoint), entries, grown))
 
     if optimizers:
         raise UserError(f"{checkpoint} holds no optimizer state; set checkpoint.initial_load_model_only = true")
@@ -148,7 +148,7 @@ def fitting_entries(
 
     UserError if it is not all there, or not this model's.
     """
-    folder = hf.local(checkpoint)
+    folder = hf_folder.local(checkpoint)
     entries = hf.entries_of(folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
     tied = hf.HEAD not in expected

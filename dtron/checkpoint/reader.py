@@ -110,16 +110,16 @@ class Reader:
         if others := [item for item in plan.items if item.type == LoadItemType.BYTE_IO]:
             raise code_refused(self.folder, f"{others[0].storage_index.fqn} as a Python object instead of a tensor")
         try:
-            return super().read_data(plan, planner)  # type: ignore[misc, no-any-return]
+            return super().read_data(plan, planner)  # type: ignore[misc]
         except pickle.UnpicklingError:  # by torch.load(weights_only=True)
             raise code_refused(self.folder, "Python objects where its tensors should be") from None
 
 
-class _LocalReader(Reader, FileSystemReader):  # type: ignore[misc]
+class _LocalReader(Reader, FileSystemReader):
     pass
 
 
-class _UrlReader(Reader, compat.FsspecReader):  # type: ignore[misc]
+class _UrlReader(Reader, compat.FsspecReader):
     pass
 
 

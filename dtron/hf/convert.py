@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dtron.checkpoint import hf
+from dtron.checkpoint import hf, hf_folder
 from dtron.checkpoint.export import FILE_BYTES, ExportDtype, check_out, export, replacing
 from dtron.checkpoint.files import Manifest, Progress
 from dtron.checkpoint.load import fitting_entries, is_torchtitan, verify_on_all_ranks
@@ -83,7 +83,7 @@ def _map(folder: StoragePath, model: Llama) -> dict[str, Tensor]:
     """The tensors of a Hugging Face folder, mapped from disk: each is read when it is written."""
     entries, _ = fitting_entries(folder, model)
     names = {f"model.{name}" for name, _ in model.named_parameters()}
-    return hf.tensors_of(hf.local(folder), {name: entry for name, entry in entries.items() if name in names})
+    return hf.tensors_of(hf_folder.local(folder), {name: entry for name, entry in entries.items() if name in names})
 
 
 def _read(folder: StoragePath, model: Llama) -> dict[str, Tensor]:

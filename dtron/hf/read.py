@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dtron.checkpoint.export import assets_of
 from dtron.checkpoint.files import DamagedError, read_manifest, steps_in
-from dtron.checkpoint.hf import check_foreign, folder_meant
+from dtron.checkpoint.hf_folder import check_foreign, folder_meant
 from dtron.checkpoint.load import Kind, kind_of, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, holds_tokenizer, read_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtron.checkpoint.hf import check_foreign, folder_meant, is_hf
+from dtron.checkpoint.hf_folder import check_foreign, folder_meant, is_hf
 from dtron.checkpoint.load import check_excluded, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, replace
