@@ -391,9 +391,7 @@ def compile_without_autograd_cache() -> None:
 
 
 def _memory_format(cls: type, name: str) -> Any:
-    """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
-    if cls is not dcp_metadata._MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"the Python object {cls}.{name}")
+    """In place of `getattr`, by which the first versions of Python 3.11 pickle the member of an enumeration."""
     return dcp_metadata._MEM_FORMAT_ENCODING[name]
 
 

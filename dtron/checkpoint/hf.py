@@ -42,6 +42,10 @@ __all__ = [
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 IGNORED = re.compile(r".*\brotary_emb\.\w+")  # computed, not learnt
 HEAD, EMBEDDING = "model.lm_head.weight", "model.embed_tokens.weight"
+HEADLESS = (
+    "it may be a base model that was saved without its head: save it with the head, set tie_word_embeddings where the "
+    'two are one matrix, or let a training make a new one: checkpoint.exclude_from_loading = ["lm_head.*"]'
+)
 ROWS = 1 << 12  # of two matrices compared at a time
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
 WRAPPERS = re.compile(
@@ -159,6 +163,7 @@ def check_fits(
         if excluded(name):
             continue
         if name not in shapes:
+            hint = HEADLESS if name == HEAD else hint
             raise UserError(f"{where} does not fit this model: it has no {shown(name)}; {hint}")
         if shapes[name] != shape:
             raise UserError(

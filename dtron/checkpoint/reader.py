@@ -39,6 +39,10 @@ def code_refused(file: Any, what: str) -> UserError:
     )
 
 
+class _UnknownObjectError(pickle.UnpicklingError):
+    """A pickle asks for an object that DCP's index has no use for."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows the classes of DCP's index alone. Only `find_class` gives a pickle something to call."""
 
@@ -48,7 +52,7 @@ class _Unpickler(pickle.Unpickler):
             return dtype
         if (module, name) in compat.DCP_INDEX_CLASSES:
             return compat.DCP_INDEX_CLASSES[module, name]
-        raise pickle.UnpicklingError(f"the Python object {module}.{name}")
+        raise _UnknownObjectError(f"the Python object {module}.{name}")
 
 
 def _read_index(file: "StoragePath") -> Metadata:
@@ -60,10 +64,8 @@ def _read_index(file: "StoragePath") -> Metadata:
     try:
         index = _Unpickler(io.BytesIO(content)).load()
         _check_index(index)
-    except pickle.UnpicklingError as error:
-        if str(error).startswith("the Python object "):
-            raise code_refused(file, str(error)) from None
-        raise UserError(f"{file} cannot be read: it is damaged ({error})") from None
+    except _UnknownObjectError as error:
+        raise code_refused(file, str(error)) from None
     except Exception as error:  # a pickle that is damaged may raise anything
         raise UserError(f"{file} cannot be read: it is damaged ({type(error).__name__}: {error})") from None
     index.storage_meta = StorageMeta()

@@ -198,6 +198,7 @@ def test_files_of_torch_save_run_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "flag").exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_an_index_knows_its_own_classes_alone(tmp_path: Path) -> None:
     """Each class that DCP writes is read, by whichever Python wrote it; damage is told from code."""
     dcp.save({"x": {"a": torch.ones(2, dtype=torch.int64)}, "y": 3, "z": torch.ones(2).to(torch.float8_e4m3fn)},
@@ -209,11 +210,23 @@ def test_an_index_knows_its_own_classes_alone(tmp_path: Path) -> None:
     # Python 3.11.0 pickled an enumeration's member as getattr(class, name).
     encoding = next(cls for (_, name), cls in compat.DCP_INDEX_CLASSES.items() if name == "_MEM_FORMAT_ENCODING")
     assert compat.DCP_INDEX_CLASSES["builtins", "getattr"](encoding, "TORCH_CHANNELS_LAST").value == 1
-    for name in ("builtins getattr", "builtins eval", "os system", "torch.distributed.checkpoint.metadata os.system"):
+    for name in (
+        "builtins eval",
+        "builtins __import__",
+        "os system",
+        "torch.distributed.checkpoint.metadata os.system",
+    ):
         (tmp_path / "x" / METADATA).write_bytes(f"c{name.replace(' ', chr(10))}\n(S'os'\nS'system'\ntR.".encode())
         with pytest.raises(UserError, match=r"holds the Python object .*nothing of it was run"):
             reader_of(folder).read_metadata()
-    for damaged in (b"", content[:-30], b"\x80\x04N.", pickle.dumps(3)):
+    no_getattr = b"cbuiltins\ngetattr\n(S'os'\nS'system'\ntR."
+    for damaged in (b"", content[:-30], b"\x80\x04N.", pickle.dumps(3), no_getattr):
         (tmp_path / "x" / METADATA).write_bytes(damaged)
         with pytest.raises(UserError, match=r"cannot be read: it is damaged"):
             reader_of(folder).read_metadata()
+    in_memory = StoragePath("memory://test_code/step-1")
+    in_memory.make()
+    (in_memory / METADATA).write(pickle.dumps(Command(tmp_path / "flag")))
+    with pytest.raises(UserError, match="nothing of it was run"):
+        reader_of(in_memory).read_metadata()
+    assert not (tmp_path / "flag").exists()

@@ -208,6 +208,9 @@ def test_what_is_no_whole_model_is_named(untied: Path, tmp_path: Path, capsys: p
     unmerged = weights | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 64)}
     said = refused(capsys, made(untied, tmp_path / "unmerged", unmerged, *ONE))
     assert "a LoRA adapter (base_model.model.model.layers.0" in said and "merge_and_unload" in said
+    headless = {name: tensor for name, tensor in bare(weights).items() if name != HEAD}
+    said = refused(capsys, made(untied, tmp_path / "headless", headless, *ONE))
+    assert "it has no lm_head.weight; it may be a base model that was saved without its head" in said
     both = made(untied, tmp_path / "both", weights | {"norm.weight": torch.ones(64)}, *ONE)
     assert "has both model.norm.weight and norm.weight" in refused(capsys, both)
     score = made(untied, tmp_path / "score", bare(weights) | {"score.weight": torch.ones(2, 64)}, *ONE)
