@@ -68,7 +68,6 @@ def _read_index(file: "StoragePath") -> Metadata:
         raise code_refused(file, str(error)) from None
     except Exception as error:  # a pickle that is damaged may raise anything
         raise UserError(f"{file} cannot be read: it is damaged ({type(error).__name__}: {error})") from None
-    index.storage_meta = StorageMeta()
     return index
 
 
@@ -114,7 +113,7 @@ class Reader:
         try:
             return super().read_data(plan, planner)  # type: ignore[misc]
         except pickle.UnpicklingError:  # by torch.load(weights_only=True)
-            raise code_refused(self.folder, "Python objects where its tensors should be") from None
+            raise code_refused(self.folder, "Python objects in place of tensors (if it is not damaged)") from None
 
 
 class _LocalReader(Reader, FileSystemReader):
@@ -125,10 +124,10 @@ class _UrlReader(Reader, compat.FsspecReader):
     pass
 
 
-def reader_of(folder: "StoragePath", grown: Mapping[str, torch.Size] | None = None) -> Any:
+def reader_of(folder: "StoragePath") -> Any:
     """What torch.distributed.checkpoint reads from `folder` with."""
     reader: Any = _LocalReader(str(folder.local)) if folder.local else _UrlReader(folder.url)
-    reader.folder, reader.grown = folder, grown or {}
+    reader.folder, reader.grown = folder, {}
     return reader
 
 
