@@ -115,7 +115,7 @@ def _folder_of_file(path: Path) -> Path:
     if path.name == "config.json":
         return inside
     if not is_hf([path.name]) or path.name.startswith("adapter_"):
-        raise UserError(f"{path} is a file; expected the folder of a model (perhaps {inside})")
+        raise UserError(f"{path} is no checkpoint but a file; expected the folder of one (perhaps {inside})")
     index, _, files = files_of(inside)
     if path.name not in (index, *files):
         raise UserError(

@@ -117,7 +117,8 @@ def test_hub_name_is_kept_in_the_cache_folder(encoder, tmp_path, monkeypatch):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
         assert read("some/one", tmp_path / "cache").eos == END_OF_TEXT
-        assert calls.pop() == ("some/one", {"cache_dir": str(tmp_path / "cache"), "token": sent})
+        where = {"cache_dir": str(tmp_path / "cache"), "token": sent, "trust_remote_code": False}
+        assert calls.pop() == ("some/one", where)
 
 
 def test_wrong_tokenizers_are_the_users_error(assets, tmp_path):

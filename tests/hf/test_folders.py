@@ -223,7 +223,9 @@ def test_what_is_no_whole_model_is_named(untied: Path, tmp_path: Path, capsys: p
     (untied / "other.safetensors").write_bytes(b"")
     assert "other.safetensors is not among the weights of" in refused(capsys, untied / "other.safetensors")
     (untied / "other.safetensors").unlink()
-    assert "is a file; expected the folder of a model" in refused(capsys, untied / "generation_config.json")
+    assert "is no checkpoint but a file; expected the folder of one" in refused(
+        capsys, untied / "generation_config.json"
+    )
     # What else lies in a run's folder does not keep its checkpoints from being found.
     assert main(["convert", str(untied), str(tmp_path / "run" / "checkpoint" / "step-3")]) == 0
     (tmp_path / "run" / "notes.pt").write_bytes(b"")

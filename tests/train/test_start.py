@@ -134,17 +134,19 @@ def test_going_back_is_refused_while_newer_ones_are_there(ranks: Ranks, tmp_path
 
 
 def test_weights_of_another_run_in_part(ranks: Ranks, tmp_path: Path) -> None:
-    """The head of the other run has another vocabulary: left out it fits, else it is named."""
-    ranks.run(1, trained, str(tmp_path / "first"), 2, "")
+    """The head of the other run has another vocabulary: left out it fits, else it is named. More rows are no fault."""
+    ranks.run(1, trained, str(tmp_path / "first"), 2, "--model.vocab_size 100")
     (source,) = (tmp_path / "first").glob("*/checkpoint/step-2")
-    start = f"--checkpoint.initial_load_path {source} --model.vocab_size 100"
-    with pytest.raises(RankError, match=r"model.embed_tokens.weight is \[96, 16\] there and \[100, 16\] in this model"):
+    start = f"--checkpoint.initial_load_path {source}"
+    with pytest.raises(RankError, match=r"model.embed_tokens.weight is \[100, 16\] there and \[96, 16\] in this model"):
         ranks.run(1, trained, str(tmp_path / "second"), 2, start)
     with pytest.raises(RankError, match=r"'head.\*' fits no parameter"):
         ranks.run(1, trained, str(tmp_path / "second"), 2, f"{start} --checkpoint.exclude_from_loading head.*")
     excluded = "--checkpoint.exclude_from_loading embed_tokens.* lm_head.*"
     said, step = ranks.run(1, trained, str(tmp_path / "second"), 2, f"{start} {excluded}")[0]
     assert f"weights from {source}" in said and step == 2
+    said, step = ranks.run(1, trained, str(tmp_path / "third"), 2, f"{start} --model.vocab_size 104")[0]
+    assert step == 2 and any("lm_head.weight has 100 rows in the initial weights and 104 here" in line for line in said)
 
 
 def test_a_resume_says_what_it_changes_and_needs_no_initial_weights(ranks: Ranks, tmp_path: Path) -> None:
