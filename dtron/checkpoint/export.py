@@ -112,7 +112,8 @@ def export(
 ) -> None:
     """Write the weights and assets of `checkpoint`, whose config.json is among them, to the folder `out`; on all ranks.
 
-    shapes: of the model that config.json describes, by `model.<parameter>`. dtype: of the weights; None: as they are.
+    say: may raise UserError, which ends the export. shapes: of the model that config.json describes, by
+    `model.<parameter>`. dtype: of the weights; None: as they are.
     file_bytes: most bytes of a file of several tensors.
     UserError on all ranks where the checkpoint does not fit its config.json, and where the disk refuses.
     """
@@ -128,11 +129,11 @@ def export(
         for number in range(rank, len(plan), world):
             try:
                 _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number])
+                say(f"{number + 1} of {len(plan)} files written")
             except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
                 known = isinstance(first_error(error), UserError)
                 problem = reason(error) + ("" if known else "; make room, or name another disk")
                 break
-            say(f"{number + 1} of {len(plan)} files written")
         raise_first_problem(problem, lambda found: f"{checkpoint} could not be written to {out}: {found}")
         from_rank_0(lambda: _finish(checkpoint, partial, plan))
 

@@ -39,6 +39,7 @@ __all__ = [
     "Kind",
     "check_excluded",
     "check_source",
+    "create_state",
     "find_good",
     "fitting_entries",
     "is_torchtitan",
@@ -286,10 +287,9 @@ def _fill(
     read: Callable[[dict[str, Tensor]], None],
 ) -> None:
     """Let `read` fill the tensors of this rank in place, by their layout-free names."""
-    if optimizers:
-        _create_state(optimizers)
+    for optimizer in optimizers or ():
+        create_state(optimizer)
     named = [(name, tensor) for name, tensor, _ in named_tensors(model, optimizers)]
-    kept = [(name, tensor) for name, tensor in named if _is_excluded(name, exclude)]
     named = [(name, tensor) for name, tensor in named if not _is_excluded(name, exclude)]
     tensors = dict(reversed(named))  # of two copies of a tied parameter the first
     try:
@@ -302,9 +302,6 @@ def _fill(
         for name, tensor in named:
             if tensors[name] is not tensor:
                 tensor.copy_(tensors[name])
-        for name, tensor in kept:
-            if name.startswith("optimizer."):
-                tensor.zero_()  # as it was before the step that made it
 
 
 def check_excluded(patterns: Sequence[str], names: Sequence[str]) -> None:
@@ -371,16 +368,20 @@ def _let_grow(reader: Any, saved: Mapping[str, Any], tensors: Mapping[str, Tenso
     }
 
 
-def _create_state(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Make the optimizers allocate their state, by a step that changes nothing: zero gradients, learning rate 0."""
-    for optimizer in optimizers:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                if p.requires_grad:
-                    p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+@torch.no_grad()
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer allocate its state, all 0, by a step that changes nothing: zero gradients, learning rate 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()  # a count of steps, above all

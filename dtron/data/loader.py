@@ -6,7 +6,10 @@ layout; rank r of dp takes the r-th contiguous block of those rows. The order of
 and a checkpoint needs to hold `consumed` only.
 """
 
+import dataclasses
+import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,8 @@ __all__ = [
     "ValidationLoader",
     "check_dataloader",
     "collate",
+    "describe_lost_worker",
+    "iterate",
     "prefetch",
     "row_indices",
     "rows_of",
@@ -173,9 +178,10 @@ class _PassRows:
     global_batch_size: int
     rows: range
     n_batches: int
+    first: int = 0  # batch of the pass
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for k in range(self.n_batches):
+        for k in range(self.first, self.n_batches):
             samples = (k * self.global_batch_size + row for row in self.rows)
             yield [(0, sample if sample < self.n_samples else PADDING) for sample in samples]
 
@@ -225,6 +231,34 @@ def _rows_loader(
     return torch_loader(_Rows(datasets), _collate, options, batch_sampler=batch_sampler, pin_memory=pin, **more)
 
 
+def iterate(items: Iterable[T]) -> Iterator[T]:
+    """iter(items), without the SIGCHLD handler that torch installs for worker processes.
+
+    It would raise a worker's death wherever the main thread happens to be, in a collective, say. Without it torch finds
+    the death within 5 s of waiting for a batch.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(items)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return iterator
+
+
+def describe_lost_worker(error: RuntimeError) -> str:
+    """What to say of a worker process that was killed. Raises the error if it is another one.
+
+    The rank then reads on without workers, so that all ranks can end the step, save, and stop.
+    """
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    if found is None:
+        raise error
+    return (
+        f"its data worker process {found[1]} was killed, which the system does when memory is short (`dmesg` then has "
+        "'Out of memory'; or /dev/shm is full): lower num_workers or prefetch_factor in [training.dataloader] and "
+        "[validation.dataloader], or give the job more memory"
+    )
+
+
 def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[T]:
     """The same batches, taken ahead while a step computes: by the worker processes, or without any by one thread.
 
@@ -232,7 +266,7 @@ def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[T]:
     taken ahead and not handed out are loaded again on a resume. docs/data.md says why this is not torchdata's.
     """
     if options.num_workers:
-        return iter(batches)
+        return iterate(batches)
     return _taken_ahead(iter(batches), options.prefetch_factor)
 
 
@@ -249,6 +283,8 @@ def _taken_ahead(items: Iterator[T], ahead: int) -> Iterator[T]:
 
 class StepLoader:
     """One `Batch` per optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
+
+    lost_worker: what happened to a worker process, empty: nothing; then this process loads the batches itself.
 
     datasets: one, or several mixed by `mixture`. `consumed` counts the global samples of the batches handed
     out; those that were merely loaded ahead do not count. UserError unless dp_size divides the batch.
@@ -270,7 +306,7 @@ class StepLoader:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
         lengths = [len(dataset) for dataset in datasets]
         self._sampler = _EndlessRows(lengths, mixture, global_batch_size, rows, seed, shuffle, consumed)
-        self._loader, self._options = _rows_loader(datasets, self._sampler, options), options
+        self._datasets, self._options, self.lost_worker = datasets, options, ""
         self.seek(consumed)
 
     @property
@@ -292,8 +328,15 @@ class StepLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = prefetch(self._loader, self._options)
-        batch, sampler = next(self._batches), self._sampler
+            self._batches = prefetch(_rows_loader(self._datasets, self._sampler, self._options), self._options)
+        sampler = self._sampler
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            self.lost_worker = describe_lost_worker(error)
+            self._options = dataclasses.replace(self._options, num_workers=0)
+            self.seek(self._consumed)
+            return next(self)
         if isinstance(batch, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
             raise batch
@@ -309,6 +352,8 @@ class ValidationLoader:
     IGNORE_INDEX: every rank takes the same number of batches of the same shape, and the mean over
     the labels that count is that of the data set alone. A rank may get a batch without any such
     label, so sums of losses and of labels are to be reduced, not means.
+
+    lost_worker: as of `StepLoader`.
     """
 
     def __init__(
@@ -325,7 +370,8 @@ class ValidationLoader:
         whole_pass = -(-len(dataset) // global_batch_size)
         self._n_batches = whole_pass if steps < 0 else min(steps, whole_pass)
         sampler = _PassRows(len(dataset), global_batch_size, rows, self._n_batches)
-        self._options = options
+        self._options, self.lost_worker = options, ""
+        self._dataset, self._sampler = dataset, sampler
         self._loader = _rows_loader([dataset], sampler, options, persistent_workers=options.persistent_workers)
 
     def __len__(self) -> int:
@@ -333,7 +379,16 @@ class ValidationLoader:
         return self._n_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in prefetch(self._loader, self._options):
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        done = 0
+        try:
+            for batch in prefetch(self._loader, self._options):
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+                done += 1
+        except RuntimeError as error:
+            self.lost_worker = describe_lost_worker(error)
+            self._options = dataclasses.replace(self._options, num_workers=0, persistent_workers=False)
+            rest = dataclasses.replace(self._sampler, first=done)
+            self._loader = _rows_loader([self._dataset], self._sampler, self._options)
+            yield from prefetch(_rows_loader([self._dataset], rest, self._options), self._options)  # type: ignore[misc]

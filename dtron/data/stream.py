@@ -9,6 +9,7 @@ the tokens used of it. It says nothing of ranks or workers, so a run resumes on 
 again, or a few. In checkpoints V is called `columns`, and the states `places`.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,18 @@ import torch.utils.data
 
 from dtron.config.sections import DataLoader
 from dtron.data.formats import State
-from dtron.data.loader import Batch, Row, SequenceDataset, collate, prefetch, rows_of, torch_loader, with_sources
+from dtron.data.loader import (
+    Batch,
+    Row,
+    SequenceDataset,
+    collate,
+    describe_lost_worker,
+    iterate,
+    prefetch,
+    rows_of,
+    torch_loader,
+    with_sources,
+)
 from dtron.data.order import Mixture, sample_indices, seed_of
 from dtron.data.router import Document, Router, StreamedSource, StreamPosition
 from dtron.errors import UserError
@@ -168,6 +180,7 @@ class StreamLoader:
     """Like `StepLoader`, one `Batch` per optimizer step without end, where sources may be streamed.
 
     state: `merge_states` of all ranks' `state()` at `consumed`, of any layout and worker count; None at the start.
+    lost_worker: as of `StepLoader`.
     Raises UserError where dp_size or the state's virtual shards do not divide the global batch.
     """
 
@@ -198,6 +211,7 @@ class StreamLoader:
         self._consumed, self._options = consumed, options
         self._n_workers = min(options.num_workers, len(self._data.shards(0, 1)))
         self._batches: Iterator[Part] | None = None
+        self.lost_worker = ""
 
     def _first_positions(self, consumed: int, state: State | None) -> dict[str, State]:
         positions = {}
@@ -230,7 +244,13 @@ class StreamLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = self._open()
-        item = next(self._batches)
+        try:
+            item = next(self._batches)
+        except RuntimeError as error:
+            self.lost_worker = describe_lost_worker(error)
+            self._n_workers, self._options = 0, dataclasses.replace(self._options, num_workers=0)
+            self._batches = None
+            return next(self)
         if isinstance(item, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
             raise item
@@ -244,7 +264,7 @@ class StreamLoader:
         """The batches from here on; no frame that an error's traceback holds refers to the workers' iterator."""
         self._data.start, self._data.positions = self._consumed, self._positions
         workers = self._n_workers
-        parts = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
+        parts = iterate(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
         pin = self._options.pin_memory and torch.cuda.is_available()
         return prefetch(_whole_batches(self._data, parts, max(1, workers), pin), self._options)
 

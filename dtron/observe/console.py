@@ -124,7 +124,7 @@ def format_summary(
     if not rows:
         return _table([("steps", "none was logged"), *lines])
     last = rows[-1]
-    facts = [("steps", str(last["step"])), ("loss", _number(last.get("loss")))]
+    facts = [("steps", str(last["step"])), ("loss", _last_loss(rows))]
     if last.get("tokens") is not None:
         facts.insert(1, ("tokens", human_count(last["tokens"])))
     validated = [row for row in rows if "validation_loss" in row]
@@ -147,7 +147,9 @@ def format_summary(
     if memory:
         facts.append(("peak memory", human_bytes(max(memory))))
     if accounts := [row for row in rows if row.get("goodput") is not None]:
-        facts.append(("goodput", _goodput(max(accounts, key=lambda row: row["unix_s"]))))
+        # An attempt's clock is never set back, but that of one before it may have been ahead.
+        newest = max(accounts, key=lambda row: (row.get("attempt", 1), row["unix_s"]))
+        facts.append(("goodput", _goodput(newest)))
     return _table([*facts, *lines])
 
 
@@ -182,6 +184,15 @@ def _table(lines: list[tuple[str, str]]) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def _last_loss(rows: list[dict[str, Any]]) -> str:
+    """Of the last step that has one, which is named where steps without a logged loss came after it."""
+    with_loss = [row for row in rows if row.get("loss") is not None or "loss" in row.get("nonfinite", ())]
+    if not with_loss:
+        return "none was logged"
+    row = with_loss[-1]
+    return _number(row["loss"]) + ("" if row["step"] == rows[-1]["step"] else f" (step {row['step']})")
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float | None:

@@ -9,13 +9,14 @@
 All but STOP are one JSON object. The folder is job.control_folder, or else the run folder.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,13 +25,23 @@ from torch import OutOfMemoryError
 
 from dtron.errors import UserError
 
-__all__ = ["LONG_S", "Control", "StopRequest", "kind_of"]
+__all__ = ["LONG_S", "SIGNALS", "Control", "StopBeforeStartError", "StopError", "StopRequest", "kind_of"]
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0  # between two checks for STOP, and two heartbeats of one phase: the folder may lie on a busy file server
 LONG_S = 24 * 3600.0  # for what has no limit of its own: tokenizing, loading, compiling, validation, writing out
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+class StopBeforeStartError(Exception):
+    """STOP was found before the first step, on all ranks alike: no failure, there is nothing to save."""
+
+
+class StopError(UserError):
+    """A stop was requested during what cannot be stopped halfway and saved."""
+
+    kind = "error"
 
 
 class Control:
@@ -181,6 +192,30 @@ class StopRequest:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, self._note)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within, after `arm`, a request is a StopError in the main thread at once, also one noted before; but once."""
+        raised = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal raised
+            self._note(number, frame)
+            if os.getpid() == self._pid and not raised:
+                raised = True
+                raise StopError(f"stopped by {self.signal_name}")
+
+        if self.signal_name:
+            raise StopError(f"stopped by {self.signal_name}")
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            for number, handler in before.items():
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, stop)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def disarm(self) -> None:
         """Let signals end the process at once."""

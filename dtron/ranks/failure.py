@@ -14,22 +14,23 @@ since then are lost. A rank that is alive and stuck is the watchdog's (`dtron/ra
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dtron.errors import UserError
-from dtron.ranks.control import Control, StopRequest
+from dtron.ranks.control import SIGNALS, Control, StopRequest
 from dtron.ranks.world import SILENT_WAIT_S, World
 
 __all__ = [
     "FIRST_FAILURE",
     "KILLED_WAIT_S",
     "LostContactError",
-    "exit_when_interrupted",
+    "exit_on_signals",
     "exit_with_message",
     "exit_with_traceback",
     "tell_torchrun",
@@ -48,11 +49,41 @@ class LostContactError(RuntimeError):
     kind = "lost"
 
 
-def exit_when_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
-    """Ctrl-C, passed on by torchrun. Not a KeyboardInterrupt, which would come up in the middle of any other error."""
-    if os.environ.get("RANK", "0") == "0":
-        log.error("interrupted")
-    os._exit(128 + signum)
+def exit_on_signals(rank: int, world: Callable[[], World | None] = lambda: None, hint: str = "") -> None:
+    """Until `StopRequest.arm` or `disarm`, a signal (Ctrl-C, torchrun, Slurm) ends this process at once, with a line.
+
+    A thread does it, which Python's own wakeup file tells: the main thread may be in code that runs no Python signal
+    handler for minutes, such as a tokenizer or a collective. Forked children get the defaults back: a pool ends its
+    workers by SIGTERM. world: what is known of the other ranks; of several that are signalled, one says it. hint: ends
+    the line.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _left_to_the_thread)
+
+    def in_child() -> None:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) is _left_to_the_thread:
+                signal.signal(number, signal.SIG_DFL)
+
+    def wait() -> None:
+        while (number := os.read(read_end, 1)[0]) not in SIGNALS or signal.getsignal(number) is not _left_to_the_thread:
+            pass
+        known = world()
+        if rank == 0 if known is None else _first_to_fail(rank, known) == f"rank {rank}":
+            log.error("stopped by %s%s", signal.Signals(number).name, hint)
+        os._exit(128 + number)
+
+    os.register_at_fork(after_in_child=in_child)
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _left_to_the_thread(*_: Any) -> None:
+    """The handler of signals that `exit_on_signals` looks after."""
 
 
 def exit_with_message(rank: int, world: World | None, error: UserError, control: Control | None = None) -> NoReturn:

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dtron import compat, registry
 from dtron.checkpoint.files import Progress
 from dtron.config import Config, replace
 from dtron.config.sections import Dataset, Training
-from dtron.data.loader import SequenceDataset, StepLoader, ValidationLoader
+from dtron.data.loader import IGNORE_INDEX, SequenceDataset, StepLoader, ValidationLoader
 from dtron.data.order import Mixture
 from dtron.data.shards import is_prepared
 from dtron.data.stream import StreamedSource, StreamLoader, merge_states
@@ -23,6 +21,7 @@ from dtron.data.tokenizer import documents_have_special_tokens
 from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.ranks.agree import from_all_ranks
+from dtron.ranks.control import StopBeforeStartError
 from dtron.ranks.world import World
 
 log = logging.getLogger(__name__)
@@ -49,6 +48,11 @@ class RunData:
     first: SequenceDataset | StreamedSource
     mixture: Mixture
     sources: list[str]
+
+    @property
+    def lost_worker(self) -> str:
+        """What happened to a worker process of this rank; empty: nothing."""
+        return self.loader.lost_worker or (self.held_out.loader.lost_worker if self.held_out else "")
 
     def gathered_state(self) -> dict[str, Any]:
         """All ranks' positions in the streamed sources, on every rank; empty where the count of samples is enough."""
@@ -106,6 +110,12 @@ def open_held_out(config: Config, vocab_size: int, degrees: Degrees, dp_rank: in
         data = _build(config, v, "validation", v.seq_len or config.training.seq_len, vocab_size, world)
     assert not isinstance(data, StreamedSource)  # `build_by_path` prepares a validation set
     _check_same_on_all_ranks(getattr(data, "fingerprint", ""), _named(v), world)
+    n_evaluated = len(data) if v.steps < 0 else min(len(data), v.steps * v.local_batch_size * degrees.dp)
+    if not any((data[i][1] != IGNORE_INDEX).any() for i in range(n_evaluated)):  # nearly always the first one has
+        raise UserError(
+            f"validation.dataset {_named(v)} has no label to predict in the {n_evaluated} sequences that are "
+            "evaluated; give it text of at least validation.seq_len tokens, with some of it unmasked"
+        )
     loader = ValidationLoader(
         data, global_batch_size=v.local_batch_size * degrees.dp, dp_rank=dp_rank, dp_size=degrees.dp,
         options=v.dataloader, steps=v.steps,
@@ -151,13 +161,26 @@ def _named(section: Dataset) -> str:
 def _build(
     config: Config, section: Dataset, split: str, seq_len: int, vocab_size: int, world: World
 ) -> SequenceDataset | StreamedSource:
-    """A data set; the first rank of each machine prepares it while the others wait."""
+    """A data set; the first rank of each machine prepares it while the others wait.
+
+    StopBeforeStartError on all ranks if one finds a STOP meanwhile.
+    """
+
+    def say(text: str) -> None:
+        log.info(text)
+        if world.control.stop_requested():
+            raise StopBeforeStartError
+
     build = registry.find_dataset(section, "validation.dataset" if split == "validation" else "training.dataset")
-    data = None
+    data, stopped = None, False
     for turn in (True, False):
         if (world.local_rank == 0) == turn:
-            data = build(config, section, split, seq_len, vocab_size, log.info)
-        dist.barrier()
+            try:
+                data = build(config, section, split, seq_len, vocab_size, say)
+            except StopBeforeStartError:
+                stopped = True
+        if any(from_all_ranks(stopped)):
+            raise StopBeforeStartError
     assert data is not None
     if data.vocab_size > vocab_size:
         raise UserError(

@@ -79,7 +79,9 @@ class Evaluation:
         config, loader = self.setup.config, self.held_out.loader
         began = time.perf_counter()
         progress = ProgressLines(len(loader), lambda: compat.set_timeout(config.comm.train_timeout_seconds))
-        loss, tokens = mean_loss(self.model, loader, config, self.mesh, self.device, progress)
+        found = mean_loss(self.model, loader, config, self.mesh, self.device, progress)
+        assert found is not None  # nothing stops it but a signal, which ends the process
+        loss, tokens = found
         result = Result(loss, tokens, time.perf_counter() - began)
         what = config.validation.dataset_path or config.validation.dataset
         if not math.isfinite(loss):
@@ -101,14 +103,14 @@ class ProgressLines:
         self._next = 1
         self._since = time.perf_counter()
 
-    def __call__(self, total: Tensor) -> None:
-        """total: this rank's share of [summed loss, tokens] so far.
+    def __call__(self, total: Tensor) -> bool:
+        """False: see `mean_loss`. total: this rank's share of [summed loss, tokens] so far.
 
         Collective at the same batches everywhere, since all ranks choose the next by the mean of their clocks.
         """
         self._done += 1
         if self._done < self._next or self._done == self._batches:
-            return
+            return False
         elapsed = torch.full_like(total[:1], time.perf_counter() - self._since)
         whole = torch.cat((total, elapsed))
         dist.all_reduce(whole)
@@ -125,3 +127,4 @@ class ProgressLines:
         a_line = PROGRESS_S * (self._done - self._told) / max(seconds, 1e-6)  # batches
         self._next = self._done + max(1, min(self._done, round(a_line)))  # at most twice as many: early ones mislead
         self._told, self._since = self._done, time.perf_counter()
+        return False

@@ -1,5 +1,6 @@
 """From a batch to the model: the arguments of each forward, and the mean loss over a validation set."""
 
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 from dtron.config import Config
 from dtron.config.sections import Parallelism
 from dtron.data.loader import IGNORE_INDEX, Batch
-from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.parallel.compose import ParallelModel
 from dtron.parallel.context import gathered_positions, local_positions
 
-__all__ = ["local_batches", "mean_loss"]
+__all__ = ["StopCheck", "local_batches", "mean_loss"]
+
+LOOK_S = 1.0  # from one look for a requested stop to the next
 
 
 def local_batches(
@@ -41,11 +43,12 @@ def local_batches(
 
 def mean_loss(
     model: ParallelModel, batches: Iterable[Batch], config: Config, mesh: Mesh, device: torch.device,
-    after_batch: Callable[[Tensor], None] | None = None,
-) -> tuple[float, int]:  # fmt: skip
+    after_batch: Callable[[Tensor], bool],
+) -> tuple[float, int] | None:  # fmt: skip
     """(nats per token, tokens) over the labels that count in all `batches`, a validation set's, on every rank.
 
-    after_batch: is given this rank's share of [summed loss, tokens] so far. UserError if no label counts.
+    after_batch: is given this rank's share of [summed loss, tokens] so far, and says, on all ranks alike, whether to
+    stop: then None.
     """
     d = mesh.degrees
     model.loss.valid_tokens = torch.ones((), device=device)
@@ -54,13 +57,34 @@ def mean_loss(
         total[1] += (batch.labels != IGNORE_INDEX).sum().double() / (d.world // d.dp)
         for arguments in local_batches(batch, config.validation.local_batch_size, config.parallelism, mesh, device):
             total[0] += model.evaluate(*arguments) / d.tp
-        if after_batch is not None:
-            after_batch(total)
+        if after_batch(total):
+            return None
     dist.all_reduce(total)
     loss, count = total.tolist()
-    if not round(count):
-        raise UserError(
-            f"validation.dataset {config.validation.dataset} has no label to predict in what is evaluated; give it "
-            "text of at least validation.seq_len tokens"
-        )
     return loss / count, round(count)
+
+
+class StopCheck:
+    """Whether a stop was requested on some rank; called after each batch of an evaluation, on every rank.
+
+    The ranks look together, about once in `LOOK_S` by the slowest one's clock: a look at every batch would make a GPU
+    wait for its host.
+    """
+
+    def __init__(self, requested: Callable[[], bool]) -> None:
+        self._requested = requested
+        self._done = self._looked = 0
+        self._next, self._since = 1, time.perf_counter()
+
+    def __call__(self, total: Tensor) -> bool:
+        """total: see `mean_loss`."""
+        self._done += 1
+        if self._done < self._next:
+            return False
+        seen = total.new_tensor([self._requested(), time.perf_counter() - self._since])
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        stop, seconds = seen.tolist()
+        in_time = int(LOOK_S * (self._done - self._looked) / max(seconds, 1e-6))  # batches
+        self._next = self._done + max(1, min(self._done, in_time))  # at most twice as many: early ones mislead
+        self._looked, self._since = self._done, time.perf_counter()
+        return stop > 0

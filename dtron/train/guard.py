@@ -18,7 +18,7 @@ __all__ = ["StepGuard"]
 MEMORY = 0.98  # of the running mean of the gradient norm: it forgets in about 50 steps
 JUDGED_AFTER = 20  # steps; before, the norm falls too fast to say what is a spike
 MAX_SKIPPED_IN_A_ROW = 10
-NONFINITE, SPIKE = 1.0, 2.0
+NONFINITE, SPIKE, UNLABELLED = 1.0, 2.0, 3.0
 
 
 class StepGuard:
@@ -75,6 +75,14 @@ class StepGuard:
                 compat.skip_update_where(optimizer, found)
         return torch.stack((verdict, mean / weight))
 
+    def unlabelled(self) -> Tensor:
+        """What `judge` would return of a step without a label in the whole global batch; its norm of 0 is not counted.
+
+        Whoever calls this leaves out the update, which any optimizer allows: weight decay alone would shrink the model.
+        """
+        mean, weight = self._norm.unbind()
+        return torch.stack((torch.full_like(mean, UNLABELLED), mean / weight))
+
     def watch(self, step: int, stats: Tensor, local_loss: Tensor) -> None:
         """stats: [loss, norm, ranks with a stop request, verdict, mean norm] of `step`; local_loss: this rank's.
 
@@ -108,6 +116,11 @@ class StepGuard:
         if verdict == 0:
             progress.skipped_in_a_row = 0
             return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if verdict == UNLABELLED:
+            self._note_unlabelled(step)
+            return
         text = f"step {step}: loss {loss}, gradient norm {norm}: "
         if verdict == SPIKE:
             text += f"a spike, over training.spike_factor {self._config.spike_factor} times the running mean {mean:.4g}"
@@ -116,11 +129,21 @@ class StepGuard:
         if verdict not in self._skips:
             key = "training.on_spike" if verdict == SPIKE else "training.on_nonfinite"
             raise FloatingPointError(f"{text}; {key} = skip would leave such steps out")
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(f"{text}; {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped")
         warn_on_rank_0(f"{text}; its update is skipped ({progress.skipped} so far)")
+
+    def _note_unlabelled(self, step: int) -> None:
+        """Warn of the first of several in a row. UserError at the last that is borne, or if the run has no other."""
+        in_a_row = self._progress.skipped_in_a_row
+        why = "no label to predict in the whole global batch: every one is masked (-100)"
+        if in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self._config.steps):
+            raise UserError(
+                f"step {step}: {why}, in {in_a_row} step(s) in a row, which taught the model nothing; look at the "
+                f"labels of the data: prompts, which are masked, may fill training.seq_len {self._config.seq_len}"
+            )
+        if in_a_row == 1:
+            warn_on_rank_0(f"step {step}: {why}; its update is skipped ({self._progress.skipped} so far)")
 
     def _whose(self, local_loss: Tensor) -> str:
         finite = from_all_ranks(bool(torch.isfinite(local_loss)))

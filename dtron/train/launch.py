@@ -6,7 +6,6 @@ With validation.only it is an Evaluation that runs in the Trainer's place. How a
 import contextlib
 import logging
 import os
-import signal
 import sys
 
 import torch.distributed as dist
@@ -14,8 +13,8 @@ import torch.distributed as dist
 from dtron import compat
 from dtron.config import Config, HelpRequested, load, to_toml
 from dtron.errors import UserError, quiet_broken_pipe
-from dtron.ranks.control import Control
-from dtron.ranks.failure import exit_when_interrupted, exit_with_message, exit_with_traceback
+from dtron.ranks.control import Control, StopBeforeStartError
+from dtron.ranks.failure import exit_on_signals, exit_with_message, exit_with_traceback
 from dtron.ranks.logs import setup_logging
 from dtron.ranks.world import World, compare_configs, join, start_process_group
 from dtron.train.evaluate import Evaluation
@@ -36,8 +35,8 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
     """
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
-    signal.signal(signal.SIGINT, exit_when_interrupted)
     world: World | None = None
+    exit_on_signals(rank, lambda: world, ": there was nothing to save; the same command starts again")
     argv = sys.argv[1:] if argv is None else argv
     control = Control(rank, _control_folder(argv))  # known before the configuration is, which may be wrong
     try:
@@ -49,7 +48,10 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
         compare_configs(world, config)
         _announce(world, setup.config)
         start_process_group(world, setup.config, setup.device_type)
-        _what_runs(setup, trainer)(setup, world).run()
+        try:
+            _what_runs(setup, trainer)(setup, world).run()
+        except StopBeforeStartError as stop:
+            log.info(stop)
         dist.destroy_process_group()
         # Threads of the groups may still be ending; a process that tears down around them can abort after all is done.
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a closed terminal

@@ -10,7 +10,8 @@ from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config
 from dtron.errors import UserError
 from dtron.models.spec import meta_model
-from dtron.ranks.agree import from_rank_0
+from dtron.ranks.agree import from_all_ranks, from_rank_0
+from dtron.ranks.control import StopError
 from dtron.ranks.world import World
 from dtron.train.assets import model_assets
 from dtron.train.data import RunData
@@ -25,6 +26,12 @@ __all__ = ["Saving"]
 log = logging.getLogger(__name__)
 
 EXPORT_TIMEOUT_S = 24 * 3600  # ranks wait for those with more files to write
+
+
+class LostWorkerError(UserError):
+    """A process that loads data was killed. That may pass."""
+
+    kind = "lost"
 
 
 class Saving:
@@ -92,13 +99,16 @@ class Saving:
         self._step.guard.finish()
         step, c = self._step.progress.step, self._config.checkpoint
         stopped = self._step.guard.stop_requested and step < self._config.training.steps
-        by = "the file STOP" if self._world.control.stop_requested() else "a signal"
+        lost = self._lost_worker() if stopped else ""
+        by = self._stopped_by() or "a signal"  # which another rank got
         if stopped and self._saver is None:
             why = "checkpoint.load_only is true" if c.enable else "checkpoint.enable is false"
+            if lost:
+                raise LostWorkerError(f"{lost}; it ended after step {step}, and nothing was saved: {why}")
             raise UserError(f"stopped by {by} after step {step}, and nothing was saved: {why}")
         if self._saver is None:
             return
-        if stopped:
+        if stopped and not lost:
             log.info("stop requested by %s: saving after step %d", by, step)
         if step != self._saved_step:
             self.save(clock)
@@ -108,22 +118,51 @@ class Saving:
                 f"the checkpoint of step {step} could not be saved: {self._last.error}; when that is fixed, the same "
                 f"command resumes from the newest one in {self._start.checkpoints}, if there is one"
             )
+        if lost:
+            raise LostWorkerError(f"{lost}; step {step} is saved, and the same command resumes from there")
         if stopped and self._world.rank == 0:
             self._world.control.saved(step, f"{self._start.checkpoints}/step-{step}", by)
             log.info("stopped by %s after step %d, which is saved", by, step)
 
-    def export(self) -> None:
-        """Write the weights of a finished run for Hugging Face. UserError if that fails; the checkpoint stays."""
+    def _lost_worker(self) -> str:
+        """Which rank has lost a data worker, and to what; empty: none. On all ranks."""
+        lost = from_all_ranks(self._data.lost_worker)
+        return next((f"rank {rank}: {what}" for rank, what in enumerate(lost) if what), "")
+
+    def export(self) -> bool:
+        """Write the weights of a finished run for Hugging Face. UserError if that fails; the checkpoint stays.
+
+        False if a requested stop ended it: the same command then writes them.
+        """
         step, c = self._step.progress.step, self._config.checkpoint
         out: Path = self._start.run_folder / "hf" / f"step-{step}"
         if not c.last_save_in_hf or step != self._config.training.steps or from_rank_0(out.exists):
-            return
+            return True
+
+        def say(text: str) -> None:
+            log.info(text)
+            if self._world.control.stop_requested():
+                raise StopError("stopped by the file STOP")
+
         compat.set_timeout(EXPORT_TIMEOUT_S)
         whole = meta_model(self._setup.spec, self._setup.model_config)
         shapes = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
         checkpoint = self._start.checkpoints / f"step-{step}"
         try:
-            export(checkpoint, out, shapes, c.export_dtype, log.info)
+            with self._world.stop.raising():
+                export(checkpoint, out, shapes, c.export_dtype, say)
         except UserError as error:
+            if by := self._stopped_by():
+                if self._world.rank == 0:
+                    self._world.control.saved(step, str(checkpoint), by)
+                log.info("stopped by %s: step %d is saved; the same command writes its weights to %s", by, step, out)
+                return False
             raise UserError(f"{error}; the run is saved, and `dtron convert {checkpoint} DST` tries again") from None
         log.info("weights for Hugging Face in %s", out)
+        return True
+
+    def _stopped_by(self) -> str:
+        """What requested a stop, as far as this rank knows; empty: nothing."""
+        if self._world.control.stop_requested():
+            return "the file STOP"
+        return "a signal" if self._world.stop.signal_name else ""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtron.checkpoint.files import Progress
+from dtron.checkpoint.load import create_state
 from dtron.config import Config
 from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.mesh import Mesh
@@ -51,7 +52,8 @@ class Step:
         """
         c, loss = self.config, self.model.loss
         self._seed_random(self.progress.step + 1)
-        loss.valid_tokens = self._count_valid(batch.labels)
+        valid, unlabelled = self._count_valid(batch.labels)
+        loss.valid_tokens = valid
         loss.rows = None if batch.sources is None else []
         local_loss = torch.zeros((), device=self.device)
         forwards = local_batches(batch, c.training.local_batch_size, c.parallelism, self.mesh, self.device)
@@ -61,14 +63,17 @@ class Step:
         self.tally.accumulate(batch, [labels for _, labels, *_ in forwards], loss.rows)
 
         stats = self._reduce(local_loss)
-        stats = torch.cat((stats, self.guard.judge(stats)))
+        stats = torch.cat((stats, self.guard.unlabelled() if unlabelled else self.guard.judge(stats)))
         scale_gradients((p for _, p in self.model.named_parameters()), stats[1], c.training.max_norm)
         self.before_update()
         self.progress.step += 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.progress.step)
-            optimizer.step()
+            if not unlabelled:
+                optimizer.step()
+            elif not optimizer.state:
+                create_state(optimizer)  # a checkpoint is to hold it, whatever the first step was
             optimizer.zero_grad()
         self.progress.consumed += c.training.global_batch_size
         self.progress.tokens += c.training.global_batch_size * c.training.seq_len
@@ -79,12 +84,16 @@ class Step:
         c = self.config
         return c.optimizer.lr * learning_rate_factor(c.lr_scheduler, step, c.training.steps)
 
-    def _count_valid(self, labels: Tensor) -> Tensor:
-        """Labels that count in the whole global batch, summed as int64, then fp32 like the loss they divide."""
-        count = (labels != IGNORE_INDEX).sum().to(self.device)
+    def _count_valid(self, labels: Tensor) -> tuple[Tensor, bool]:
+        """Labels that count in the whole global batch, at least 1, in fp32 like the loss they divide; are there none?
+
+        Summed as int64. The host waits for the sum only where the rows of this rank, on the CPU, have no label.
+        """
+        local = (labels != IGNORE_INDEX).sum()
+        count = local.to(self.device, copy=True)
         dist.all_reduce(count)
         d = self.mesh.degrees
-        return (count // (d.world // d.dp)).clamp(min=1).float()
+        return (count // (d.world // d.dp)).clamp(min=1).float(), not local and not count
 
     def _reduce(self, local_loss: Tensor) -> Tensor:
         """[loss, gradient norm, ranks with a stop request] of the global batch: one all-reduce, in float64.

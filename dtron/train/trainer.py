@@ -17,12 +17,13 @@ from dtron.models.spec import meta_model
 from dtron.observe.device import max_memory_bytes
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import parallelize
-from dtron.ranks.control import LONG_S
+from dtron.ranks.agree import from_rank_0
+from dtron.ranks.control import LONG_S, StopBeforeStartError
 from dtron.ranks.watchdog import Watchdog
 from dtron.ranks.world import World
-from dtron.train.data import open_data
-from dtron.train.forward import mean_loss
-from dtron.train.guard import StepGuard
+from dtron.train.data import HeldOut, open_data
+from dtron.train.forward import StopCheck, mean_loss
+from dtron.train.guard import UNLABELLED, StepGuard
 from dtron.train.initial import check_vocabulary
 from dtron.train.optimizer import build_optimizers
 from dtron.train.report import StepClock, start_report
@@ -61,9 +62,14 @@ class Trainer:
             [registry.look_up("converter", name, "model.converters") for name in self.config.model.converters],
         )  # fmt: skip
         self.optimizers = self.build_optimizers()
+        self._end_on_stop()
         self._heartbeat("opening the data")
         vocab_size = setup.model_config.vocab_size
-        self.data = open_data(self.config, vocab_size, setup.degrees, self.mesh.dp_rank, world, self.progress)
+        try:
+            self.data = open_data(self.config, vocab_size, setup.degrees, self.mesh.dp_rank, world, self.progress)
+        except StopBeforeStartError:
+            self._end_on_stop()
+        self._end_on_stop()
         self._heartbeat("loading")
         if not self.start.resume_from:
             check_vocabulary(self.config, self.data.first)
@@ -73,6 +79,7 @@ class Trainer:
             world, setup, self.config, self.start, self.data, self.device, self._flops_per_token()
         )
         self.saving = Saving(setup, self.config, self.start, self.data, self.step, self.report, world)
+        self._logged_step = 0
 
     # --- the hooks
 
@@ -95,9 +102,11 @@ class Trainer:
         c, steps, first = self.config, self.config.training.steps, self.progress.step + 1
         if first > steps:
             log.info("nothing to do: step %d is done, of training.steps %d; raise it to continue", first - 1, steps)
-            self.saving.export()  # a finished run may be asked for it later
-            self.world.control.done(first - 1)
+            self.world.stop.arm()
+            if self.saving.export():  # a finished run may be asked for it later
+                self.world.control.done(first - 1)
             return
+        self._end_on_stop()
         gc.disable()  # collections at different times on different ranks would make all wait for each
         self.world.stop.arm()
         self.report.started()
@@ -123,17 +132,19 @@ class Trainer:
                     compat.set_timeout(c.comm.train_timeout_seconds)
                     self.watchdog.first_step_done()
                     self.saving.first_step_done()
+                if step == steps or not self.step.guard.stop_requested:  # else saved at once: the time is short
+                    self._after_step(step, clock)
                 if self.step.guard.stop_requested and step < steps:
-                    break  # the time that is given to save is short: no validation
-                self._after_step(step, clock)
+                    if self._logged_step != step:
+                        self._log(stats, clock)
+                    break
         self._heartbeat("finishing")
         with clock.paused("checkpoint"):
             self.saving.finish(clock)
         self.watchdog.stop()
         gc.enable()
-        self.saving.export()
         self.report.end(self.progress.step, clock)
-        if self.progress.step == steps:
+        if self.saving.export() and self.progress.step == steps:
             self.world.control.done(steps)
 
     def train_step(self, clock: StepClock) -> tuple[Tensor, Tensor]:
@@ -143,22 +154,41 @@ class Trainer:
         return self.step(batch)
 
     def _after_step(self, step: int, clock: StepClock) -> None:
-        """What is done between two steps where it is due: validation, a checkpoint."""
+        """What is done between two steps where it is due: a checkpoint, validation.
+
+        Both may take long, so a stop that is requested meanwhile is noted in the guard here, and not by another step.
+        """
         c = self.config
-        if self.data.held_out and (step == c.training.steps or step % c.validation.freq == 0):
-            self._heartbeat("validating")
-            with clock.paused("validation"):
-                loss, _ = mean_loss(self.model, self.data.held_out.loader, c, self.mesh, self.device)
-                self.report.validation(step, loss)
         with clock.paused("checkpoint"):
             if self.saving.is_due(step):
                 self._heartbeat("saving")
-                self.saving.save(clock)
+                self.saving.save(clock)  # before the validation: one that fails costs no step
+                self.step.guard.stop_requested |= StopCheck(self._stop_requested)(torch.zeros(1, device=self.device))
             else:
                 self.saving.poll(clock)
+        held_out = self.data.held_out
+        if held_out and (step == c.training.steps or step % c.validation.freq == 0):
+            self._heartbeat("validating")
+            with clock.paused("validation"):
+                self._validate(step, held_out)
+
+    def _validate(self, step: int, held_out: HeldOut) -> None:
+        """Report the loss on the validation set; a stop ends it, for there may be little time left."""
+        guard, found = self.step.guard, None
+        if not guard.stop_requested:
+            until = StopCheck(self._stop_requested)
+            found = mean_loss(self.model, held_out.loader, self.config, self.mesh, self.device, until)
+        if found is not None:
+            self.report.validation(step, found[0])
+            return
+        guard.stop_requested = True
+        log.info("step %d: no validation, because a stop was requested", step)
 
     def _log(self, stats: Tensor, clock: StepClock) -> None:
-        loss, norm = stats[:2].tolist()
+        self._logged_step = self.progress.step
+        loss, norm, _, verdict, _ = stats.tolist()
+        if verdict == UNLABELLED:
+            loss = norm = None  # of no label there is none
         memory = torch.tensor(max_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         row = {
@@ -176,6 +206,20 @@ class Trainer:
 
     # --- parts
 
+    def _end_on_stop(self) -> None:
+        """Before the first step: StopBeforeStartError on all ranks if there is a STOP."""
+        control, start = self.world.control, self.start
+        if not from_rank_0(control.stop_requested):
+            return
+        if self.world.rank == 0:
+            control.saved(start.progress.step, str(start.resume_from or ""), "the file STOP")
+        raise StopBeforeStartError("stopped by the file STOP before the first step: there was nothing to save")
+
+    def _stop_requested(self) -> bool:
+        """Whether this rank knows a reason to save and end."""
+        stop, control = self.world.stop, self.world.control
+        return bool(stop.signal_name or self.data.lost_worker) or control.stop_requested()
+
     def _heartbeat(self, phase: str) -> None:
         """The beginning of a phase that has no time limit of its own."""
         self.world.control.heartbeat(phase, LONG_S, self.progress.step)
@@ -187,11 +231,11 @@ class Trainer:
         return lambda attended: flops_per_token(whole, m.n_layers, spec.attention_flops(m, attended))
 
     def _build_step(self) -> Step:
-        c, world = self.config.training, self.world
+        c = self.config.training
         guard = StepGuard(c, self.optimizers, self.progress, self.device)
         flops = self._flops_per_token() if c.attention_mask == "document" else None
         tally = Tally(self.device, self.data.sources, self.data.mixture, c.seq_len, flops)
         return Step(
             self.config, self.mesh, self.device, self.model, self.optimizers, guard, self.progress, tally,
-            lambda: bool(world.stop.signal_name) or world.control.stop_requested(),
+            self._stop_requested,
         )  # fmt: skip

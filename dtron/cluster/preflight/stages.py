@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import warnings
@@ -24,7 +23,7 @@ from dtron.cluster.preflight.report import SCHEMA, find_warnings, summarize_dime
 from dtron.config import Config, HelpRequested, load, replace
 from dtron.errors import UserError, quiet_broken_pipe
 from dtron.mesh import Degrees, Mesh, resolve_degrees
-from dtron.ranks.failure import exit_when_interrupted, exit_with_message, exit_with_traceback, tell_torchrun
+from dtron.ranks.failure import exit_on_signals, exit_with_message, exit_with_traceback, tell_torchrun
 from dtron.ranks.logs import setup_logging
 from dtron.ranks.world import World, check_gpu, compare_configs, join, start_process_group, wait_until_all_know
 from dtron.train.folder import saves
@@ -70,7 +69,7 @@ def main(given: argparse.Namespace) -> NoReturn:
     logging.getLogger("torch").setLevel(logging.ERROR)
     began, rank = time.monotonic(), int(os.environ.get("RANK", 0))
     setup_logging(rank)
-    signal.signal(signal.SIGINT, exit_when_interrupted)
+    exit_on_signals(rank)
     world: World | None = None
     guard: Guard | None = None
     try:
