@@ -4,11 +4,14 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["acquire_lock", "sync_folder", "write_atomically"]
+__all__ = ["acquire_lock", "modified_s", "sync_folder", "write_atomically"]
+
+SKEW_S = 60.0  # that a file server's clock may be ahead of this machine's
 
 
 def acquire_lock(path: Path, in_use: Callable[[str], Exception]) -> TextIO:
@@ -40,6 +43,12 @@ def acquire_lock(path: Path, in_use: Callable[[str], Exception]) -> TextIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def modified_s(path: Path) -> float:
+    """Unix time of the last change; 0 for one that lies ahead, by a clock that was wrong: it is not the newest."""
+    changed_s = path.stat().st_mtime
+    return changed_s if changed_s <= time.time() + SKEW_S else 0.0
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:

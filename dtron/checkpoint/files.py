@@ -9,6 +9,7 @@ A local checkpoint is written as `step-40.partial-ATTEMPT` and gets its name whe
 have no such rename: there a checkpoint exists once its manifest does. Nothing here talks to other ranks.
 """
 
+import contextlib
 import json
 import re
 import zlib
@@ -29,8 +30,10 @@ __all__ = [
     "delete_old",
     "find_damage",
     "holds_checkpoints",
+    "intact_assets",
     "read_manifest",
     "quarantine",
+    "restore_assets",
     "steps_in",
 ]
 
@@ -148,6 +151,31 @@ def find_damage(checkpoint: StoragePath, files: Iterable[tuple[str, tuple[int, i
         except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is missing")
     return problems
+
+
+def intact_assets(checkpoint: StoragePath) -> tuple[dict[str, bytes], list[str]]:
+    """The files of `ASSETS` as the manifest has them, and the names of those that are nowhere.
+
+    One that is lost or altered here is taken from another checkpoint beside it: those of a run all carry the same.
+    """
+    wanted = {name: of for name, of in read_manifest(checkpoint).files.items() if name in ASSETS}
+    beside = [checkpoint.parent / f"step-{step}" for step in reversed(steps_in(checkpoint.parent))]
+    found: dict[str, bytes] = {}
+    for folder in (checkpoint, *beside):
+        for name in wanted.keys() - found.keys():
+            with contextlib.suppress(OSError):
+                content = (folder / name).read()
+                if (len(content), zlib.crc32(content)) == wanted[name]:
+                    found[name] = content
+    return found, sorted(wanted.keys() - found.keys())
+
+
+def restore_assets(checkpoint: StoragePath) -> None:
+    """Write the files of `ASSETS` that are missing again, where another checkpoint beside it has them."""
+    lost = read_manifest(checkpoint).files.keys() & set(ASSETS) - set(checkpoint.names())
+    for name, content in intact_assets(checkpoint)[0].items() if lost else ():
+        if name in lost:
+            (checkpoint / name).write(content)
 
 
 def quarantine(checkpoint: StoragePath) -> StoragePath:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf, hf_folder
 from dtron.checkpoint.files import (
+    ASSETS,
     MANIFEST,
     DamagedError,
     Manifest,
@@ -26,6 +27,7 @@ from dtron.checkpoint.files import (
     holds_checkpoints,
     quarantine,
     read_manifest,
+    restore_assets,
     steps_in,
 )
 from dtron.checkpoint.reader import METADATA, reader_of
@@ -120,7 +122,7 @@ def load_initial(
     UserError on all ranks if the checkpoint is damaged or does not fit.
     """
     if from_rank_0(lambda: kind_of(checkpoint)) != "hf":
-        verify_on_all_ranks(checkpoint)
+        verify_on_all_ranks(checkpoint, needs_assets=False)
         load(checkpoint, model, optimizers, exclude, grow)
         return
 
@@ -207,7 +209,7 @@ def find_good(folder: StoragePath, load_step: int, keep: bool) -> Manifest | Non
     for step in steps:
         checkpoint = folder / f"step-{step}"
         try:
-            manifest = verify_on_all_ranks(checkpoint)
+            manifest = verify_on_all_ranks(checkpoint, needs_assets=False)
         except DamagedError as error:
             if load_step != -1:
                 raise
@@ -217,6 +219,8 @@ def find_good(folder: StoragePath, load_step: int, keep: bool) -> Manifest | Non
         for checkpoint in [] if keep else damaged:
             target = from_rank_0(lambda: quarantine(checkpoint))  # noqa: B023 - called at once
             warn_on_rank_0(f"{checkpoint} is kept as {target.name}")
+        if not keep:
+            from_rank_0(lambda: restore_assets(folder / f"step-{step}"))  # noqa: B023 - called at once
         return manifest
     only_damaged: bool = from_rank_0(lambda: holds_checkpoints(folder) and not steps_in(folder))
     if damaged or only_damaged:
@@ -238,23 +242,33 @@ def newest_without_state(folder: StoragePath) -> int | None:
     return None
 
 
-def verify_on_all_ranks(checkpoint: StoragePath) -> Manifest:
+def verify_on_all_ranks(checkpoint: StoragePath, *, needs_assets: bool = True) -> Manifest:
     """The manifest of a checkpoint whose files are as they were written. Each rank reads a share of them.
 
+    needs_assets: false where the tensors are enough; then a lost or altered config.json or tokenizer is a warning.
     DamagedError, naming the files, or UserError, if one cannot be read, on all ranks.
     """
     manifest = from_rank_0(lambda: read_manifest(checkpoint))
     rank, world = dist.get_rank(), dist.get_world_size()
+    mine: tuple[list[str], list[str], str]
+    files = sorted(manifest.files.items())[rank::world]
+    spare = [] if needs_assets else [file for file in files if file[0] in ASSETS]
     try:
-        mine: tuple[list[str], str] = find_damage(checkpoint, sorted(manifest.files.items())[rank::world]), ""
+        needed = [file for file in files if file not in spare]
+        mine = find_damage(checkpoint, needed), find_damage(checkpoint, spare), ""
     except OSError as error:
-        mine = [], f"rank {rank}: {error}"
+        mine = [], [], f"rank {rank}: {error}"
     found = from_all_ranks(mine)
-    if unread := [error for _, error in found if error]:
+    if unread := [error for *_, error in found if error]:
         raise UserError(f"{checkpoint} cannot be read ({unread[0]}); try again when the storage answers")
-    if problems := [problem for part, _ in found for problem in part]:
+    if problems := [problem for part, _, _ in found for problem in part]:
         more = f" and {len(problems) - 3} files more" if len(problems) > 3 else ""
         raise DamagedError(f"{checkpoint} is damaged: {'; '.join(problems[:3])}{more}")
+    if lesser := [problem for _, part, _ in found for problem in part]:
+        warn_on_rank_0(
+            f"{checkpoint}: {'; '.join(lesser)}; its tensors are whole, and no more is needed: the next checkpoint has "
+            "the file again"
+        )
     return manifest
 
 

@@ -117,10 +117,11 @@ class StoragePath:
         fs.rm(path, recursive=True)
 
     def remove_files(self, names: Sequence[str]) -> None:
-        """Delete these files in the folder, in this order."""
+        """Delete these files in the folder, in this order; one that is missing is no error."""
         fs, path = self._fs()
         for name in names:
-            fs.rm_file(f"{path}/{name}")
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(f"{path}/{name}")
 
     def sync(self) -> None:
         """Make the names in a local folder durable, as `fsync` on a file does not."""

@@ -366,6 +366,9 @@ class Checkpoint:
         "the run of this very training, if there is one",
     )
     load_step: int = key(-1, "the step to resume from; -1: the newest", check=_step_or_minus_1)
+    allow_restart: bool = key(
+        False, "begin again at step 1 where this run has saved before and none of its checkpoints is left"
+    )
     exclude_from_loading: list[str] = key(
         [],
         "parameters of initial_load_path that are not loaded, by name or pattern, for example lm_head.*",

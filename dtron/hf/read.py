@@ -17,6 +17,7 @@ from dtron.checkpoint.load import Kind, kind_of, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, holds_tokenizer, read_tokenizer
 from dtron.errors import UserError
+from dtron.files import modified_s
 from dtron.hf.prompts import unpacked
 from dtron.models.hf import from_hf_config
 from dtron.models.llama import Llama, LlamaConfig
@@ -103,7 +104,7 @@ def _find(folder: StoragePath) -> tuple[StoragePath, Kind]:
 def _runs(folder: StoragePath) -> list[StoragePath]:
     """The folders of checkpoints of the runs in a local folder, the one that was last written to first."""
     found = list(folder.local.glob("*/checkpoint")) if folder.local else []
-    return [StoragePath.at(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+    return [StoragePath.at(path) for path in sorted(found, key=modified_s, reverse=True)]
 
 
 @contextlib.contextmanager

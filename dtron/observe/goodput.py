@@ -31,7 +31,8 @@ class Ledger:
     `saved`: what `row` gave for the checkpoint that is resumed; None where there is none, and all earlier steps are
     done again.
     `last_row`: the last row of metrics.jsonl that an earlier attempt wrote, with what `row` gave in it; None for a
-    fresh run. Rows and checkpoints of a time when no ledger was kept (without `unix_s`) count as None.
+    fresh run. Both may say their `attempt`, without which the clocks of two attempts are taken to agree. Rows and
+    checkpoints of a time when no ledger was kept (without `unix_s`) count as None.
 
     All times are unix times in seconds. Let them come from one clock that is never set back within an attempt:
     `began_s` plus the seconds since, by `time.monotonic`. Where the clocks of two attempts' machines disagree so far
@@ -78,13 +79,21 @@ def _known(row: dict[str, Any] | None) -> dict[str, Any] | None:
 def _continued(saved: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[dict[str, float], float | None]:
     """Seconds of each part that an attempt starts from, and the unix time of the last sign of life before it."""
     useful = {part: saved[f"spent_s/{part}"] if saved else 0.0 for part in PARTS}
-    if last is None or (saved and saved["unix_s"] >= last["unix_s"]):
+    if last is None or (saved and _is_newer(saved, last)):
         return useful, saved["unix_s"] if saved else None
     spent = {part: last[f"spent_s/{part}"] for part in PARTS}
     for part in _DONE_AGAIN:
         spent["replayed"] += spent[part] - useful[part]
         spent[part] = useful[part]
     return spent, last["unix_s"]
+
+
+def _is_newer(saved: dict[str, Any], last: dict[str, Any]) -> bool:
+    """By the number of the attempt first: a clock that was ahead makes no row the last one."""
+    mine, theirs = saved.get("attempt"), last.get("attempt")
+    if mine is not None and theirs is not None and mine != theirs:
+        return bool(mine > theirs)
+    return bool(saved["unix_s"] >= last["unix_s"])
 
 
 def process_start_s() -> float:

@@ -81,6 +81,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.get_ident()
         self._clock = time.pthread_getcpuclockid(self._thread)
+        self._wall_ahead_s = time.time() - time.monotonic()  # when the run began: the wall clock may be set since
         self._store, self._stop, self._control = world.store, world.stop, world.control
 
     def start(self) -> None:
@@ -172,14 +173,18 @@ class Watchdog:
         """
         limit_s = self._limits[self._limit]
         if entries := compat.unfinished_collectives():
-            now, wall_ns = time.monotonic(), time.time_ns()
             waits = [
-                (now - (wall_ns - e["time_created_ns"]) / 1e9, max(limit_s, e["timeout_ms"] / 1e3)) for e in entries
+                (self._monotonic_s(e["time_created_ns"] / 1e9), max(limit_s, e["timeout_ms"] / 1e3)) for e in entries
             ]
             return min(waits, key=lambda wait: wait[0] + wait[1])
         if not self._sees_all and in_communication(sys._current_frames()[self._thread]):
             return still_since, limit_s
         return None
+
+    def _monotonic_s(self, wall_s: float) -> float:
+        """Of a moment of this run by the wall clock, which may have been set before it or after it."""
+        now = time.monotonic()
+        return max((t for t in (wall_s - self._wall_ahead_s, wall_s - (time.time() - now)) if t <= now), default=now)
 
     # --- asking and answering
 

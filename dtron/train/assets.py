@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dtron.checkpoint.export import assets_of
+from dtron.checkpoint.files import MANIFEST, intact_assets
 from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
@@ -22,11 +23,15 @@ def model_assets(setup: Setup, source: StoragePath | None, dataset: Any) -> dict
     """
     if setup.spec.hf_config is None or setup.config.model.converters:
         return {}
-    assets = _assets_of(source)
+    assets, lost = _assets_of(source)
     old = json.loads(assets.get("config.json", b"{}"))
     encoder = encoder_of(dataset)
     ids = {key: old.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     same_tokenizer = encoder is None or _has_tokenizer(assets, encoder)
+    if encoder is not None and lost:
+        assets |= {name: text.encode() for name, text in encoder.files().items() if name in lost}
+        if not old:
+            ids["eos_token_id"] = encoder.eos_id
     if encoder is not None and not same_tokenizer:
         assets = {name: text.encode() for name, text in encoder.files().items()}
         bos_id = encoder.begins_with[0] if encoder.begins_with else None
@@ -47,12 +52,17 @@ def model_assets(setup: Setup, source: StoragePath | None, dataset: Any) -> dict
     return assets | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _assets_of(source: StoragePath | None) -> dict[str, bytes]:
-    """None where the folder is gone: a resume no longer needs its initial weights."""
+def _assets_of(source: StoragePath | None) -> tuple[dict[str, bytes], list[str]]:
+    """The files, and the names of those that the checkpoint has lost.
+
+    None where the folder is gone: a resume no longer needs its initial weights.
+    """
     try:
-        return assets_of(source) if source else {}
+        if source and MANIFEST in source.names():
+            return intact_assets(source)
+        return (assets_of(source) if source else {}), []
     except OSError:
-        return {}
+        return {}, []
 
 
 def encoder_of(dataset: Any) -> TextEncoder | None:

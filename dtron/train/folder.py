@@ -15,7 +15,8 @@ from dtron.config import Config, load
 from dtron.config.keys import KEYS
 from dtron.config.sections import ANOTHER_TRAINING, Changes, Checkpoint
 from dtron.errors import UserError
-from dtron.files import acquire_lock, write_atomically
+from dtron.files import acquire_lock, modified_s, write_atomically
+from dtron.observe.metrics import last_row
 from dtron.train.identity import differences, format_differences, run_identity
 
 __all__ = [
@@ -79,12 +80,14 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
     family = f"{config.model.name}-{config.model.flavor}-"
     stem = family + run_identity(config, model_config)
     if c.enable:
-        local = sorted(parent.glob(f"{family}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+        local = sorted(parent.glob(f"{family}*"), key=modified_s, reverse=True)
         local.sort(key=lambda p: not p.name.startswith(stem))
         remote = StoragePath.at(c.folder).names() if "://" in c.folder else []
         for folder in (*local, *(parent / name for name in remote if name.startswith(stem))):
             if holds_checkpoints(checkpoint_folder(c, folder)) and _is_same_training(config, folder, stem):
                 return _resumed(config, folder)
+        if not c.allow_restart:
+            _check_nothing_is_gone([folder for folder in local if _is_same_training(config, folder, stem)], c)
     if c.initial_load_path:  # a resume needs it no more
         check_source(StoragePath.at(c.initial_load_path))
     if c.enable:
@@ -145,6 +148,17 @@ def _is_same_training(config: Config, folder: Path, stem: str) -> bool:
     if before is None:
         return named
     return not differences(config, before, [kind for kind in ANOTHER_TRAINING if not named or kind != "dimensions"])
+
+
+def _check_nothing_is_gone(folders: Sequence[Path], c: Checkpoint) -> None:
+    """UserError if this run has saved before, as its metrics say: it would start over, and its user wants a resume."""
+    for folder in folders:
+        if saved := last_row(folder / "metrics.jsonl", "checkpoint_save_s"):
+            raise UserError(
+                f"{folder} has saved checkpoints, the last one of step {saved['step']}, and none is left in "
+                f"{checkpoint_folder(c, folder)}: bring them back, or name where they are in checkpoint.folder; to "
+                "begin again at step 1, set checkpoint.allow_restart = true"
+            )
 
 
 def _attempt(folder: Path) -> int:

@@ -100,7 +100,7 @@ class Report:
         flops: float, peak: float | None, entropy: float | None, saved_ledger: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._world, self._config, self._folder = world, config, run_folder
-        self._flops, self._peak, self._entropy = flops, peak, entropy
+        self._flops, self._peak, self._entropy, self._attempt = flops, peak, entropy, attempt
         self._eta = EtaClock(config.training.steps)
         self._color = use_color(sys.stdout, config.metrics.disable_color_printing)
         self._writer = None
@@ -126,7 +126,7 @@ class Report:
             return {}
         for part, seconds in clock.account().items():
             self._ledger.add(part, seconds)
-        return self._ledger.row(self._now_s())
+        return self._ledger.row(self._now_s()) | {"attempt": self._attempt}
 
     def step(self, row: dict[str, Any], clock: StepClock) -> None:
         """Complete a row with its times and rates, and write it everywhere."""

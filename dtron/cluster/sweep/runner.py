@@ -125,6 +125,8 @@ class _ActivePoint:
     folder: Path
     job: Job
     record: Record
+    beat: dict[str, Any] | None = None  # the last heartbeat seen, and when by time.monotonic
+    beat_s: float = 0.0
 
 
 class Sweep:
@@ -205,8 +207,14 @@ class Sweep:
         if active.job.running_s() > self._limit_s:
             return End("timeout", f"not finished after limit_s = {self._limit_s:.0f} s: {where}")
         beat = read_control_file(active.job.control / "HEARTBEAT")
-        if beat and time.time() > beat["unix_s"] + beat["deadline_s"] + GRACE_S and outcome.state == "running":
-            return End("hang", f"no heartbeat for {time.time() - beat['unix_s']:.0f} s: {where}")
+        if beat is None:
+            return None
+        if beat != active.beat:
+            active.beat, active.beat_s = beat, time.monotonic()
+        # Also by how long it has not changed here: the clock of the job's machine may be ahead.
+        silent_s = max(time.time() - beat["unix_s"], time.monotonic() - active.beat_s)
+        if silent_s > beat["deadline_s"] + GRACE_S and outcome.state == "running":
+            return End("hang", f"no heartbeat for {silent_s:.0f} s: {where}")
         return None
 
     def _stop(self, active: _ActivePoint, end: End) -> None:
