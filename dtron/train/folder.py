@@ -40,7 +40,7 @@ class InUseError(UserError):
 
 LOCK = "run.lock"
 DRAFT = "config.toml.partial"  # becomes an attempt's config.toml when it is whole
-LEFT_BY_START = {LOCK, DRAFT, "HEARTBEAT", "FAILED"}  # all that a start writes before its configuration
+LEFT_BY_START = {LOCK, DRAFT, "HEARTBEAT", "FAILED", "SAVED", "STOP"}  # all that is there before the configuration
 # What a resume logs and records when it has changed.
 BEARING: tuple[Changes, ...] = ("speed", "losses", *ANOTHER_TRAINING)
 
