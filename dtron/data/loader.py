@@ -7,9 +7,8 @@ and a checkpoint needs to hold `consumed` only.
 """
 
 import dataclasses
-import re
+import multiprocessing
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +30,9 @@ __all__ = [
     "SequenceDataset",
     "StepLoader",
     "ValidationLoader",
+    "WorkerDiedError",
     "check_dataloader",
     "collate",
-    "describe_lost_worker",
-    "iterate",
     "prefetch",
     "row_indices",
     "rows_of",
@@ -220,7 +218,7 @@ def torch_loader(
         # would then find in another state than a run that was never interrupted.
         "generator": torch.Generator(),
     }
-    return torch.utils.data.DataLoader(dataset, collate_fn=collate, **(arguments | more))
+    return _Loader(dataset, collate_fn=collate, **(arguments | more))
 
 
 def _rows_loader(
@@ -231,32 +229,45 @@ def _rows_loader(
     return torch_loader(_Rows(datasets), _collate, options, batch_sampler=batch_sampler, pin_memory=pin, **more)
 
 
-def iterate(items: Iterable[T]) -> Iterator[T]:
-    """iter(items), without the SIGCHLD handler that torch installs for worker processes.
+class WorkerDiedError(RuntimeError):
+    """A worker process was killed, as the text says. The rank then reads on without workers until all have saved."""
 
-    It would raise a worker's death wherever the main thread happens to be, in a collective, say. Without it torch finds
-    the death within 5 s of waiting for a batch.
+
+class _Loader(torch.utils.data.DataLoader):
+    """torch's, of whose workers one that is killed is found when its next batch is awaited, within 5 s.
+
+    torch's SIGCHLD handler would raise it wherever the main thread happens to be, in a collective, say.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(items)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return iterator
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        before = signal.getsignal(signal.SIGCHLD)
+        items = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return _Watched(items, multiprocessing.active_children()) if self.num_workers else items
 
 
-def describe_lost_worker(error: RuntimeError) -> str:
-    """What to say of a worker process that was killed. Raises the error if it is another one.
+class _Watched:
+    def __init__(self, items: Iterator[Any], workers: Sequence[Any]) -> None:
+        self._items, self._workers = items, workers
 
-    The rank then reads on without workers, so that all ranks can end the step, save, and stop.
-    """
-    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    if found is None:
-        raise error
-    return (
-        f"its data worker process {found[1]} was killed, which the system does when memory is short (`dmesg` then has "
-        "'Out of memory'; or /dev/shm is full): lower num_workers or prefetch_factor in [training.dataloader] and "
-        "[validation.dataloader], or give the job more memory"
-    )
+    def __iter__(self) -> "_Watched":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._items)
+        except (RuntimeError, OSError, EOFError):  # also what a message half sent is
+            for worker in self._workers:
+                worker.join(0.2)
+            dead = [f"{worker.pid} (exit code {worker.exitcode})" for worker in self._workers if worker.exitcode]
+            if not dead:
+                raise  # of the data set
+            raise WorkerDiedError(
+                f"data worker process {', '.join(dead)} was killed, which the system does when memory is short "
+                "(`dmesg` then has 'Out of memory'; or /dev/shm is full): lower num_workers or prefetch_factor in "
+                "[training.dataloader] and [validation.dataloader], or give the job more memory"
+            ) from None
 
 
 def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[T]:
@@ -266,7 +277,7 @@ def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[T]:
     taken ahead and not handed out are loaded again on a resume. docs/data.md says why this is not torchdata's.
     """
     if options.num_workers:
-        return iterate(batches)
+        return iter(batches)
     return _taken_ahead(iter(batches), options.prefetch_factor)
 
 
@@ -306,7 +317,8 @@ class StepLoader:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
         lengths = [len(dataset) for dataset in datasets]
         self._sampler = _EndlessRows(lengths, mixture, global_batch_size, rows, seed, shuffle, consumed)
-        self._datasets, self._options, self.lost_worker = datasets, options, ""
+        self._loader, self._options = _rows_loader(datasets, self._sampler, options), options
+        self._datasets, self.lost_worker = datasets, ""
         self.seek(consumed)
 
     @property
@@ -328,13 +340,14 @@ class StepLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = prefetch(_rows_loader(self._datasets, self._sampler, self._options), self._options)
+            self._batches = prefetch(self._loader, self._options)
         sampler = self._sampler
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            self.lost_worker = describe_lost_worker(error)
+        except WorkerDiedError as error:
+            self.lost_worker = str(error)
             self._options = dataclasses.replace(self._options, num_workers=0)
+            self._loader = _rows_loader(self._datasets, self._sampler, self._options)
             self.seek(self._consumed)
             return next(self)
         if isinstance(batch, UserError):
@@ -386,8 +399,8 @@ class ValidationLoader:
                     raise batch
                 yield batch
                 done += 1
-        except RuntimeError as error:
-            self.lost_worker = describe_lost_worker(error)
+        except WorkerDiedError as error:
+            self.lost_worker = str(error)
             self._options = dataclasses.replace(self._options, num_workers=0, persistent_workers=False)
             rest = dataclasses.replace(self._sampler, first=done)
             self._loader = _rows_loader([self._dataset], self._sampler, self._options)

@@ -26,9 +26,8 @@ from dtron.data.loader import (
     Batch,
     Row,
     SequenceDataset,
+    WorkerDiedError,
     collate,
-    describe_lost_worker,
-    iterate,
     prefetch,
     rows_of,
     torch_loader,
@@ -246,8 +245,8 @@ class StreamLoader:
             self._batches = self._open()
         try:
             item = next(self._batches)
-        except RuntimeError as error:
-            self.lost_worker = describe_lost_worker(error)
+        except WorkerDiedError as error:
+            self.lost_worker = str(error)
             self._n_workers, self._options = 0, dataclasses.replace(self._options, num_workers=0)
             self._batches = None
             return next(self)
@@ -264,7 +263,7 @@ class StreamLoader:
         """The batches from here on; no frame that an error's traceback holds refers to the workers' iterator."""
         self._data.start, self._data.positions = self._consumed, self._positions
         workers = self._n_workers
-        parts = iterate(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
+        parts = iter(torch_loader(self._data, _as_it_is, self._options, batch_size=None, num_workers=workers))
         pin = self._options.pin_memory and torch.cuda.is_available()
         return prefetch(_whole_batches(self._data, parts, max(1, workers), pin), self._options)
 

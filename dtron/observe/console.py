@@ -188,7 +188,7 @@ def _number(value: float | None) -> str:
 
 def _last_loss(rows: list[dict[str, Any]]) -> str:
     """Of the last step that has one, which is named where steps without a logged loss came after it."""
-    with_loss = [row for row in rows if row.get("loss") is not None or "loss" in row.get("nonfinite", ())]
+    with_loss = [row for row in rows if "loss" in row]
     if not with_loss:
         return "none was logged"
     row = with_loss[-1]

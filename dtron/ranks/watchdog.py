@@ -184,7 +184,8 @@ class Watchdog:
     def _monotonic_s(self, wall_s: float) -> float:
         """Of a moment of this run by the wall clock, which may have been set before it or after it."""
         now = time.monotonic()
-        return max((t for t in (wall_s - self._wall_ahead_s, wall_s - (time.time() - now)) if t <= now), default=now)
+        by_either = wall_s - self._wall_ahead_s, wall_s - (time.time() - now)
+        return max((moment for moment in by_either if moment <= now), default=min(by_either))
 
     # --- asking and answering
 

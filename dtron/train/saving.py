@@ -127,7 +127,7 @@ class Saving:
     def _lost_worker(self) -> str:
         """Which rank has lost a data worker, and to what; empty: none. On all ranks."""
         lost = from_all_ranks(self._data.lost_worker)
-        return next((f"rank {rank}: {what}" for rank, what in enumerate(lost) if what), "")
+        return next((f"rank {rank}: its {what}" for rank, what in enumerate(lost) if what), "")
 
     def export(self) -> bool:
         """Write the weights of a finished run for Hugging Face. UserError if that fails; the checkpoint stays.

@@ -187,14 +187,12 @@ class Trainer:
     def _log(self, stats: Tensor, clock: StepClock) -> None:
         self._logged_step = self.progress.step
         loss, norm, _, verdict, _ = stats.tolist()
-        if verdict == UNLABELLED:
-            loss = norm = None  # of no label there is none
         memory = torch.tensor(max_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
+        of_labels = {} if verdict == UNLABELLED else {"loss": loss, "grad_norm": norm}
         row = {
             "step": self.progress.step,
-            "loss": loss,
-            "grad_norm": norm,
+            **of_labels,
             "lr": self.step.learning_rate(self.progress.step),
             "tokens": self.progress.tokens,
             "max_memory_bytes": int(memory),

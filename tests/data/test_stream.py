@@ -5,8 +5,10 @@ import gzip
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import random
+import signal
 
 import datasets
 import numpy as np
@@ -445,3 +447,14 @@ def test_workers_end_with_their_loader(reference):
         assert set(multiprocessing.active_children()) <= others
     finally:
         gc.enable()
+
+
+def test_a_worker_that_is_killed_costs_no_batch(tmp_path):
+    source = streamed(write(tmp_path / "source", "jsonl.gz", texts_of(8)))
+    batches, states = steps([source], 6)
+    (loader,) = loaders_of([source], workers=2)
+    first, _ = take([loader], 1)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    rest, states_after = take([loader], 5)
+    assert "data worker process" in loader.lost_worker
+    assert torch.equal(torch.cat([first, rest]), batches[:6]) and states_after == states[1:6]

@@ -210,3 +210,15 @@ def test_the_summary_of_a_cpu_run_and_of_no_run_claim_nothing() -> None:
         "outputs       outputs/run",
         "resume with   cmd",
     ]
+
+
+def test_the_summary_is_of_the_newest_attempt_whatever_its_clock_says() -> None:
+    old = {**ROW, "step": 3, "attempt": 1, **account(0.2, steps=2), "unix_s": 1.8e9 + 2 * 86400}
+    new = {**ROW, "step": 9, "attempt": 2, **account(0.9, steps=90), "unix_s": 1.8e9}
+    assert "goodput       100.0% of 1m30s\n" in format_summary([old, new], "out", "cmd")
+
+
+def test_the_loss_is_of_the_last_step_that_has_one() -> None:
+    rows = [{**ROW, "step": 7, "loss": 2.5}, {"step": 9, "validation_loss": 3.0}]
+    assert "loss          2.5000 (step 7)\n" in format_summary(rows, "out", "cmd")
+    assert "loss          none was logged\n" in format_summary(rows[1:], "out", "cmd")

@@ -181,3 +181,17 @@ def test_the_start_of_a_process_is_before_its_imports() -> None:
 def test_without_proc_the_start_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda self: False)
     assert process_start_s() == pytest.approx(time.time(), abs=1.0)
+
+
+def test_a_clock_that_was_ahead_makes_no_checkpoint_newer_than_the_rows_after_it() -> None:
+    """Attempt 1, two days ahead, saves; attempt 2 resumes from there by the right clock and is killed before it saves."""
+    ahead = 2 * 86400
+    saved = {**first_attempt()[0], "attempt": 1}
+    saved["unix_s"] += ahead
+    second = Ledger(START + 100, saved)
+    second.add("steps", 50)
+    last = {**second.row(START + 150), "attempt": 2}
+    third = spent(Ledger(START + 160, saved, last).row(START + 160))
+    assert third["replayed"] == 50 and third["down"] == 10 and third["steps"] == 20
+    without = spent(Ledger(START + 160, saved, {**last, "attempt": 1}).row(START + 160))
+    assert "replayed" not in without, "within an attempt the clock decides"

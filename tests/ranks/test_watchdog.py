@@ -374,3 +374,18 @@ def test_size_of_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_are_refused(key: str, value: str) -> None:
     with pytest.raises(UserError, match=f"comm.save_traces_{key} = "):
         resolve(load(["--training.device", "cpu", f"--comm.save_traces_{key}", value]), 1)
+
+
+@pytest.mark.parametrize("set_by_s", [-2 * 86400, 0, 2 * 86400])
+def test_a_clock_that_is_set_during_the_run_makes_no_wait(
+    dog: Watchdog, monkeypatch: pytest.MonkeyPatch, set_by_s: int
+) -> None:
+    """Of collectives that began before and after it."""
+    before = time.time()
+    clock, clock_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: clock() + set_by_s)
+    monkeypatch.setattr(time, "time_ns", lambda: clock_ns() + set_by_s * 10**9)
+    for began_s in (before - 3, time.time() - 3):
+        recorder(monkeypatch, entry(int(began_s * 1e9), False))
+        began, _ = dog._waits_since(0.0) or (0, 0)
+        assert time.monotonic() - began == pytest.approx(3, abs=1)

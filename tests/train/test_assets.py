@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,52 @@ def test_rows_do_not_grow_where_that_is_not_asked_for(ranks: Any, tmp_path: Path
     assert "model.embed_tokens.weight is [320, 64] there and [288, 64] in the model" in fewer
     evaluated = f"{theirs} --validation.only --validation.dataset tiny_counting"
     assert "[320, 64] there and [352, 64]" in ranks.run(1, fails_to_load, str(folder), evaluated)[0]
+
+
+# --- files beside the weights that were lost or altered
+
+
+def trained(folder: str, steps: int, arguments: str = "") -> list[str]:
+    return train_tiny(folder, steps, f"--checkpoint.interval 2 --lr_scheduler.total_steps 9 {arguments}")[1]
+
+
+@pytest.mark.parametrize("how", ["lost", "lost everywhere", "altered", "broken"])
+def test_a_resume_needs_no_small_file_and_the_next_checkpoint_has_it_again(
+    ranks: Any, tmp_path: Path, how: str
+) -> None:
+    ranks.run(2, trained, str(tmp_path), 4)
+    (newest,) = tmp_path.glob("*/checkpoint/step-4")
+    file, written = newest / "config.json", (newest / "config.json").read_bytes()
+    if how.startswith("lost"):
+        file.unlink()
+    else:
+        file.write_bytes(written.replace(b"96", b"97") if how == "altered" else b"{")
+    mine = file.read_bytes() if file.exists() else written
+    if how == "lost everywhere":
+        (newest.with_name("step-2") / "config.json").unlink()
+    said = ranks.run(2, trained, str(tmp_path), 6)[0]
+    (warning,) = [line for line in said if line.startswith("warning")]
+    assert "step-4: config.json " in warning and "its tensors are whole, and no more is needed" in warning
+    assert any(line.endswith("checkpoint/step-4") for line in said if line.startswith("resuming from"))
+    assert json.loads((newest.with_name("step-6") / "config.json").read_bytes()) == json.loads(written)
+    if how == "lost everywhere":
+        assert not file.exists()
+    else:
+        assert file.read_bytes() == mine, "written again where it is lost, left where its user may have edited it"
+    said = ranks.run(2, trained, str(tmp_path), 8, "--checkpoint.keep_latest_k 1")[0]
+    assert not any(line.startswith("warning") for line in said), "a lost file is no hindrance to deleting either"
+    assert [path.name for path in newest.parent.iterdir()] == ["step-8"]
+
+
+def test_a_lost_tokenizer_is_taken_from_the_data(tmp_path: Path) -> None:
+    encoder = train_bpe(TEXT, 300)
+    made = setup("--model.name", "llama3.2")
+    whole = model_assets(made, None, Data(encoder))
+    files = {name: (len(content), zlib.crc32(content)) for name, content in whole.items()}
+    for lost in [*([name] for name in whole), list(whole)]:
+        folder = tmp_path / "-".join(lost) / "step-1"
+        folder.mkdir(parents=True)
+        (folder / "dtron.json").write_bytes(Manifest(Progress(step=1), files).to_json())
+        for name in whole.keys() - set(lost):
+            (folder / name).write_bytes(whole[name])
+        assert model_assets(made, StoragePath.at(folder), Data(encoder)) == whole

@@ -1,8 +1,11 @@
 """Where a run writes: resumed where the same run left checkpoints, fresh otherwise, and nothing is overwritten."""
 
 import functools
+import json
 import multiprocessing
 import os
+import shutil
+import time
 import re
 from pathlib import Path
 from typing import Any
@@ -384,3 +387,37 @@ def test_checkpoints_behind_a_url_get_a_folder_a_run(tmp_path: Path) -> None:
     assert checkpoint_folder(config_of(tmp_path).checkpoint, tmp_path / "x") == StoragePath.at(
         tmp_path / "x" / "checkpoint"
     )
+
+
+def rows_of_a_save(folder: Path, run: str) -> None:
+    """What the metrics of a run say that has saved."""
+    row = {"step": 20, "checkpoint_stall_s": 0.1, "checkpoint_save_s": 0.5}
+    (folder / "outputs" / run / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 21}) + "\n")
+
+
+@pytest.mark.parametrize("how", ["deleted", "another disk", "the whole folder is elsewhere"])
+def test_a_run_whose_checkpoints_are_gone_asks_before_it_starts_over(tmp_path: Path, how: str) -> None:
+    name, _, _ = choose(tmp_path)
+    left_by(tmp_path, name)
+    save(tmp_path, name, 20)
+    rows_of_a_save(tmp_path, name)
+    assert choose(tmp_path) == (name, "step-20", 2)
+    arguments = f"--checkpoint.folder file://{tmp_path}/disk" if how == "another disk" else ""
+    if how == "deleted":
+        shutil.rmtree(tmp_path / "outputs" / name / "checkpoint" / "step-20")
+    elif not arguments:
+        (tmp_path / "outputs" / name / "checkpoint").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"has saved checkpoints, the last one of step 20, .* checkpoint.allow_restart"):
+        choose(tmp_path, arguments)
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [name], "no other folder is begun"
+    again = choose(tmp_path, f"{arguments} --checkpoint.allow_restart")
+    assert again[1:] == (None, 1 if arguments else 2), "the old folder is kept for what it may still hold"
+    assert choose(tmp_path, "--debug.seed 1")[1:] == (None, 1), "another run is not concerned"
+
+
+def test_a_folder_from_the_future_is_not_the_newest(tmp_path: Path) -> None:
+    first, second = (choose(tmp_path, "--checkpoint.no_enable")[0] for _ in range(2))
+    for name, age_s in ((first, -2 * 86400), (second, 60)):
+        save(tmp_path, name, 10)
+        os.utime(tmp_path / "outputs" / name, (time.time() - age_s,) * 2)
+    assert choose(tmp_path)[0] == second
