@@ -234,6 +234,27 @@ def test_loader_workers_that_are_signalled_too_do_not_break_the_save(tmp_path: P
     check_saved(tmp_path)
 
 
+def test_a_killed_data_worker_saves_and_is_named(tmp_path: Path) -> None:
+    """As the system does when memory is short: one message, from rank 0, and the same command resumes."""
+    killed: list[int] = []
+
+    def kill(agent: Warm) -> None:
+        killed.append(children(ranks_of(agent.pid)[1])[0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    run = stopped(tmp_path, kill, "--training.dataloader.num_workers", "1")
+    assert run.code != 0 and run.err[1] == "" and run.err[0].count("\n") == 1, run.everything()
+    checkpoint = only(tmp_path, "checkpoint/step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    told = (
+        f"error: rank 1: its data worker process {killed[0]} (exit code -9) was killed, which the system does when mem"
+    )
+    assert told in run.err[0] and f"; step {step} is saved, and the same command resumes" in run.err[0]
+    assert len(curve(tmp_path)) == step and not list(tmp_path.glob("outputs/*/SAVED"))
+    failed = json.loads(only(tmp_path, "FAILED").read_text())
+    assert failed["kind"] == "lost" and failed["message"] in run.err[0]
+
+
 def test_a_signal_without_checkpoints_is_no_success(tmp_path: Path) -> None:
     run = stopped(tmp_path, lambda agent: os.kill(ranks_of(agent.pid)[0], signal.SIGTERM), "--checkpoint.no_enable")
     assert run.code != 0 and not list(tmp_path.glob("outputs/*/SAVED"))

@@ -280,7 +280,7 @@ def test_rows_do_not_grow_where_that_is_not_asked_for(ranks: Any, tmp_path: Path
 
 
 def trained(folder: str, steps: int, arguments: str = "") -> list[str]:
-    return train_tiny(folder, steps, f"--checkpoint.interval 2 --lr_scheduler.total_steps 9 {arguments}")[1]
+    return train_tiny(folder, steps, f"--checkpoint.interval 2 --lr_scheduler.warmup_steps 0 {arguments}")[1]
 
 
 @pytest.mark.parametrize("how", ["lost", "lost everywhere", "altered", "broken"])
