@@ -14,7 +14,7 @@ import torch
 
 from dtron.config import Config, replace
 from dtron.config.sections import DataLoader
-from dtron.data import loader
+from dtron.data import loader as loader_module
 from dtron.data.loader import IGNORE_INDEX, StepLoader, ValidationLoader, check_dataloader, rows_of
 from dtron.data.order import Mixture, sample_indices
 from dtron.errors import UserError
@@ -187,7 +187,7 @@ def test_persistent_workers_outlive_a_pass(persistent):
 def test_prefetch_factor_and_pin_memory_reach_torch(monkeypatch):
     seen = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loader, "_Loader", lambda dataset, **options: seen.update(options))
+    monkeypatch.setattr(loader_module, "_Loader", lambda dataset, **options: seen.update(options))
     options = DataLoader(num_workers=3, prefetch_factor=7, pin_memory=True)
     StepLoader([Numbered(50)], Mixture([1]), global_batch_size=8, dp_rank=0, dp_size=1, seed=0, options=options)
     assert (seen["num_workers"], seen["prefetch_factor"], seen["pin_memory"]) == (3, 7, True)

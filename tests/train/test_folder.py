@@ -4,9 +4,9 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
-import re
 from pathlib import Path
 from typing import Any
 
