@@ -184,7 +184,7 @@ def test_without_proc_the_start_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clock_that_was_ahead_makes_no_checkpoint_newer_than_the_rows_after_it() -> None:
-    """Attempt 1, two days ahead, saves; attempt 2 resumes from there by the right clock and is killed before it saves."""
+    """Attempt 1, two days ahead, saves; attempt 2 resumes from there by the right clock and is killed."""
     ahead = 2 * 86400
     saved = {**first_attempt()[0], "attempt": 1}
     saved["unix_s"] += ahead
