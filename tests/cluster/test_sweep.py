@@ -21,7 +21,7 @@ from slurm import Slurm  # noqa: E402
 from slurm import available as slurm_available  # noqa: E402
 
 from dtron.cluster import status  # noqa: E402
-from dtron.cluster.runs import Outcome  # noqa: E402
+from dtron.cluster.runs import Outcome, read_outcome  # noqa: E402
 from dtron.cluster.slurm import SlurmJob, SlurmOptions  # noqa: E402
 from dtron.cluster.sweep import main  # noqa: E402
 from dtron.cluster.sweep import runner as sweep_runner  # noqa: E402
@@ -353,6 +353,20 @@ def test_a_changed_list_keeps_measured_points(write: Any, tmp_path: Path) -> Non
     Sweep(points, out, runner, limit_s=60).run()
     assert runner.started == [1]
     assert len(list((out / "points").iterdir())) == 4  # the point that is no longer listed keeps its folder
+
+
+def test_a_heartbeat_from_the_future_ends_too(write: Any, tmp_path: Path) -> None:
+    """Of a machine whose clock is two days ahead."""
+    ahead = {"HEARTBEAT": {"unix_s": time.time() + 2 * 86400, "deadline_s": 60.0}}
+    points = points_of(write(TP))
+    sweep = Sweep(points, tmp_path / "out", FakeRunner({1: (ahead, None)}), limit_s=10**6)
+    sweep._start(points[0])
+    (active,) = sweep._active
+    outcome = read_outcome(active.job.control)
+    assert sweep._overdue(active, outcome) is None
+    active.beat_s -= 500  # so long it has not changed
+    found = sweep._overdue(active, outcome)
+    assert found is not None and re.match(r"no heartbeat for 50\d s", found.why)
 
 
 def test_time_limits_and_missing_heartbeats_stop_a_point(write: Any, tmp_path: Path) -> None:
