@@ -233,7 +233,7 @@ class WorkerDiedError(RuntimeError):
     """A worker process was killed, as the text says. The rank then reads on without workers until all have saved."""
 
 
-class _Loader(torch.utils.data.DataLoader):
+class _Loader(torch.utils.data.DataLoader[Any]):
     """torch's, of whose workers one that is killed is found when its next batch is awaited, within 5 s.
 
     torch's SIGCHLD handler would raise it wherever the main thread happens to be, in a collective, say.
@@ -404,4 +404,4 @@ class ValidationLoader:
             self._options = dataclasses.replace(self._options, num_workers=0, persistent_workers=False)
             rest = dataclasses.replace(self._sampler, first=done)
             self._loader = _rows_loader([self._dataset], self._sampler, self._options)
-            yield from prefetch(_rows_loader([self._dataset], rest, self._options), self._options)  # type: ignore[misc]
+            yield from prefetch(_rows_loader([self._dataset], rest, self._options), self._options)
