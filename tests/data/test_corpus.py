@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dtron.data.tokenizer import END_OF_TEXT, train_bpe
 from dtron.errors import UserError
 
 TESTS = ["json/tests/test_x.py", "test/test_abc.py", "idlelib/idle_test/a.py"]
+TABLES = ["encodings/cp037.py", "pydoc_data/topics.py", "html/entities.py", "stringprep.py", "locale.py"]
 OUTSIDE = [
     "site-packages/json/a.py",
     "dist-packages/abc.py",
@@ -40,7 +42,7 @@ def source(tmp_path_factory):
         lines = [f"def {name}_{i}(x):\n    return x * {i * number} + {name!r}.count('é')\n" for i in range(20)]
         extra = HELD_OUT_WORD * 50 if is_held_out(f"{name}.py") else ""
         (root / f"{name}.py").write_text("\n".join(lines) + extra, encoding="utf-8")
-    for path in ("json/decoder.py", "json/data.txt", *TESTS, *OUTSIDE):
+    for path in ("json/decoder.py", "json/data.txt", *TESTS, *TABLES, *OUTSIDE):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text("import this\n" * 20)
     (root / "zipfile.py").write_bytes(b"latin = '\xe9\xff'\r\n" * 5)
@@ -79,6 +81,11 @@ def test_real_standard_library():
     sources = read_sources()
     assert {"abc.py", "json/decoder.py", "email/message.py"} <= sources.keys()
     assert sum(path.stat().st_size for path in sources.values()) > 5_000_000
+    literal = re.compile(r"^\s*[\[({]?\s*[urb]*(['\"(]|-?\d|\\\\x)(?!\"\")")
+    for name, path in sources.items():  # no table is left: a file of which more than half is rows of literals
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        rows = sum(len(line) for line in lines if literal.match(line))
+        assert rows <= max(3000, sum(map(len, lines)) / 2), name
     outside = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     assert not [name for name in sources if outside.intersection(name.split("/"))]
     assert 0.02 < np.mean([is_held_out(name) for name in sources]) < 0.09
@@ -109,7 +116,7 @@ def test_held_out_text_shapes_nothing(cache, source, tmp_path):
     assert HELD_OUT_WORD in tokenizer.decode(tokens_of(validation).tolist())
     assert HELD_OUT_WORD not in tokenizer.decode(tokens_of(train).tolist())
     changed = shutil.copytree(source, tmp_path / "changed")
-    held_out = next(path for path in changed.glob("*.py") if is_held_out(path.name))
+    held_out = next(path for name, path in read_sources(changed).items() if is_held_out(name))
     held_out.write_text("something_else = 'entirely'\n" * 50)
     other = load(tmp_path, changed)
     assert other.tokenizer_json != train.tokenizer_json  # the cache knows that the sources differ
