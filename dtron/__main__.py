@@ -11,7 +11,7 @@ from dtron.cluster import preflight
 from dtron.data.corpus import StdlibSource
 from dtron.data.prepare import SHARD_TOKENS, choose_encoder, prepare
 from dtron.data.shards import TokenStore, open_store
-from dtron.data.sources import Source, SourceSpec, open_source
+from dtron.data.sources import Source, SourceSpec, SplitSource, open_source
 from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError, quiet_broken_pipe
 from dtron.hf import sample
@@ -65,6 +65,10 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     specials = "put the special tokens that the tokenizer's own encode adds, such as a BOS, around documents (default)"
     add("--add-special-tokens", action=argparse.BooleanOptionalAction, help=specials)
     add("--out", metavar="DIR", help="folder to create")
+    text = "share of the documents, such as 1%%, that goes to DIR-validation instead, by a hash of each text"
+    add("--held-out", metavar="SHARE", type=_share, help=text)
+    text = "what a document that cannot be used does: end the command (default), or be left out, named and counted"
+    add("--on-error", choices=("refuse", "skip"), default="refuse", help=text)
     add("--show", metavar="DIR", help="verify a finished folder and show its contents")
     add("--subset", help="subset (configuration) of a hub dataset")
     add("--split", default="train", help="split of a hub dataset, or of stdlib: train (default) or validation")
@@ -106,6 +110,16 @@ def _positive(text: str) -> int:
     return number
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share of the documents between 0 and 100%, such as 1%")
+    return share
+
+
 def _prepare(given: argparse.Namespace) -> None:
     if given.show:
         if given.source or given.out or given.tokenizer:
@@ -118,11 +132,22 @@ def _prepare(given: argparse.Namespace) -> None:
         raise UserError(
             f"--out {given.out} is inside {given.source}, and would be read as part of it: choose another folder"
         )
-    source = _source(given)
+    out, skip_bad = str(Path(given.out)), given.on_error == "skip"
+    parts: dict[str, Source] = {out: _source(given)}
+    if share := given.held_out:  # the small part first, which may turn out to be empty
+        parts = {f"{out}-validation": SplitSource(parts[out], share, True), out: SplitSource(parts[out], share, False)}
     specials = given.add_special_tokens
-    encoder = choose_encoder(source, given.tokenizer, given.cache_folder, add_special_tokens=specials)
-    prepare(source, encoder, given.out, processes=given.processes, shard_tokens=given.shard_tokens, log=_say)
-    return _say(f"written to {given.out}; to inspect it: dtron prepare --show {given.out}")
+    encoder = choose_encoder(
+        parts[out], given.tokenizer, given.cache_folder, skip_bad=skip_bad, add_special_tokens=specials
+    )
+    for folder, source in parts.items():
+        prepare(
+            source, encoder, folder, processes=given.processes, shard_tokens=given.shard_tokens, skip_bad=skip_bad,
+            log=_say,
+        )  # fmt: skip
+        _say(f"written to {folder}; to inspect it: dtron prepare --show {folder}")
+    if given.held_out:
+        _say(f"to train on it: training.dataset = {out}, validation.dataset = {out}-validation")
 
 
 def _say(line: str) -> None:
@@ -144,6 +169,8 @@ def _show(store: TokenStore) -> None:
     store.verify()
     _say(f"{store.folder}: {store.source['name']}")
     _say(f"{store.n_documents:,} documents, {store.n_tokens:,} tokens ({store.dtype}, vocabulary {store.vocab_size:,})")
+    if store.skipped:
+        _say(f"{store.skipped:,} bad documents were skipped")
     _say(f"{len(store.shards)} shards, verified: the checksum of every block matches\n")
     _say("tokens per document    documents")
     for power, count in enumerate(_histogram(store)):

@@ -20,7 +20,13 @@ from dtron.errors import UserError
 
 __all__ = ["Encoded", "SourcePosition", "TextBatch", "encode_in_order"]
 
-SourcePosition = tuple[int, State]  # a file of a source, and its reader's state from which to resume
+
+class SourcePosition(NamedTuple):
+    """From where a source is read on."""
+
+    file: int = 0
+    state: State | None = None  # of its reader
+    skipped: int = 0  # documents before this that could not be used
 
 
 class TextBatch(NamedTuple):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dtron.data.encode import SourcePosition
-from dtron.data.formats import State
 from dtron.data.shards import FORMAT, JOURNAL, MANIFEST, Shard, open_store
 from dtron.data.sources import Source
 from dtron.data.tokenizer import TextEncoder
@@ -60,13 +59,12 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The finished shards of an unfinished folder, and where to resume: a file and its reader's state."""
+    """The finished shards of an unfinished folder, and the position in the source after them."""
 
     def __init__(self, out: Path, recipe: dict[str, Any]) -> None:
         self.out, self.recipe = out, recipe
         self.shards: list[Shard] = []
-        self.file = 0
-        self.state: State | None = None
+        self.position = SourcePosition()
 
     @property
     def tokens(self) -> int:
@@ -91,7 +89,7 @@ class Journal:
             if content["shards"]:
                 _check_recipe(self.out, content["recipe"], self.recipe, "was started with other data")
                 self.shards = [Shard(**entry) for entry in content["shards"]]
-                self.file, self.state = content["file"], content["state"]
+                self.position = SourcePosition(content["file"], content["state"], content.get("skipped", 0))
         finished = {shard.name for shard in self.shards}
         for file in self.out.iterdir():
             if file.name.startswith("shard-") and file.stem not in finished:
@@ -100,12 +98,12 @@ class Journal:
 
     def add(self, shard: Shard, position: SourcePosition) -> None:
         self.shards.append(shard)
-        self.file, self.state = position
+        self.position = position
         self._save()
 
     def _save(self) -> None:
         shards = [asdict(shard) for shard in self.shards]
-        content = {"recipe": self.recipe, "shards": shards, "file": self.file, "state": self.state}
+        content = {"recipe": self.recipe, "shards": shards, **self.position._asdict()}
         write_atomically(self.out / JOURNAL, json.dumps(content, indent=1), durable=True)
 
     def discard(self) -> None:
@@ -115,13 +113,14 @@ class Journal:
         for name in (JOURNAL, "tokenizer.json", "tokenizer_config.json"):
             (self.out / name).unlink(missing_ok=True)
 
-    def finish(self, encoder: TextEncoder, source: Source) -> None:
-        """Write the manifest, and delete the journal."""
+    def finish(self, encoder: TextEncoder, source: Source, skipped: int) -> None:
+        """Write the manifest, and delete the journal. skipped: documents that could not be used."""
         manifest = {
             "format": FORMAT,
             "dtype": encoder.dtype.name,
             "tokens": self.tokens,
             "documents": self.documents,
+            "skipped": skipped,
             "vocab_size": encoder.vocab_size,
             "eos": encoder.eos,
             "eos_id": encoder.eos_id,

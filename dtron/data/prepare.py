@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dtron.data.encode import Encoded, TextBatch, encode_in_order
-from dtron.data.formats import State
+from dtron.data.encode import Encoded, SourcePosition, TextBatch, encode_in_order
+from dtron.data.formats import BadDocument, good_documents
 from dtron.data.journal import InUseError, Journal, is_finished, lock_folder
 from dtron.data.shards import FORMAT, ShardWriter, TokenStore, open_store
 from dtron.data.sources import Source
@@ -35,6 +35,7 @@ BATCH = 1 << 20  # characters sent to a worker at a time
 BPE_TEXT = 32 << 20  # characters a BPE is trained on
 IN_USE_S = 1.0
 PROGRESS_S = 5.0
+SHOWN = 10  # bad documents that are named; the others are counted
 
 
 def prepare(
@@ -44,18 +45,21 @@ def prepare(
     *,
     processes: int = 1,
     shard_tokens: int = SHARD_TOKENS,
+    skip_bad: bool = False,
     log: Log,
 ) -> TokenStore:
     """Tokenize every document of `source` into the folder `out`; resumes where an earlier call ended.
 
     processes: how many encode; with 1 it is this one, with as many threads as the library takes.
     shard_tokens: a shard ends with the document that brings it to so many tokens. log: prints progress.
-    Raises UserError for an empty or unreadable source, a folder that holds something else or cannot be written.
+    skip_bad: leave out documents that cannot be used, name the first of them and count them all.
+    Raises UserError for an empty or unreadable source, a folder that holds something else or cannot be written; and for
+    a bad document, after which the same call with skip_bad resumes.
     """
     out = Path(out)
     recipe = {"source": source.fingerprint, "tokenizer": encoder.fingerprint, "shard_tokens": shard_tokens}
     done = is_finished(out, recipe)
-    journal = Journal(out, recipe)
+    journal, skipped = Journal(out, recipe), _Skipped(log) if skip_bad else None
     try:
         # A finished folder never changes, and may be read-only. One that is not may be finished by the time we have
         # the lock, and the journal, which its finisher deleted, would then say that none of its shards is finished.
@@ -63,7 +67,7 @@ def prepare(
             with lock_folder(out):
                 done = is_finished(out, recipe)
                 if not done:
-                    _fill(journal, source, encoder, processes, shard_tokens, log)
+                    _fill(journal, source, encoder, processes, shard_tokens, skipped, log)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error}): {len(journal.shards)} shards with {journal.tokens:,} tokens are "
@@ -73,39 +77,54 @@ def prepare(
         log(f"{out} is prepared already: nothing to do")
     else:
         log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
+        if skipped:
+            log(f"skipped {skipped.count:,} bad documents{skipped.first and f', the first: {skipped.first}'}")
     return open_store(out)
 
 
-def _fill(journal: Journal, source: Source, encoder: TextEncoder, processes: int, shard_tokens: int, log: Log) -> None:
+def _fill(
+    journal: Journal,
+    source: Source,
+    encoder: TextEncoder,
+    processes: int,
+    shard_tokens: int,
+    skipped: "_Skipped | None",
+    log: Log,
+) -> None:
     """Tokenize from where the journal of an unfinished folder says, up to the manifest."""
     journal.load()
     try:
         if journal.shards:
             log(f"resuming after shard {len(journal.shards)}, {journal.tokens:,} tokens")
         encoder.save(journal.out)
-        batches = _read(source, journal.file, journal.state)
+        if skipped:
+            skipped.count = journal.position.skipped
+        batches = _read(source, journal.position, skipped)
         _write(journal, encode_in_order(batches, encoder, processes), shard_tokens, _Progress(log, journal, source))
         if journal.has_no_text(encoder):
-            raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them")
-        journal.finish(encoder, source)
+            beside = f", and {skipped.count} bad ones, the first: {skipped.first}" if skipped and skipped.count else ""
+            raise UserError(f"{source.name} is empty: {journal.documents} documents without any text in them{beside}")
+        journal.finish(encoder, source, skipped.count if skipped else 0)
     except BaseException:
         if journal.has_no_text(encoder):
             journal.discard()
         raise
 
 
-def prepare_cached(source: Source, encoder: TextEncoder, cache_folder: Path | str, *, log: Log) -> TokenStore:
+def prepare_cached(
+    source: Source, encoder: TextEncoder, cache_folder: Path | str, *, skip_bad: bool = False, log: Log
+) -> TokenStore:
     """`prepare` into a folder of `cache_folder` named by what shapes it, unless it is there.
 
     A killed one is resumed by the next call; one that another process is preparing is waited for.
     """
-    recipe = hashlib.sha256(f"{FORMAT} {source.fingerprint} {encoder.fingerprint}".encode()).hexdigest()
-    final = Path(cache_folder) / f"prepared-{recipe[:16]}"
+    shaped_by = f"{FORMAT} {source.fingerprint} {encoder.fingerprint}{' skip' if skip_bad else ''}"
+    final = Path(cache_folder) / f"prepared-{hashlib.sha256(shaped_by.encode()).hexdigest()[:16]}"
     partial = final.with_name(f".partial-{final.name}")
-    _make_cache(final.parent)
     while not final.is_dir():
+        _make_cache(final.parent)  # one that is whole may be read-only
         try:
-            prepare(source, encoder, partial, log=log)
+            prepare(source, encoder, partial, skip_bad=skip_bad, log=log)
             os.replace(partial, final)
         except InUseError:
             log(f"waiting for another process, which is tokenizing {source.name}")
@@ -150,17 +169,22 @@ def _make_cache(folder: Path) -> None:
 
 
 def choose_encoder(
-    source: Source, tokenizer: str, cache_folder: Path | str, *, add_special_tokens: bool | None = None
+    source: Source,
+    tokenizer: str,
+    cache_folder: Path | str,
+    *,
+    skip_bad: bool = False,
+    add_special_tokens: bool | None = None,
 ) -> TextEncoder:
     """`bpe:N`: a byte-level BPE of N tokens, trained on the source's first 32M characters; else `read_tokenizer`."""
     if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
-        return train_bpe(_first_texts(source), int(match[1]))
+        return train_bpe(_first_texts(source, skip_bad), int(match[1]))
     return read_tokenizer(tokenizer, cache_folder, "--tokenizer", add_special_tokens=add_special_tokens)
 
 
-def _first_texts(source: Source) -> Iterator[str]:
+def _first_texts(source: Source, skip_bad: bool) -> Iterator[str]:
     left = BPE_TEXT
-    for batch in _read(source, 0, None):
+    for batch in _read(source, SourcePosition(), _Skipped(lambda _: None) if skip_bad else None):
         for text in batch.texts:
             yield text[:left]
             left -= len(text)
@@ -171,14 +195,27 @@ def _first_texts(source: Source) -> Iterator[str]:
 # --- reading, encoding, writing
 
 
-def _read(source: Source, file: int, state: State | None) -> Iterator[TextBatch]:
-    """Batches of about BATCH characters, from a position in the source on."""
+class _Skipped:
+    """Counts bad documents and names the first."""
+
+    def __init__(self, log: Log) -> None:
+        self._log, self.count, self.first = log, 0, ""
+
+    def __call__(self, error: BadDocument) -> None:
+        self.count += 1
+        self.first = self.first or error.what
+        if self.count <= SHOWN:
+            self._log(f"skipped: {error.what}")
+
+
+def _read(source: Source, start: SourcePosition, skipped: _Skipped | None) -> Iterator[TextBatch]:
+    """Batches of about BATCH characters, from a position in the source on; without `skipped` a bad one is raised."""
     batch, size = TextBatch([], []), 0
-    for number in range(file, source.n_files):
-        reader = source.read(number, state if number == file else None)
-        for text in reader:
+    for number in range(start.file, source.n_files):
+        reader = source.read(number, start.state if number == start.file else None)
+        for text in good_documents(reader, skipped):
             batch.texts.append(text)
-            batch.positions.append((number, reader.state()))
+            batch.positions.append(SourcePosition(number, reader.state(), skipped.count if skipped else 0))
             size += len(text)
             if size >= BATCH:
                 yield batch
@@ -210,7 +247,7 @@ def _write(
                         journal.add(writer.finish(), positions[stop - 1])
                         writer = None
                     first = stop
-                progress(len(lengths), len(tokens), positions[-1][0])
+                progress(len(lengths), len(tokens), positions[-1].file)
             if writer is not None:
                 journal.add(writer.finish(), positions[-1])
     except BaseException:

@@ -159,13 +159,15 @@ class TokenStore:
 
     dtype: of the tokens. eos_id: the end-of-text token. begins_with, ends_with: ids around every document's text; data
     of versions that did not record them have the end-of-text token alone. fingerprint: of the content, from the shards'
-    checksums. source: what was prepared. recipe: what shaped it. Every 64 KiB that a process touches are checked the
-    first time: what is damaged raises UserError and is never returned.
+    checksums. source: what was prepared. recipe: what shaped it. skipped: documents of the source that could not be
+    used. Every 64 KiB that a process touches are checked the first time: what is damaged raises UserError and is never
+    returned.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[Shard]) -> None:
         self.folder, self.shards = folder, shards
         self.source, self.recipe = manifest["source"], manifest["recipe"]
+        self.skipped = int(manifest.get("skipped", 0))
         self.vocab_size, self.eos_id = int(manifest["vocab_size"]), int(manifest["eos_id"])
         self.add_special_tokens = bool(manifest.get("add_special_tokens", False))
         self.begins_with: list[int] = manifest.get("begins_with", [])

@@ -16,17 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dtron.data.find import KINDS, find_files, one_kind
 from dtron.data.formats import COMPRESSED, ROWS_OF, DocumentReader, Rows, State, missing_column, optional_package
 from dtron.errors import UserError
 
-__all__ = ["HubSource", "LocalSource", "Source", "SourceSpec", "may_be_on_the_hub", "open_source"]
+__all__ = ["HubSource", "LocalSource", "Source", "SourceSpec", "SplitSource", "may_be_on_the_hub", "open_source"]
 
-KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}  # else text
-UNREADABLE = {".csv", ".tsv", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".pdf", ".docx", ".npy", ".pkl"}
-# Files that lie beside the data where `datasets`, Spark or the hub wrote the folder.
-NO_DATA = re.compile(
-    r"(readme|license)(\.\w+)?|dataset_infos?\.json|state\.json|_SUCCESS|_(common_)?metadata", re.IGNORECASE
-)
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 END = 1 << 12  # bytes at either end of a file that its fingerprint holds
 
@@ -39,7 +34,7 @@ class SourceSpec:
     path: str | None = None
     subset: str | None = None
     split: str = "train"
-    text_column: str = "text"  # of JSON, parquet, arrow and the hub
+    text_column: str = "text"  # of JSON, CSV, parquet, arrow and the hub
 
     @property
     def location(self) -> str:
@@ -68,9 +63,9 @@ class Source(Protocol):
 def open_source(spec: SourceSpec, cache_folder: Path | str) -> Source:
     """A local file, a local folder, or else a dataset of the hub, kept nowhere but in `cache_folder`.
 
-    A folder is read recursively, in the order of the relative paths, and holds one kind of file: JSON
-    (lines, or an array of objects), parquet, arrow, or text, where one file is one document; all but
-    hidden files, README, LICENSE and the state files of `datasets` count. Any of them may be .gz or .zst.
+    A folder is read recursively, in the order of the relative paths, and holds one kind of file: JSON (lines, or an
+    array of objects), CSV, parquet, arrow, or text, where one file is one document; see `find_files` and `one_kind`.
+    Any of them may be .gz or .zst.
     Raises UserError where there is nothing to read, and for what cannot be read.
     """
     location = Path(spec.location).expanduser()
@@ -96,18 +91,12 @@ def may_be_on_the_hub(name: str) -> bool:
 
 
 def _open_local(spec: SourceSpec, location: Path) -> "LocalSource":
-    found = [location]
-    if location.is_dir():
-        found = [path for path in location.rglob("*") if _is_data(path.relative_to(location)) and path.is_file()]
-    if not found:
-        raise UserError(f"{spec.location!r} holds no files: give a folder of .jsonl, .txt, .parquet or .arrow files")
-    by_kind: dict[str, list[Path]] = {}
-    for path in sorted(found):
-        by_kind.setdefault(_kind(path), []).append(path)
-    if len(by_kind) > 1:
-        counts = ", ".join(f"{len(paths)} {kind} ({paths[0].name})" for kind, paths in by_kind.items())
-        raise UserError(f"{spec.location!r} holds files of several kinds: {counts}: name the folder or file of one")
-    [(kind, paths)] = by_kind.items()
+    paths = find_files(location) if location.is_dir() else [location]
+    if not paths:
+        raise UserError(
+            f"{spec.location!r} holds no files: give a folder of .jsonl, .txt, .csv, .parquet or .arrow files"
+        )
+    kind = one_kind(paths, spec.text_column, spec.location)
     base = location if location.is_dir() else location.parent
     names = [path.relative_to(base).as_posix() for path in paths]
     column = "" if kind == "text" else spec.text_column
@@ -126,24 +115,12 @@ def _ends(path: Path) -> bytes:
         return first + file.read(END)
 
 
-def _is_data(relative: Path) -> bool:
-    return not NO_DATA.fullmatch(relative.name) and not any(part.startswith(".") for part in relative.parts)
-
-
-def _kind(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
-    last = suffixes[-1].lower() if suffixes else ""
-    if last in UNREADABLE:
-        raise UserError(f"{path} is a {last} file, which is not read: convert it to .jsonl, .parquet or .txt")
-    return KINDS.get(last, "text")
-
-
 @dataclass(frozen=True)
 class LocalSource:
     """Local files of one kind; `names` are relative to the folder `base`."""
 
     name: str
-    kind: str  # json, parquet, arrow or text
+    kind: str  # json, csv, parquet, arrow or text
     column: str
     base: str
     names: list[str]
@@ -157,6 +134,52 @@ class LocalSource:
         """See `Source.read`."""
         path = Path(self.base, self.names[file])
         return DocumentReader(str(path), ROWS_OF[self.kind](path, self.column, state or {}), state)
+
+
+# --- one side of a source
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """The documents of a source that are held out, or all others: by a hash of the text, so equal ones stay together.
+
+    share: of the documents that are held out, 0 to 1, give or take what chance brings.
+    """
+
+    source: Source
+    share: float
+    held_out: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.name} ({100 * (self.share if self.held_out else 1 - self.share):g}% of its documents)"
+
+    @property
+    def n_files(self) -> int:
+        return self.source.n_files
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.source.fingerprint} {self.share} {self.held_out}".encode()).hexdigest()
+
+    def read(self, file: int, state: State | None = None) -> DocumentReader:
+        """See `Source.read`."""
+        return _SplitReader(self.source.read(file, state), self.share, self.held_out)
+
+
+class _SplitReader(DocumentReader):
+    def __init__(self, reader: DocumentReader, share: float, held_out: bool) -> None:
+        self.name, self._reader, self._below, self._held_out = reader.name, reader, share * 2.0**64, held_out
+
+    def __next__(self) -> str:
+        while True:
+            text = next(self._reader)
+            number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+            if (number < self._below) == self._held_out:
+                return text
+
+    def state(self) -> State:
+        return self._reader.state()
 
 
 # --- datasets of the hub
@@ -215,4 +238,4 @@ class HubSource:
         for batch in shard.iter(batch_size=1):
             if self.column not in batch:
                 raise missing_column(self.name, self.column, batch)
-            yield batch[self.column][0], shard.state_dict()
+            yield "", batch[self.column][0], shard.state_dict()

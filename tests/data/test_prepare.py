@@ -374,6 +374,14 @@ def test_cached_is_prepared_once_and_keyed(encoder, tmp_path):
         prepare_cached(source, encoder, tmp_path / "file" / "cache", log=silent)
 
 
+def test_a_whole_cache_may_be_read_only(encoder, tmp_path, monkeypatch):
+    first = prepare_cached(Lists(), encoder, tmp_path, log=silent)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert prepare_cached(Lists(), encoder, tmp_path, log=silent).fingerprint == first.fingerprint
+    with pytest.raises(UserError, match="job.cache_folder = .* cannot be written .permission denied"):
+        prepare_cached(Lists(fingerprint="other"), encoder, tmp_path, log=silent)
+
+
 def test_cached_resumes_after_a_kill_and_waits_for_another(encoder, whole, tmp_path):
     said, cache = [], tmp_path / "cache"
     first = prepare_cached(Lists(), encoder, cache, log=silent)

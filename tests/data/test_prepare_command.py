@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from dtron.__main__ import main
+from dtron.data import prepare as prepare_module
 from dtron.data.shards import open_store
+from dtron.data.tokenizer import read_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"document {i}" + " and so on" * (i % 40) for i in range(200)]
@@ -172,3 +174,74 @@ def test_mistyped_tokenizer_is_reported_at_once(source, tmp_path, capsys):
         began = time.monotonic()
         assert main(command) == 1 and time.monotonic() - began < 5  # no retries over a network
         assert f"--tokenizer = {name!r} is no local file or folder" in capsys.readouterr().err
+
+
+def prepared(source, out, capsys, *more):
+    code = main(arguments(source, out, "--processes", "1", *more))
+    return code, capsys.readouterr()
+
+
+def test_bad_documents_are_skipped_and_counted(source, tmp_path, capsys, monkeypatch):
+    """Refused at the first; given again to skip them, it resumes after what is finished, and counts them all."""
+    (tmp_path / "tokenizer").mkdir()
+    train_bpe(TEXTS, 300).save(tmp_path / "tokenizer")
+    monkeypatch.setattr(prepare_module, "BATCH", 150)
+    lines, out = source.read_text().splitlines(), tmp_path / "out"
+    lines[150] = '{"body": null}'
+    lines[190:190] = ['{"body": "\\ud83d"}']
+    source.write_text("\n".join(lines))
+    resumable = [source, out, capsys, "--tokenizer", str(tmp_path / "tokenizer"), "--shard-tokens", "500"]
+    code, said = prepared(*resumable)
+    assert code == 1 and f"error: {source}, line 151 holds NoneType" in said.err and "--on-error skip" in said.err
+    first = (out / "shard-00000.tokens").stat().st_ino
+    code, said = prepared(*resumable, "--on-error", "skip")
+    assert code == 0 and "resuming after shard" in said.out
+    assert f"skipped 2 bad documents, the first: {source}, line 151 " in said.out
+    assert (out / "shard-00000.tokens").stat().st_ino == first
+    assert open_store(out).n_documents == 199 and open_store(out).skipped == 2
+    lines[3:3] = ["not JSON", *['{"body": 1}'] * 12]
+    source.write_text("\n".join(lines))
+    code, said = prepared(source, tmp_path / "all", capsys, "--on-error", "skip")
+    assert code == 0 and said.out.count(f"skipped: {source}, line ") == 10 and "line 13 holds int" in said.out
+    assert f"skipped 15 bad documents, the first: {source}, line 4 is not JSON" in said.out
+    assert main(["prepare", "--show", str(tmp_path / "all")]) == 0
+    assert "15 bad documents were skipped" in capsys.readouterr().out
+    source.write_text('{"body": 1}\n' * 3)
+    command = ["prepare", str(source), "--tokenizer", str(out), "--out", str(tmp_path / "none"), "--on-error", "skip"]
+    assert main(command) == 1 and "and 3 bad ones, the first" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def texts_in(folder):
+    store, encoder = open_store(folder), read_tokenizer(str(folder), folder, "")
+    spans = (store.document(i) for i in range(store.n_documents))
+    return [encoder.decode(store.read(start, stop - 1).tolist()) for start, stop in spans]
+
+
+def test_a_share_is_held_out_in_the_same_command(source, tmp_path, capsys):
+    """Each text is on one side, also one that comes twice; the tokenizer has not seen those held out."""
+    source.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS * 2))
+    code, said = prepared(source, tmp_path / "out", capsys, "--held-out", "10%")
+    assert code == 0 and f"validation.dataset = {tmp_path}/out-validation" in said.out
+    train, held_out = texts_in(tmp_path / "out"), texts_in(tmp_path / "out-validation")
+    assert sorted(train + held_out) == sorted(TEXTS * 2) and not set(train) & set(held_out)
+    assert train == [text for text in TEXTS * 2 if text in train] and 20 < len(held_out) < 60
+    fingerprints = {open_store(tmp_path / name).tokenizer_fingerprint for name in ("out", "out-validation")}
+    assert fingerprints == {train_bpe(train, 300).fingerprint}
+    (tmp_path / "again").mkdir()
+    code, said = prepared(source, tmp_path / "again" / "out", capsys, "--held-out", "0.1", "--shard-tokens", "900")
+    assert texts_in(tmp_path / "again" / "out-validation") == held_out
+    code, said = prepared(source, tmp_path / "out", capsys, "--held-out", "10%")
+    assert code == 0 and said.out.count("prepared already") == 2
+    code, said = prepared(source, tmp_path / "out", capsys, "--held-out", "20%")
+    assert code == 1 and "holds other data; it has another source" in said.err
+    code, said = prepared(source, tmp_path / "few", capsys, "--held-out", "0.001%")
+    assert code == 1 and "(0.001% of its documents) is empty" in said.err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("few")]
+
+
+@pytest.mark.parametrize("share", ["0%", "100%", "5", "1/10", "-1%"])
+def test_a_held_out_share_is_a_share(source, tmp_path, capsys, share):
+    with pytest.raises(SystemExit):
+        main(arguments(source, tmp_path / "out", f"--held-out={share}"))
+    assert "expected a share of the documents between 0 and 100%, such as 1%" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Documents of every kind of file, from every position in it, and every reading error reported."""
 
+import csv
 import gzip
 import io
 import itertools
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch.utils.data
 
+from dtron.data.formats import BadDocument
 from dtron.data.sources import HubSource, SourceSpec, open_source
 from dtron.errors import UserError
 
@@ -47,7 +49,25 @@ def arrow(make):
     return content
 
 
+CSV = 'id,text,"a, b"\r\n1,"x, ""y""\nz",2\r\n\r\n3,é✓,4\n'
+
+
+def separated(rows, delimiter=","):
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, ["id", "text"], delimiter=delimiter, quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
 WRITERS = {
+    "a.csv": lambda rows: b"\xef\xbb\xbf" + separated(rows),
+    "a.tsv": lambda rows: separated(rows, "\t"),
+    "part-00000": jsonl,
+    "part-00001-1b2c.c000": lambda rows: b"\n" + jsonl(rows),
+    "a.jsonl.1": jsonl,
+    "lines.txt": jsonl,
+    "table": parquet,
     "a.jsonl": jsonl,
     "lines.json": lambda rows: b"\xef\xbb\xbf" + jsonl(rows).replace(b"\n", b"\r\n \n")[:-4],
     "array.json": lambda rows: b" \n" + json.dumps(rows, indent=1).encode(),
@@ -134,6 +154,105 @@ def test_fingerprint_is_of_the_files_not_of_their_place(tmp_path):
     assert len({first, *others}) == 6
 
 
+def test_csv_as_it_comes(tmp_path):
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"text;n\na,b;1\n" + b"long " * 50_000 + b";2"))
+    assert read(tmp_path) == ['x, "y"\nz', "é✓", "a,b", "long " * 50_000]
+    (tmp_path / "a.csv").write_text("")
+    assert len(read(tmp_path)) == 2
+
+
+def test_what_a_file_is_without_a_name_that_says_so(tmp_path):
+    """By its content, compressed or not; one .txt of JSON lines among other texts is text."""
+    for name, content in {"gz": gzip.compress(GOOD), "zst": pa.compress(GOOD, "zstd", asbytes=True)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-00000").write_bytes(content)
+        (tmp_path / name / "part-00001").write_bytes(json.dumps(ROWS).encode())
+        for beside in ("_SUCCESS", ".part-00000.crc", "part-00000.crc", "_committed_12", "SHA256SUMS", "README.txt"):
+            (tmp_path / name / beside).write_text("no data")
+        assert read(tmp_path / name) == TEXTS * 2
+    (tmp_path / "text").mkdir()
+    for name, text in {"a.txt": '{"text": "a"}\n', "b.map": '{"version": 3}', "c": "plain", "d.c": "{\n}\n"}.items():
+        (tmp_path / "text" / name).write_text(text)
+    assert len(read(tmp_path / "text")) == 4
+    (tmp_path / "text" / "part-0").write_text('{"body": "a"}\n')
+    with pytest.raises(UserError, match="several kinds: 4 text .*, 1 json .part-0."):
+        read(tmp_path / "text")
+    with pytest.raises(UserError, match="line 1 has no column 'text'; there are: 'body'"):
+        read(tmp_path / "text" / "part-0")
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("data/a/1.txt", "data/.store/x/2.txt", "elsewhere/deep/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name[-5])
+    links = {"0": "../elsewhere", "a_again": "a", "a/up": "..", "x": ".store/x", "a/b": "../../elsewhere/deep"}
+    for name, target in links.items():
+        (tmp_path / "data" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "one.txt").symlink_to("a/1.txt")
+    source = open_source(SourceSpec(str(tmp_path / "data")), "unused")
+    assert source.names == ["0/deep/3.txt", "a/1.txt", "one.txt", "x/2.txt"]
+    assert read(tmp_path / "data") == ["3", "1", "1", "2"]
+    (tmp_path / "linked").symlink_to("data")
+    assert read(tmp_path / "linked") == ["3", "1", "1", "2"]
+    (tmp_path / "data" / "broken").symlink_to("nowhere")
+    with pytest.raises(UserError, match="broken is a link to nowhere, which does not exist"):
+        read(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.csv", "a.parquet", "a.arrow"])
+def test_reading_continues_after_a_bad_document(name, tmp_path):
+    rows = [{"id": i, "text": text} for i, text in enumerate(["a", None, "b", "c"])]
+    contents = {
+        "a.jsonl": b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n{"text": \n"x"\n\xff\n{}\n'
+        b'{"text": "\\ud800"}\n{"text": "c"}',
+        "array.json": json.dumps([*rows[:2], 3, *rows[2:]]).encode(),
+        "a.csv": b'text,n\na,1\n"x"y,2\nx\nb,3\nx,y,z\n\xff,1\nc,4\n',
+        "a.parquet": parquet(rows),
+        "a.arrow": arrow(pyarrow.ipc.new_file)(rows),
+    }
+    (tmp_path / name).write_bytes(contents[name])
+    source = open_source(SourceSpec(str(tmp_path / name)), "unused")
+    reader, found, bad = source.read(0), [], []
+    while True:
+        try:
+            found.append((next(reader), reader.state()))
+        except BadDocument as error:
+            bad.append(str(error))
+            assert [*_good(source.read(0, reader.state()))] == [*_good(source.read(0))][len(found) :]
+        except StopIteration:
+            break
+    assert [text for text, _ in found] == ["a", "b", "c"] and len(bad) == {
+        "a.jsonl": 6,
+        "array.json": 2,
+        "a.csv": 4,
+    }.get(name, 1)
+    assert all(error.startswith(f"{tmp_path / name}, ") and "--on-error skip" in error for error in bad)
+    for i, (_, state) in enumerate(found):
+        assert [*_good(source.read(0, state))] == ["a", "b", "c"][i + 1 :]
+
+
+def _good(reader):
+    while True:
+        try:
+            yield next(reader)
+        except BadDocument:
+            continue
+        except StopIteration:
+            return
+
+
+def test_a_position_inside_a_line_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    source = open_source(SourceSpec(str(tmp_path)), "unused")
+    reader = source.read(0)
+    next(reader)
+    (tmp_path / "a.jsonl").write_bytes(b" " + GOOD)
+    with pytest.raises(UserError, match="no line that begins at byte [0-9]+.*changed before that position"):
+        next(source.read(0, reader.state()))
+
+
 # --- mistakes and broken files
 
 
@@ -150,9 +269,9 @@ def test_nothing_to_read(tmp_path):
     (tmp_path / "b.jsonl").write_text("x")
     with pytest.raises(UserError, match=r"several kinds: 1 text \(a.txt\), 1 json \(b.jsonl\)"):
         open_source(SourceSpec(str(tmp_path)), "unused")
-    (tmp_path / "c.csv").write_text("x")
-    with pytest.raises(UserError, match="c.csv is a .csv file.*convert"):
-        open_source(SourceSpec(str(tmp_path / "c.csv")), "unused")
+    (tmp_path / "c.xz").write_text("x")
+    with pytest.raises(UserError, match="c.xz is a .xz file.*convert"):
+        open_source(SourceSpec(str(tmp_path / "c.xz")), "unused")
 
 
 def test_splits_of_local_files_are_refused(tmp_path):
@@ -175,10 +294,14 @@ GOOD = jsonl(ROWS)
 BROKEN = {
     "utf8.txt": (b"caf\xe9 au lait", "not valid UTF-8 .*iconv"),
     "utf8.jsonl": (GOOD + b'{"text": "caf\xe9"}\n', "not valid UTF-8"),
-    "half.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "not valid UTF-8"),
+    "half.jsonl": (
+        GOOD + b'{"no": "\\ud83d", "text": "a\\\\ud83d \\ud83d\\ude00 \\ud83d"}\n',
+        r"line 42 has half a surrogate pair, .ud83d, at character 11 of its text.*--on-error skip",
+    ),
     "json.jsonl": (GOOD + b'{"text": "a"\n', "line 42 is not JSON .*expected one object per line"),
+    "deep.jsonl": (GOOD + b"[" * 100_000 + b"\n", "line 42 is not JSON"),
     "list.jsonl": (GOOD + b'"a"\n', 'line 42 holds "a": expected an object'),
-    "null.jsonl": (GOOD + b'{"text": null}\n', "'line': 41.*NoneType, not a string"),
+    "null.jsonl": (GOOD + b'{"text": null}\n', "line 42 holds NoneType, not a string"),
     "column.jsonl": (GOOD + b'{"content": "a", "id": 1}\n', "line 42 has no column 'text'; there are: 'content', 'id'"),
     "array.json": (b'[{"text": "a"}, {"text": "b"}', "cannot be read"),
     "cut.jsonl.gz": (gzip.compress(GOOD)[:-30], "cannot be read .*download it again"),
@@ -192,6 +315,21 @@ BROKEN = {
     "column.parquet": (parquet(ROWS), "no column 'body'; there are: 'id', 'text'"),
     "column.arrow": (arrow(pyarrow.ipc.new_file)(ROWS), "no column 'body'; there are: 'id', 'text'"),
     "empty.parquet": (b"", "cannot be read"),
+    "utf8.parquet": (
+        parquet([{"id": 0, "text": "caf?"}]).replace(b"caf?", b"caf\xe9"),
+        "part 1, row 1, is not valid UTF",
+    ),
+    "utf16.txt": ("né".encode("utf-16"), r"is UTF-16, expected UTF-8: convert the file \(iconv -f utf-16 -t utf-8\)"),
+    "utf32.txt": ("né".encode("utf-32"), "iconv -f utf-32 "),
+    "big.jsonl": (GOOD.decode().encode("utf-16be"), "is UTF-16BE.*iconv -f utf-16be"),
+    "utf16.jsonl.gz": (gzip.compress(GOOD.decode().encode("utf-16")), "is UTF-16, .*iconv -f utf-16 "),
+    "unmarked.csv": (CSV.encode("utf-16le"), "is UTF-16LE.*iconv -f utf-16le"),
+    "utf8.csv": (b"id,text\n1,caf\xe9\n", "line 2 is not valid UTF-8.*iconv -f latin1"),
+    "fields.csv": (b"id,text\n1,a\n2,b,c\n", "line 3 has 3 fields, the header has 2"),
+    "quote.csv": (b'id,text\n1,a\n2,"b"c,\n', "line 3 is not CSV"),
+    "open.csv": (b'id,text\n1,a\n2,"b\n3,c\n', "line 3 is not CSV"),
+    "column.csv": (b"id;body\n1;a\n", "no column 'text'; there are: 'id', 'body'"),
+    "zip.txt": (b"PK\x03\x04" + bytes(range(256)), "is a zip file, which is not read"),
 }
 
 
