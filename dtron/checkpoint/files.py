@@ -73,6 +73,7 @@ class Progress:
     attempt: int = 1  # 1 for a fresh run, one more after each resume
     model_only: bool = False
     data_fingerprint: str = ""  # of the training data, where the dataset has one
+    tokenizer_fingerprint: str = ""  # of the training data, likewise
     streams: dict[str, Any] = field(default_factory=dict)  # positions in sources that are tokenized on the fly
     skipped: int = 0  # steps that changed nothing, their gradient not finite or a spike
     skipped_in_a_row: int = 0

@@ -206,7 +206,7 @@ class Dataset:
     dataset: str = key(
         "stdlib",
         "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, "
-        "parquet or arrow, a Hugging Face hub name, or a registered dataset",
+        "CSV, parquet or arrow, a Hugging Face hub name, or a registered dataset",
         changes="location",
     )
     dataset_path: str | None = key(
@@ -215,6 +215,11 @@ class Dataset:
     dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")
     dataset_split: str | None = key(None, "split of a hub dataset; unset: train, of the validation set validation")
     text_column: str | None = key(None, "column that holds the text, of a dataset that is not prepared; unset: text")
+    on_bad_document: Literal["refuse", "skip"] = key(
+        "refuse",
+        "a document that cannot be used, of a dataset that is not prepared: the run saves and ends, or leaves it out",
+        changes="losses",
+    )
 
 
 @dataclass(frozen=True)
@@ -364,6 +369,9 @@ class Checkpoint:
         None,
         "run folder to continue with changed optimizer, schedule or clipping keys, or with its data elsewhere; unset: "
         "the run of this very training, if there is one",
+    )
+    allow_changed_data: bool = key(
+        False, "a resume accepts training data that changed since the checkpoint, from the position it was at"
     )
     load_step: int = key(-1, "the step to resume from; -1: the newest", check=_step_or_minus_1)
     allow_restart: bool = key(

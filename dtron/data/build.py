@@ -4,6 +4,7 @@ Each builder has the signature of a registered data set: (config, section, split
 section is [training], [validation] or one of training.mixture.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +18,10 @@ from dtron.data.stream import StreamedSource
 from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
 
-__all__ = ["build_by_path", "names_a_place", "stdlib"]
+__all__ = ["build_by_path", "known_tokenizer", "names_a_place", "stdlib"]
 
 Split = Literal["train", "validation"]
+STDLIB = "its own, trained on it"
 
 
 def stdlib(config: Config, section: Dataset, split: Split, seq_len: int, vocab_size: int, log: Log) -> TokenDataset:
@@ -57,18 +59,19 @@ def build_by_path(
         section.text_column or "text",
     )
     source = open_source(spec, config.job.cache_folder)
+    skip_bad = section.on_bad_document == "skip"
     if split == "validation":
-        store = prepare_cached(source, encoder, config.job.cache_folder, log=log)
+        store = prepare_cached(source, encoder, config.job.cache_folder, skip_bad=skip_bad, log=log)
         return TokenDataset(store, seq_len, documents=documents, name=str(location))
     return StreamedSource(
         source, encoder, seq_len, seed=config.debug.seed, documents=documents, name=str(location),
-        shuffle_documents=config.training.shuffle_documents,
+        shuffle_documents=config.training.shuffle_documents, skip_bad=skip_bad,
     )  # fmt: skip
 
 
 def _prepared(config: Config, section: Dataset, folder: Path, seq_len: int, documents: bool) -> TokenDataset:
-    for key in ("dataset_subset", "dataset_split", "text_column"):
-        if getattr(section, key) is not None:
+    for key in ("dataset_subset", "dataset_split", "text_column", "on_bad_document"):
+        if getattr(section, key) != getattr(Dataset(), key):
             raise UserError(f"{folder} is prepared, so {key} has no effect; leave it out")
     store, model = open_store(folder), config.model
     if model.hf_assets_path or model.add_special_tokens not in (None, store.add_special_tokens):
@@ -92,13 +95,35 @@ def _prepared(config: Config, section: Dataset, folder: Path, seq_len: int, docu
     return TokenDataset(store, seq_len, documents=documents, name=str(folder))
 
 
+def known_tokenizer(config: Config, section: Dataset, key: str) -> str | None:
+    """A hash of a data set's tokenizer, without reading its text; None: only building it shows.
+
+    key: that names it. STDLIB: one that the embedded corpus is to train, which prepared data can have only where it
+    was made from that corpus. UserError for text that is tokenized on the fly with no tokenizer named.
+    """
+    location = Path(section.dataset_path or section.dataset)
+    if section.dataset == "stdlib":
+        return None if config.model.hf_assets_path else STDLIB
+    if is_prepared(location):
+        store = open_store(location)
+        made_from_it = not config.model.hf_assets_path and store.source["name"].startswith("the standard library")
+        return None if made_from_it else hashlib.sha256(store.tokenizer_json.read_bytes()).hexdigest()
+    if not config.model.hf_assets_path:
+        raise _no_tokenizer(f"{key} = {location}")
+    return None
+
+
 def _encoder(config: Config, location: str) -> TextEncoder:
     if not config.model.hf_assets_path:
-        raise UserError(
-            f"{location} is text that is tokenized on the fly: name the tokenizer's folder as model.hf_assets_path, "
-            "or tokenize it once with `dtron prepare`"
-        )
+        raise _no_tokenizer(location)
     return read_tokenizer(
         config.model.hf_assets_path, config.job.cache_folder, "model.hf_assets_path",
         add_special_tokens=config.model.add_special_tokens,
     )  # fmt: skip
+
+
+def _no_tokenizer(location: str) -> UserError:
+    return UserError(
+        f"{location} is text that is tokenized on the fly: name the tokenizer's folder as model.hf_assets_path, "
+        "or tokenize it once with `dtron prepare`"
+    )

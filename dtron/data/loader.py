@@ -270,32 +270,48 @@ class _Watched:
             ) from None
 
 
-def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[T]:
+def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[tuple[T, str]]:
     """The same batches, taken ahead while a step computes: by the worker processes, or without any by one thread.
+
+    Each comes with the error that stands in place of the next one, or empty: so all ranks can stop and save after a
+    step, where one of them could not take part in the next.
 
     iter(batches) is called here and now. The thread ends with the iterator, which keeps no state: batches that were
     taken ahead and not handed out are loaded again on a resume. docs/data.md says why this is not torchdata's.
     """
     if options.num_workers:
-        return iter(batches)
+        return _with_next_problem(iter(batches))
     return _taken_ahead(iter(batches), options.prefetch_factor)
 
 
-def _taken_ahead(items: Iterator[T], ahead: int) -> Iterator[T]:
+def _with_next_problem(items: Iterator[T]) -> Iterator[tuple[T, str]]:
+    item = next(items, END)
+    while item is not END:
+        following = END if isinstance(item, UserError) else next(items, END)
+        yield item, _problem(following)
+        item = following
+
+
+def _taken_ahead(items: Iterator[T], ahead: int) -> Iterator[tuple[T, str]]:
     thread = ThreadPoolExecutor(1, "prefetch")
     try:
         waiting = deque(thread.submit(next, items, END) for _ in range(ahead))
         while (item := waiting.popleft().result()) is not END:
             waiting.append(thread.submit(next, items, END))
-            yield item
+            yield item, _problem(waiting[0].result())
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+def _problem(item: Any) -> str:
+    return str(item) if isinstance(item, UserError) else ""
 
 
 class StepLoader:
     """One `Batch` per optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
 
     lost_worker: what happened to a worker process, empty: nothing; then this process loads the batches itself.
+    problem: why there is no batch after the one handed out last; empty: there is.
 
     datasets: one, or several mixed by `mixture`. `consumed` counts the global samples of the batches handed
     out; those that were merely loaded ahead do not count. UserError unless dp_size divides the batch.
@@ -329,7 +345,8 @@ class StepLoader:
     def seek(self, consumed: int) -> None:
         """Continue from global sample `consumed`; O(1)."""
         self._consumed = self._sampler.start = consumed
-        self._batches: Iterator[Batch | UserError] | None = None
+        self._batches: Iterator[tuple[Batch | UserError, str]] | None = None
+        self.problem = ""
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides `consumed`: nothing."""
@@ -343,7 +360,7 @@ class StepLoader:
             self._batches = prefetch(self._loader, self._options)
         sampler = self._sampler
         try:
-            batch = next(self._batches)
+            batch, self.problem = next(self._batches)
         except WorkerDiedError as error:
             self.lost_worker = str(error)
             self._options = dataclasses.replace(self._options, num_workers=0)
@@ -394,7 +411,7 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Batch]:
         done = 0
         try:
-            for batch in prefetch(self._loader, self._options):
+            for batch, _ in prefetch(self._loader, self._options):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
@@ -404,4 +421,5 @@ class ValidationLoader:
             self._options = dataclasses.replace(self._options, num_workers=0, persistent_workers=False)
             rest = dataclasses.replace(self._sampler, first=done)
             self._loader = _rows_loader([self._dataset], self._sampler, self._options)
-            yield from prefetch(_rows_loader([self._dataset], rest, self._options), self._options)
+            remaining = prefetch(_rows_loader([self._dataset], rest, self._options), self._options)
+            yield from (batch for batch, _ in remaining)

@@ -10,12 +10,13 @@ reads all of it and keeps the documents of its own virtual shards only: reading 
 import hashlib
 import json
 from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dtron.data.formats import State
+from dtron.data.formats import BadDocument, State, good_documents
 from dtron.data.order import Permutation, seed_of
 from dtron.data.sources import Source
 from dtron.errors import UserError
@@ -34,7 +35,8 @@ class StreamedSource:
     """A source without end: epoch after epoch, tokenized on the fly into sequences of seq_len tokens.
 
     shuffle_documents: documents that are shuffled at a time (and held in memory); with 1 documents and files keep
-    their order. documents: whether rows have the third array of `Batch`. name: for messages.
+    their order. documents: whether rows have the third array of `Batch`. name: for messages. skip_bad: leave out
+    documents that cannot be used, which are counted.
     The attributes are those of a `SequenceDataset`; `fingerprint` is of all that decides the order of the tokens.
     """
 
@@ -50,14 +52,22 @@ class StreamedSource:
         shuffle_documents: int = 1000,
         documents: bool = False,
         name: str = "the data set",
+        skip_bad: bool = False,
     ) -> None:
         if shuffle_documents < 1:
             raise UserError(f"shuffle_documents = {shuffle_documents}: expected 1 (no shuffle) or more documents")
         self.source, self.encoder, self.seq_len, self.name = source, encoder, seq_len, name
         self.seed, self.shuffle_documents, self.documents = seed, shuffle_documents, documents
+        self.skip_bad = skip_bad
         self.vocab_size, self.tokenizer_fingerprint = encoder.vocab_size, encoder.fingerprint
         recipe = [source.fingerprint, encoder.fingerprint, seed, shuffle_documents]
         self.fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+    @property
+    def files(self) -> str:
+        """What decides the order of the files: a position is one in the same files only, whatever is in them."""
+        names = json.dumps(getattr(self.source, "names", None))
+        return f"{self.source.n_files} {hashlib.sha256(names.encode()).hexdigest()[:12]}"
 
 
 class StreamPosition(NamedTuple):
@@ -67,6 +77,7 @@ class StreamPosition(NamedTuple):
     epoch: int
     file: int  # in the epoch's order
     reader: State  # of the file's DocumentReader
+    skipped: int = 0  # documents before it that could not be used, each epoch's anew
 
 
 class Document(NamedTuple):
@@ -76,10 +87,15 @@ class Document(NamedTuple):
 
 
 class _Reader:
-    """Reads the blocks of a source from `position` on, and deals their documents to the virtual shards it serves."""
+    """Reads the blocks of a source from `position` on, and deals their documents to the virtual shards it serves.
 
-    def __init__(self, source: StreamedSource, n_shards: int, position: StreamPosition) -> None:
-        self._streamed, self._n_shards = source, n_shards
+    on_bad: called with each document that is skipped.
+    """
+
+    def __init__(
+        self, source: StreamedSource, n_shards: int, position: StreamPosition, on_bad: Callable[[str], object]
+    ) -> None:
+        self._streamed, self._n_shards, self._on_bad = source, n_shards, on_bad
         self._file_seed, self._block_seed = seed_of(source.seed, 1), seed_of(source.seed, 2)
         self.waiting: dict[int, deque[Document]] = {}  # of each virtual shard served
         self.characters: dict[int, int] = {}
@@ -100,7 +116,7 @@ class _Reader:
     @property
     def position(self) -> StreamPosition:
         """Of the next block."""
-        return self._position._replace(reader=self._documents.state())
+        return self._position._replace(reader=self._reader.state())
 
     def read_block(self) -> None:
         """UserError for an epoch without any document, and for what cannot be read."""
@@ -122,7 +138,13 @@ class _Reader:
         position, file = self._position, self._position.file
         if self._streamed.shuffle_documents > 1:
             file = int(Permutation(self._streamed.source.n_files, self._file_seed, position.epoch)(np.array(file)))
-        self._documents = self._streamed.source.read(file, position.reader or None)
+        self._reader = self._streamed.source.read(file, position.reader or None)
+        skip = self._skip if self._streamed.skip_bad else None
+        self._documents: Iterator[str] = good_documents(self._reader, skip)
+
+    def _skip(self, error: BadDocument) -> None:
+        self._position = self._position._replace(skipped=self._position.skipped + 1)
+        self._on_bad(error.what)
 
     def _next_text(self) -> str | None:
         """The next document, or None once at the end of an epoch."""
@@ -132,7 +154,8 @@ class _Reader:
                 self._open()
                 continue
             if not self._epoch_has_any:
-                raise UserError(f"{self._streamed.name} has no document: give data, or remove empty files")
+                bad = f" that can be used ({skipped} were skipped)" if (skipped := self._position.skipped) else ""
+                raise UserError(f"{self._streamed.name} has no document{bad}: give data, or remove empty files")
             self._position = self._position._replace(epoch=self._position.epoch + 1, file=0)
             self._open()
             self._epoch_has_any = False
@@ -144,12 +167,23 @@ class _Reader:
 class Router:
     """Gives the virtual shards of one source that a process holds their documents, with as few readers as possible."""
 
-    def __init__(self, source: StreamedSource, n_shards: int, wanted: dict[int, tuple[int, StreamPosition]]) -> None:
-        self.source, self._n_shards = source, n_shards
+    def __init__(
+        self,
+        source: StreamedSource,
+        n_shards: int,
+        wanted: dict[int, tuple[int, StreamPosition]],
+        on_bad: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self.source, self._n_shards, self._on_bad = source, n_shards, on_bad
         self._readers: dict[int, _Reader] = {}  # of each virtual shard
         self._left = dict(wanted)  # those without a reader -> (next document, position of its block)
         for shard in sorted(wanted, key=lambda shard: wanted[shard][1].number):
             self._attach(shard)
+
+    @property
+    def skipped(self) -> int:
+        """Documents that could not be used, up to where the first of the readers is."""
+        return max(reader.position.skipped for reader in self._readers.values())
 
     def take(self, shard: int) -> list[Document]:
         """The virtual shard's next document, and of those that wait already as many as are well tokenized together."""
@@ -177,6 +211,6 @@ class Router:
             if 0 <= position.number - reader.position.number <= near:
                 break
         else:
-            reader = _Reader(self.source, self._n_shards, position)
+            reader = _Reader(self.source, self._n_shards, position, self._on_bad)
         reader.serve(shard, document)
         self._readers[shard] = reader

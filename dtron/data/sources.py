@@ -6,12 +6,15 @@ second worker nothing of a source of one file, and fails on rows whose other col
 of the hub is streamed by `datasets`, and finds its position as that library does.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,6 +188,16 @@ class _SplitReader(DocumentReader):
 # --- datasets of the hub
 
 
+@contextlib.contextmanager
+def _lockable(cache_folder: Path) -> Iterator[str]:
+    """The folder where `datasets` makes a lock, of which streaming needs nothing else: one that can be written."""
+    if cache_folder.is_dir() and not os.access(cache_folder, os.W_OK):
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+    else:
+        yield str(cache_folder)
+
+
 @dataclass(frozen=True)
 class HubSource:
     """A dataset as `datasets` streams it; its files are the library's shards."""
@@ -202,10 +215,11 @@ class HubSource:
         datasets = optional_package("datasets", f"{spec.location!r} is no local file or folder: a dataset of the hub")
         token = os.environ.get("HF_TOKEN") or False  # False: not even one that lies in the home folder
         try:
-            dataset = datasets.load_dataset(
-                spec.location, spec.subset, split=spec.split, streaming=True, cache_dir=str(cache_folder), token=token
-            )
-            columns = dataset.column_names
+            with _lockable(cache_folder) as folder:
+                dataset = datasets.load_dataset(
+                    spec.location, spec.subset, split=spec.split, streaming=True, cache_dir=folder, token=token
+                )
+                columns = dataset.column_names
         except Exception as error:  # whatever the hub's libraries raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(

@@ -11,10 +11,10 @@ again, or a few. In checkpoints V is called `columns`, and the states `places`.
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +41,16 @@ __all__ = ["StreamLoader", "StreamedSource", "merge_states", "virtual_shard_coun
 
 MAX_SHARDS = 32
 
-# Of one step, a worker's rows and the states of its virtual shards after them; or, at last, a UserError.
-Part = tuple[Batch, dict[str, State]] | UserError
+SHOWN = 10  # bad documents that are named; the others are counted
+
+
+class Part(NamedTuple):
+    """Of one step, a worker's rows."""
+
+    batch: Batch
+    positions: dict[str, State]  # of its virtual shards after them
+    bad: list[str]  # documents that were skipped since the last part
+    skipped: dict[int, int]  # number of those of each source since the run began, up to where it was read
 
 
 def virtual_shard_count(global_batch_size: int) -> int:
@@ -104,7 +112,7 @@ def _start_state(shard: int) -> State:
 def merge_states(states: Sequence[State]) -> State:
     """The state of a whole run from its ranks' `StreamLoader.state()`, for the checkpoint."""
     positions = {key: position for state in states for key, position in state["places"].items()}
-    return {"columns": states[0]["columns"], "places": dict(sorted(positions.items()))}
+    return {**states[0], "places": dict(sorted(positions.items()))}
 
 
 @dataclass
@@ -135,26 +143,34 @@ class _StepRows(torch.utils.data.IterableDataset[Any]):
         size = self.global_batch_size // self.n_shards
         return range(shard * size, (shard + 1) * size)
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[Part | UserError]:
         info = torch.utils.data.get_worker_info()
         shards = self.shards(info.id, info.num_workers) if info else self.shards(0, 1)
+        bad: list[str] = []
         try:
-            streams = self._open(shards)
+            routers = self._open_routers(shards, bad.append)
+            streams = {
+                (s, shard): _VirtualShard(router, shard, self.positions[f"{s}/{shard}"])
+                for s, router in routers.items()
+                for shard in shards
+            }
             for start in count(self.start, self.global_batch_size):
                 batch = collate([row for shard in shards for row in self._shard_rows(shard, start, streams)])
-                yield batch, {f"{source}/{shard}": stream.state() for (source, shard), stream in streams.items()}
+                positions = {f"{source}/{shard}": stream.state() for (source, shard), stream in streams.items()}
+                yield Part(batch, positions, bad[:], {s: router.skipped for s, router in routers.items()})
+                bad.clear()
         except UserError as error:
             yield error  # raised in a worker it would arrive with the worker's traceback as its text
 
-    def _open(self, shards: list[int]) -> dict[tuple[int, int], _VirtualShard]:
-        streams: dict[tuple[int, int], _VirtualShard] = {}
+    def _open_routers(self, shards: list[int], on_bad: Callable[[str], object]) -> dict[int, Router]:
+        """One for each streamed source."""
+        routers = {}
         for s, source in enumerate(self.sources):
             if isinstance(source, StreamedSource):
                 states = {shard: self.positions[f"{s}/{shard}"] for shard in shards}
                 wanted = {shard: (x["document"], StreamPosition(**x["block"])) for shard, x in states.items()}
-                router = Router(source, self.n_shards, wanted)
-                streams |= {(s, shard): _VirtualShard(router, shard, state) for shard, state in states.items()}
-        return streams
+                routers[s] = Router(source, self.n_shards, wanted, on_bad)
+        return routers
 
     def _shard_rows(self, shard: int, start: int, streams: dict[tuple[int, int], _VirtualShard]) -> Iterator[Row]:
         """This rank's rows of one virtual shard, in the step whose first global sample is `start`."""
@@ -180,7 +196,9 @@ class StreamLoader:
 
     state: `merge_states` of all ranks' `state()` at `consumed`, of any layout and worker count; None at the start.
     lost_worker: as of `StepLoader`.
-    Raises UserError where dp_size or the state's virtual shards do not divide the global batch.
+    on_bad: called with the first few documents that are skipped; `skipped` counts all, each epoch's anew.
+    Raises UserError where dp_size or the state's virtual shards do not divide the global batch, and where the files are
+    others than those of the state.
     """
 
     def __init__(
@@ -196,6 +214,7 @@ class StreamLoader:
         consumed: int = 0,
         state: State | None = None,
         shuffle: bool = True,
+        on_bad: Callable[[str], object] = lambda _: None,
     ) -> None:
         rows = rows_of(global_batch_size, dp_rank, dp_size)
         n_shards = state["columns"] if state else virtual_shard_count(global_batch_size)
@@ -209,8 +228,12 @@ class StreamLoader:
         self._positions = self._first_positions(consumed, state)
         self._consumed, self._options = consumed, options
         self._n_workers = min(options.num_workers, len(self._data.shards(0, 1)))
-        self._batches: Iterator[Part] | None = None
         self.lost_worker = ""
+        self._batches: Iterator[tuple[Part | UserError, str]] | None = None
+        self._on_bad, self._named, self._skipped, self.problem = on_bad, set[str](), dict[int, int](), ""
+        for key, position in self._positions.items():
+            s = int(key.split("/")[0])
+            self._skipped[s] = max(self._skipped.get(s, 0), position["block"].get("skipped", 0))
 
     def _first_positions(self, consumed: int, state: State | None) -> dict[str, State]:
         positions = {}
@@ -226,7 +249,36 @@ class StreamLoader:
                 "the checkpoint does not say where this run is in its data, which is tokenized on the fly: use "
                 "the data it was made with, or start a new run"
             )
+        recorded = state.get("files", {}) if state else {}
+        for number, files in self._files().items():
+            if (then := recorded.get(number, files)) != files:
+                name = getattr(self._data.sources[int(number)], "name", "the data set")
+                before, now = then.split()[0], files.split()[0]
+                raise UserError(
+                    f"{name} had other files when the checkpoint was made ({before}, now {now}): their order depends "
+                    "on their number and names, so only what is in them may change; give them their names back, a "
+                    "deleted one empty, or start a new run"
+                )
         return {key: known[key] for key in positions}
+
+    def _files(self) -> dict[str, str]:
+        """Of each streamed source."""
+        sources = enumerate(self._data.sources)
+        return {str(s): source.files for s, source in sources if isinstance(source, StreamedSource)}
+
+    @property
+    def skipped(self) -> int:
+        """Documents that could not be used, up to where this rank has read."""
+        return sum(self._skipped.values())
+
+    @property
+    def epochs(self) -> dict[int, int]:
+        """Whole epochs of each streamed source that have been read."""
+        found: dict[int, int] = {}
+        for key, position in self._positions.items():
+            s = int(key.split("/")[0])
+            found[s] = max(found.get(s, 0), position["block"]["epoch"])
+        return found
 
     @property
     def consumed(self) -> int:
@@ -235,7 +287,7 @@ class StreamLoader:
 
     def state(self) -> State:
         """This rank's virtual shards after the batches handed out: JSON-able, for `merge_states`."""
-        return {"columns": self._data.n_shards, "places": dict(self._positions)}
+        return {"columns": self._data.n_shards, "places": dict(self._positions), "files": self._files()}
 
     def __iter__(self) -> "StreamLoader":
         return self
@@ -244,7 +296,7 @@ class StreamLoader:
         if self._batches is None:
             self._batches = self._open()
         try:
-            item = next(self._batches)
+            item, self.problem = next(self._batches)
         except WorkerDiedError as error:
             self.lost_worker = str(error)
             self._n_workers, self._options = 0, dataclasses.replace(self._options, num_workers=0)
@@ -253,13 +305,17 @@ class StreamLoader:
         if isinstance(item, UserError):
             self._batches = None  # ends the workers now: the error's traceback holds this loader
             raise item
-        batch, positions = item
-        self._positions = self._positions | positions
+        self._positions = self._positions | item.positions
+        self._skipped |= {s: max(n, self._skipped[s]) for s, n in item.skipped.items()}
+        for what in item.bad:  # several workers read the same
+            if what not in self._named and len(self._named) < SHOWN:
+                self._named.add(what)
+                self._on_bad(what)
         first = self._consumed + self._data.rows.start
         self._consumed += self._data.global_batch_size
-        return with_sources(batch, self._data.mixture, first)
+        return with_sources(item.batch, self._data.mixture, first)
 
-    def _open(self) -> Iterator[Part]:
+    def _open(self) -> Iterator[tuple[Part | UserError, str]]:
         """The batches from here on; no frame that an error's traceback holds refers to the workers' iterator."""
         self._data.start, self._data.positions = self._consumed, self._positions
         workers = self._n_workers
@@ -268,7 +324,9 @@ class StreamLoader:
         return prefetch(_whole_batches(self._data, parts, max(1, workers), pin), self._options)
 
 
-def _whole_batches(data: _StepRows, parts: Iterator[Part], n_workers: int, pin: bool) -> Iterator[Part]:
+def _whole_batches(
+    data: _StepRows, parts: Iterator[Part | UserError], n_workers: int, pin: bool
+) -> Iterator[Part | UserError]:
     """The workers' parts of every step as one, its rows in the order of the global batch."""
     shards = [shard for worker in range(n_workers) for shard in data.shards(worker, n_workers)]
     rows = [row for shard in shards for row in data.rows_of_shard(shard) if row in data.rows]
@@ -276,11 +334,16 @@ def _whole_batches(data: _StepRows, parts: Iterator[Part], n_workers: int, pin: 
     while True:
         batches: list[Batch] = []
         positions: dict[str, State] = {}
+        bad: list[str] = []
+        skipped: dict[int, int] = {}
         for part in islice(parts, n_workers):  # torch takes one item from each worker in turn
             if isinstance(part, UserError):
                 yield part
                 return
-            batches.append(part[0])
-            positions |= part[1]
+            batches.append(part.batch)
+            positions |= part.positions
+            bad += part.bad
+            skipped |= {s: max(n, skipped.get(s, 0)) for s, n in part.skipped.items()}
         whole = (torch.cat(tensors)[order] for tensors in zip(*batches, strict=True) if tensors[0] is not None)
-        yield Batch(*(tensor.pin_memory() if pin else tensor for tensor in whole)), positions
+        batch = Batch(*(tensor.pin_memory() if pin else tensor for tensor in whole))
+        yield Part(batch, positions, bad, skipped)

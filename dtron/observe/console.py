@@ -92,6 +92,7 @@ def format_step(row: dict[str, Any], total_steps: int, seconds_left: float | Non
         "lr": "lr {:.1e}".format,
         "tokens_per_s": lambda value: f"{human_count(value)} tok/s",
         "mfu": "MFU {:.1%}".format,
+        "epochs": "epochs {:.2f}".format,
         "max_memory_bytes": lambda value: f"mem {human_bytes(value)}",
         "data": "data {:.1%}".format,
         "left": lambda value: f"left {human_seconds(value)}",

@@ -42,6 +42,7 @@ TAGS: dict[str, Tag] = {
     "data_s": Tag("time/data_s"),
     "max_memory_bytes": Tag("memory/max_gib", 1 / 2**30),
     "tokens": Tag("tokens"),
+    "epochs": Tag("epochs"),
     "goodput": Tag("goodput/percent", 100.0),
     "checkpoint_stall_s": Tag("checkpoint/stall_s"),
     "checkpoint_save_s": Tag("checkpoint/save_s"),
@@ -49,8 +50,9 @@ TAGS: dict[str, Tag] = {
     "checkpoint_slowdown": Tag("checkpoint/slowdown"),
     "failed_saves": Tag("checkpoint/failed_saves"),
     "skipped_steps": Tag("optim/skipped_steps"),
+    "skipped_documents": Tag("skipped_documents"),
 }
-_AS_THEY_ARE = ("source_loss/", "source_tokens/", "spent_s/")  # keys that are tags themselves
+_AS_THEY_ARE = ("source_loss/", "source_tokens/", "source_epochs/", "spent_s/")  # keys that are tags themselves
 _NOT_DRAWN = {"step", "attempt", "nonfinite", "unix_s"}
 
 # The dashboard: category -> chart -> kind and patterns of tags. One category, as TensorBoard opens only the first.
@@ -75,14 +77,15 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 SOURCE_CHARTS: dict[str, list[Any]] = {
     "Loss of each source (nats/token)": ["Multiline", ["^source_loss/.*$"]],
     "Tokens of each source": ["Multiline", ["^source_tokens/.*$"]],
+    "Epochs of each source": ["Multiline", ["^source_epochs/.*$"]],
 }
 
 
 def tag_of(key: str) -> Tag | None:
     """The tag of a row's key; None: not drawn. Other seconds go under time/, other numbers under other/.
 
-    `source_loss/NAME` and `source_tokens/NAME`, of each source of a mixture, and `spent_s/PART`, of the wall time,
-    are tags as they are.
+    `source_loss/NAME`, `source_tokens/NAME` and `source_epochs/NAME`, of each source of a mixture, and
+    `spent_s/PART`, of the wall time, are tags as they are.
     """
     if key in _NOT_DRAWN:
         return None

@@ -4,15 +4,17 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dtron import compat, registry
 from dtron.checkpoint.files import Progress
 from dtron.config import Config, replace
-from dtron.config.sections import Dataset, Training
+from dtron.config.sections import Dataset, Training, Validation
+from dtron.data.build import build_by_path, known_tokenizer, stdlib
 from dtron.data.loader import IGNORE_INDEX, SequenceDataset, StepLoader, ValidationLoader
 from dtron.data.order import Mixture
 from dtron.data.shards import is_prepared
@@ -20,7 +22,7 @@ from dtron.data.stream import StreamedSource, StreamLoader, merge_states
 from dtron.data.tokenizer import documents_have_special_tokens
 from dtron.errors import UserError
 from dtron.mesh import Degrees
-from dtron.ranks.agree import from_all_ranks
+from dtron.ranks.agree import from_all_ranks, warn_on_rank_0
 from dtron.ranks.control import StopBeforeStartError
 from dtron.ranks.world import World
 
@@ -41,13 +43,54 @@ class HeldOut:
 
 @dataclass
 class RunData:
-    """first: the training set, or of a mixture the first. sources: names of a mixture's sources, none without one."""
+    """datasets: of the training, one or those of a mixture. sources: names of a mixture's, none without one."""
 
     loader: StepLoader | StreamLoader
     held_out: HeldOut | None
-    first: SequenceDataset | StreamedSource
+    datasets: Sequence[SequenceDataset | StreamedSource]
     mixture: Mixture
     sources: list[str]
+    told_epochs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> str:
+        """Why this rank has no batch for the next step; empty: it has, as far as it has looked."""
+        return self.loader.problem
+
+    def metrics(self, consumed: int) -> dict[str, float]:
+        """How often the data was gone round, and documents that were skipped, up to a global sample.
+
+        epochs: of a mixture each source's own. Of what is tokenized on the fly whole ones only are known.
+        """
+        streams = self.loader if isinstance(self.loader, StreamLoader) else None
+        whole = streams.epochs if streams else {}
+        taken = self.mixture.before(consumed)
+        row: dict[str, float] = {}
+        for s, dataset in enumerate(self.datasets):
+            key = f"source_epochs/{self.sources[s]}" if self.sources else "epochs"
+            row[key] = whole.get(s, 0) if isinstance(dataset, StreamedSource) else float(taken[s]) / len(dataset)
+        if streams and streams.skipped:
+            row["skipped_documents"] = streams.skipped
+        return row
+
+    def say_epochs(self, row: dict[str, Any]) -> None:
+        """A line where a data set is gone round again; of many times the second, the third and every doubling."""
+        for (name, epoch), dataset in zip(self.epochs(row).items(), self.datasets, strict=True):
+            told = self.told_epochs.get(name, 1)
+            if epoch > told and (epoch <= 3 or epoch >= 2 * told):
+                what = name or getattr(dataset, "name", "the data set")
+                log.info("step %d: epoch %d of %s: all of it was trained on already", row["step"], epoch, what)
+                self.told_epochs[name] = epoch
+
+    def epochs(self, row: dict[str, Any]) -> dict[str, int]:
+        """The epoch that each data set is in, from 1, by what `metrics` gave."""
+        values = {name: row[f"source_epochs/{name}" if name else "epochs"] for name in self.sources or [""]}
+        return {name: 1 + x if isinstance(x, int) else max(1, math.ceil(x)) for name, x in values.items()}
+
+    @property
+    def first(self) -> SequenceDataset | StreamedSource:
+        """The training set, or of a mixture the first."""
+        return self.datasets[0]
 
     @property
     def lost_worker(self) -> str:
@@ -87,20 +130,25 @@ def open_data(
     _check_one_tokenizer([*built, (config.validation, held_out.dataset)] if held_out else built)
     fingerprint = _fingerprint(data, mixture)
     _check_same_on_all_ranks(fingerprint, _named(sections[0]), world)
-    _check_same_as_before(fingerprint, _named(sections[0]), progress)
+    tokenizer = getattr(data[0], "tokenizer_fingerprint", None) or ""
+    _check_same_as_before(fingerprint, tokenizer, _named(sections[0]), progress, config.checkpoint.allow_changed_data)
     loader: StepLoader | StreamLoader
     plain = [dataset for dataset in data if not isinstance(dataset, StreamedSource)]
     if len(plain) < len(data):
         loader = StreamLoader(
             data, mixture, global_batch_size=c.global_batch_size, dp_rank=dp_rank, dp_size=degrees.dp,
             seed=config.debug.seed, options=c.dataloader, consumed=progress.consumed, state=progress.streams or None,
+            on_bad=lambda what: warn_on_rank_0(f"skipped: {what}"),
         )  # fmt: skip
     else:
         loader = StepLoader(
             plain, mixture, global_batch_size=c.global_batch_size, dp_rank=dp_rank, dp_size=degrees.dp,
             seed=config.debug.seed, options=c.dataloader, consumed=progress.consumed,
         )  # fmt: skip
-    return RunData(loader, held_out, data[0], mixture, source_names(c.mixture))
+    found = RunData(loader, held_out, data, mixture, source_names(c.mixture))
+    if progress.consumed:
+        found.told_epochs = found.epochs(found.metrics(progress.consumed))
+    return found
 
 
 def open_held_out(config: Config, vocab_size: int, degrees: Degrees, dp_rank: int, world: World) -> HeldOut:
@@ -198,15 +246,30 @@ def _build(
 
 def _check_one_tokenizer(built: Sequence[tuple[Dataset, SequenceDataset | StreamedSource]]) -> None:
     """UserError if two data sets were made with different tokenizers: the same id would mean different text."""
-    prints = [(_named(section), getattr(data, "tokenizer_fingerprint", None)) for section, data in built]
-    known = [(name, print_) for name, print_ in prints if print_ is not None]
-    for name, print_ in known[1:]:
-        if print_ != known[0][1]:
-            raise UserError(
-                f"{name} and {known[0][0]} have different tokenizers, or only one of them has the tokenizer's special "
-                f"tokens around documents ({print_[:12]} and {known[0][1][:12]}): prepare both alike, or name one "
-                "tokenizer in model.hf_assets_path for those that are tokenized on the fly"
+    _check_equal([(section, getattr(data, "tokenizer_fingerprint", None)) for section, data in built])
+
+
+def _check_equal(tokenizers: Sequence[tuple[Dataset, str | None]]) -> None:
+    """tokenizers: the fingerprint of each data set's, None where it is not known."""
+    known = [(section, print_) for section, print_ in tokenizers if print_ is not None]
+    for section, print_ in known[1:]:
+        first, first_print = known[0]
+        if print_ == first_print:
+            continue
+        hint = "prepare both alike, or name one tokenizer in model.hf_assets_path for those tokenized on the fly"
+        if isinstance(section, Validation):
+            beside = f"{_named(first).rstrip('/')}-validation"
+            which = (
+                beside if is_prepared(beside) else "..., as `dtron prepare --held-out 1%` makes beside the training's"
             )
+            hint = (
+                f"validate on text prepared with the training's tokenizer (validation.dataset = {which}), or not "
+                "at all (--validation.no_enable, in a file validation.enable = false)"
+            )
+        raise UserError(
+            f"{_named(section)} and {_named(first)} have different tokenizers, or only one of them has the tokenizer's "
+            f"special tokens around documents ({print_[:12]} and {first_print[:12]}): {hint}"
+        )
 
 
 def _fingerprint(data: Sequence[SequenceDataset | StreamedSource], mixture: Mixture) -> str:
@@ -227,36 +290,56 @@ def _check_same_on_all_ranks(fingerprint: str, name: str, world: World) -> None:
         )
 
 
-def _check_same_as_before(fingerprint: str, name: str, progress: Progress) -> None:
-    """UserError if a resumed run has other data than its checkpoint; records the fingerprint."""
-    recorded = progress.data_fingerprint
+def _check_same_as_before(fingerprint: str, tokenizer: str, name: str, progress: Progress, may_change: bool) -> None:
+    """UserError if a resumed run has other data than its checkpoint and must not; records the fingerprints."""
+    recorded, recorded_tokenizer = progress.data_fingerprint, progress.tokenizer_fingerprint
     if recorded and fingerprint != recorded:
-        raise UserError(
-            f"dataset {name} is not the one this run was trained on (other files or another tokenizer or, of stdlib, "
-            f"another Python version): its fingerprint is {fingerprint[:12]}, the checkpoint's {recorded[:12]}; bring "
-            "it back, or start a new run"
+        if recorded_tokenizer and tokenizer != recorded_tokenizer:
+            raise UserError(
+                f"dataset {name} has another tokenizer ({tokenizer[:12]}) than the one this run was trained with "
+                f"({recorded_tokenizer[:12]}), in which every token means something else: bring that one back, or "
+                "start a new run"
+            )
+        if not may_change:
+            raise UserError(
+                f"dataset {name} is not the one this run was trained on (other files or another tokenizer or, of "
+                f"stdlib, another Python version): its fingerprint is {fingerprint[:12]}, the checkpoint's "
+                f"{recorded[:12]}; bring it back, or start a new run, or set checkpoint.allow_changed_data = true to "
+                "resume with what is there now, if what comes before the position of the run is unchanged"
+            )
+        where = (
+            "from the same file and byte, so what was appended or corrected after that comes as it is now"
+            if progress.streams
+            else f"at sequence {progress.consumed} of its own order, so some of its sequences may come twice this epoch"
         )
-    progress.data_fingerprint = fingerprint
+        warn_on_rank_0(
+            f"dataset {name} has changed since the checkpoint, as checkpoint.allow_changed_data allows: "
+            f"the run resumes {where}"
+        )
+    progress.data_fingerprint, progress.tokenizer_fingerprint = fingerprint, tokenizer
 
 
 # --- what the configuration may say
 
 # Keys that say which data.
-NAMED = ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column")
+NAMED = ("dataset", "dataset_path", "dataset_subset", "dataset_split", "text_column", "on_bad_document")
 
 
 def check_datasets(c: Config) -> None:
-    """Every data set is known by name or place, and every key that names it takes effect."""
+    """Every data set is known by name or place, has the others' tokenizer, and every key that names it takes effect."""
     sections = {} if c.validation.only else _training_sources(c.training)
     if c.validation.enable:
         sections["validation"] = c.validation
     for name, section in sections.items():
         registry.find_dataset(section, f"{name}.dataset")
-        given = [key for key in NAMED[1:] if getattr(section, key)]
+        given = [key for key in NAMED[1:] if getattr(section, key) != getattr(Dataset(), key)]
         if section.dataset == "stdlib" and given:
             raise UserError(
                 f"{name}.{given[0]} has no effect with dataset = stdlib; leave it out or name another dataset"
             )
+    # Before anything is tokenized, which takes a while.
+    ours = {name: s for name, s in sections.items() if registry.find_dataset(s, name) in (build_by_path, stdlib)}
+    _check_equal([(section, known_tokenizer(c, section, f"{name}.dataset")) for name, section in ours.items()])
 
 
 def _training_sources(t: Training) -> dict[str, Dataset]:

@@ -100,12 +100,13 @@ class Saving:
         step, c = self._step.progress.step, self._config.checkpoint
         stopped = self._step.guard.stop_requested and step < self._config.training.steps
         lost = self._lost_worker() if stopped else ""
-        by = self._stopped_by() or "a signal"  # which another rank got
+        problem = next(filter(None, from_all_ranks(self._data.problem)), "") if stopped and not lost else ""
+        by = "the end of its data" if problem else self._stopped_by() or "a signal"  # which another rank got
         if stopped and self._saver is None:
             why = "checkpoint.load_only is true" if c.enable else "checkpoint.enable is false"
             if lost:
                 raise LostWorkerError(f"{lost}; it ended after step {step}, and nothing was saved: {why}")
-            raise UserError(f"stopped by {by} after step {step}, and nothing was saved: {why}")
+            raise UserError(f"{problem or f'stopped by {by}'} after step {step}, and nothing was saved: {why}")
         if self._saver is None:
             return
         if stopped and not lost:
@@ -120,6 +121,11 @@ class Saving:
             )
         if lost:
             raise LostWorkerError(f"{lost}; step {step} is saved, and the same command resumes from there")
+        if problem:
+            raise UserError(
+                f"{problem}; step {step} is saved, and when that is put right the same command resumes from there "
+                "(with --checkpoint.allow_changed_data if the data changed)"
+            )
         if stopped and self._world.rank == 0:
             self._world.control.saved(step, f"{self._start.checkpoints}/step-{step}", by)
             log.info("stopped by %s after step %d, which is saved", by, step)

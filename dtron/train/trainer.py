@@ -197,10 +197,12 @@ class Trainer:
             "tokens": self.progress.tokens,
             "max_memory_bytes": int(memory),
             **self.step.tally.reduce(self.progress.consumed),
+            **self.data.metrics(self.progress.consumed),
         }
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
         self.report.step(row, clock)
+        self.data.say_epochs(row)
 
     # --- parts
 
@@ -216,7 +218,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether this rank knows a reason to save and end."""
         stop, control = self.world.stop, self.world.control
-        return bool(stop.signal_name or self.data.lost_worker) or control.stop_requested()
+        return bool(stop.signal_name or self.data.lost_worker or self.data.problem) or control.stop_requested()
 
     def _heartbeat(self, phase: str) -> None:
         """The beginning of a phase that has no time limit of its own."""

@@ -451,6 +451,13 @@ def test_hub_libraries_keep_their_files_in_the_cache_folder(hub, monkeypatch):
     assert os.environ["HF_HOME"] == "chosen"
 
 
+def test_a_read_only_cache_is_not_locked(hub, monkeypatch, tmp_path):
+    """`datasets` makes a lock wherever its cache is."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    source = open_source(SourceSpec("user/name"), tmp_path)
+    assert len(list(source.read(0))) == 14 and not os.path.exists(hub[-1][-1]) and hub[-1][-1] != str(tmp_path)
+
+
 def test_hub_mistakes_are_reported(hub):
     with pytest.raises(UserError, match="'user/nome' is no local file or folder, and no dataset.*doesn't exist"):
         open_source(SourceSpec("user/nome"), "cache")

@@ -25,6 +25,7 @@ ROW: dict[str, Any] = {
     "grad_norm": 1.25,
     "lr": 1e-4,
     "tokens": 2048,
+    "epochs": 0.25,
     "step_s": 0.5,
     "tokens_per_s": 4096.0,
     "tokens_per_s_per_gpu": 1024.0,
@@ -40,6 +41,7 @@ ROW: dict[str, Any] = {
     "checkpoint_slowdown": 1.25,
     "failed_saves": 1,
     "skipped_steps": 2,
+    "skipped_documents": 3,
 }
 CONFIG_TEXT = "[training]\nsteps = 7"
 
