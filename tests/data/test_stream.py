@@ -395,6 +395,60 @@ def test_a_source_that_breaks_in_the_middle(tmp_path, workers):
         assert torch.equal(take([loader], 5)[0], whole[taken:])
 
 
+@pytest.mark.parametrize("dp,workers", [(1, 0), (1, 3), (2, 2)])
+def test_bad_documents_are_left_out_alike_everywhere(tmp_path, dp, workers):
+    """As if they were not there, in every epoch; the first few are named once, whichever worker reads them."""
+    files = texts_of(2, 60)
+    whole, _ = steps([streamed(write(tmp_path / "good", "jsonl", files))], 12)
+    write(tmp_path / "data", "jsonl", files)
+    path = tmp_path / "data" / "1.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:7], b'{"text": null}\n' * 14, *lines[7:], b'{"text": \n']))
+    source, named = streamed(open_source(SourceSpec(str(tmp_path / "data")), ""), skip_bad=True), []
+    batches, states = take(loaders_of([source], on_bad=named.append), 12)
+    assert torch.equal(batches, whole)
+    assert len(named) == 10 == len(set(named)) and named[0].startswith(f"{path}, line 8 holds NoneType")
+    named.clear()
+    done = 9
+    where = {"dp": dp, "workers": workers, "consumed": 16 * done, "state": states[done - 1], "on_bad": named.append}
+    loaders = loaders_of([source], **where)
+    assert loaders[0].skipped >= 15
+    again, again_states = take(loaders, 12 - done)
+    assert torch.equal(again, whole[done:]) and again_states == states[done:]
+    assert 15 * loaders[0].epochs[0] <= loaders[0].skipped <= 15 * (loaders[0].epochs[0] + 2)
+    with pytest.raises(UserError, match="line 8 holds NoneType"):
+        steps([streamed(source.source)], 12)
+
+
+def test_a_source_of_bad_documents_only_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n' * 3)
+    source = streamed(open_source(SourceSpec(str(tmp_path)), ""), skip_bad=True, name="my/data")
+    with pytest.raises(UserError, match=r"my/data has no document that can be used \(3 were skipped\)"):
+        steps([source], 1)
+
+
+def test_the_batch_before_a_problem_comes_with_it(tmp_path):
+    """So that all ranks can save before the one that cannot go on."""
+    write(tmp_path / "data", "jsonl", texts_of(1, 60))
+    with (tmp_path / "data" / "0.jsonl").open("a") as file:
+        file.write("{\n")
+    for workers in (0, 2):
+        source = streamed(open_source(SourceSpec(str(tmp_path / "data")), ""), shuffle_documents=2)
+        [loader] = loaders_of([source], workers=workers, gbs=4)
+        while not loader.problem:
+            next(loader)
+        assert "line 61 is not JSON" in loader.problem
+        with pytest.raises(UserError, match="line 61 is not JSON"):
+            next(loader)
+
+
+def test_other_files_have_no_position(tmp_path, reference):
+    source, _, states = reference
+    more = write(tmp_path / "more", "jsonl", texts_of(2))
+    with pytest.raises(UserError, match="had other files when the checkpoint was made .[138], now 2."):
+        loaders_of([streamed(more)], consumed=64, state=states[3])
+
+
 # --- costs
 
 

@@ -267,6 +267,13 @@ def test_data_that_does_not_fit_is_refused(run: Runner, folder: Path) -> None:
     stdlib = [{"dataset": "stdlib"}, {"dataset": str(folder / "web-prepared")}]
     cache = ["--job.cache_folder", str(folder / "cache"), "--model.vocab_size", "4096"]
     assert "different tokenizers" in refusal("--training.mixture", json.dumps(stdlib), *cache)
+    stdlib_beside = refusal(*prepared, "--validation.enable", *cache)
+    assert "different tokenizers" in stdlib_beside and "--validation.no_enable" in stdlib_beside
+    assert "validation.dataset = ..., as `dtron prepare --held-out 1%` makes" in stdlib_beside
+    assert not (folder / "cache").exists()  # nothing was tokenized for it
+    text_beside = ["--validation.enable", "--validation.dataset", str(folder / "web")]
+    assert "validation.dataset = " in refusal("--training.dataset", "stdlib", *text_beside, *cache)
+    assert "on_bad_document has no effect" in refusal(*prepared, "--training.on_bad_document", "skip")
     assert "no effect beside training.mixture" in refusal(*prepared, *mixture((folder / "web-prepared", 1)))
     assert "dataset_split has no effect" in refusal(*prepared, "--training.dataset_split", "train")
     masked = ["--training.attention_mask", "document"]
