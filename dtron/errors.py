@@ -18,6 +18,26 @@ class UserError(Exception):
     kind = "mistake"
 
 
+class Mistakes(list[str]):
+    """What several independent checks find, so that all of it is said at once."""
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """A UserError of the body is noted, and what follows the body goes on."""
+        try:
+            yield
+        except UserError as error:
+            self.append(str(error))
+
+    def raise_any(self) -> None:
+        """UserError with all that was noted: one mistake as it is, several as a list."""
+        found = list(dict.fromkeys(self))
+        if len(found) == 1:
+            raise UserError(found[0])
+        if found:
+            raise UserError("\n  * ".join([f"{len(found)} mistakes in the configuration:", *found]))
+
+
 @contextmanager
 def quiet_broken_pipe() -> Iterator[None]:
     """Exit with code 0 where the reader of standard output has gone, as `head` does; another exit keeps its code."""

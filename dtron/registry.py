@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtron.config.sections import Config, Dataset, Optimizer
+from dtron.config.torchtitan import said_of
 from dtron.data.build import build_by_path, names_a_place, stdlib
 from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
@@ -95,7 +96,8 @@ def look_up(kind: Kind, name: str, key: str) -> Any:
     if name not in names:
         near = get_close_matches(name.lower(), {known.lower(): known for known in names}, 1)
         hint = f"did you mean {next(known for known in names if known.lower() == near[0])!r}? " if near else ""
-        raise UserError(f"{key} = {name!r} is unknown; {hint}known: {', '.join(sorted(names)) or 'none'}")
+        what = said_of(key, name) or " is unknown"
+        raise UserError(f"{key} = {name!r}{what}; {hint}known: {', '.join(sorted(names)) or 'none'}")
     return names[name]
 
 

@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from dtron.config.keys import COMMAND_LINE, KEYS, SECTIONS, Key, Setting, checked, suggestion
 from dtron.config.toml import toml_value
-from dtron.errors import UserError
+from dtron.config.torchtitan import RENAMED
+from dtron.errors import Mistakes, UserError
 
 __all__ = ["HelpRequested", "SHORT_FORMS", "help_text", "parse_arguments"]
 
@@ -34,26 +35,31 @@ class HelpRequested(Exception):
     """The command line asked for --help; the message is the text to print."""
 
 
-def parse_arguments(argv: list[str]) -> dict[str, Setting]:
+def parse_arguments(argv: list[str], mistakes: Mistakes) -> dict[str, Setting]:
     """The overrides of the command line by dotted name, checked; of a repeated key, the last value counts.
 
-    Raises HelpRequested where --help or -h is among them, UserError for an argument that is not valid.
+    mistakes: takes what is wrong with each argument. Raises HelpRequested where --help or -h is among them.
     """
     if "--help" in argv or "-h" in argv:
         raise HelpRequested(help_text())
-    for word in argv:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python represents bytes that are not UTF-8
-            raise UserError(f"{COMMAND_LINE}: {word!r} is not UTF-8 text; expected names and values in UTF-8")
     settings: dict[str, Setting] = {}
     start = 0
     while start < len(argv):
         end = start + 1
         while end < len(argv) and not argv[end].startswith("--"):
             end += 1
-        key, value = _option(argv[start], argv[start + 1 : end])
-        settings[key.name] = Setting(checked(key, value, COMMAND_LINE), COMMAND_LINE)
+        with mistakes.collect():
+            _check_utf8(argv[start:end])
+            key, value = _option(argv[start], argv[start + 1 : end])
+            settings[key.name] = Setting(checked(key, value, COMMAND_LINE), COMMAND_LINE, -1)
         start = end
     return settings
+
+
+def _check_utf8(words: list[str]) -> None:
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python represents bytes that are not UTF-8
+            raise UserError(f"{COMMAND_LINE}: {word!r} is not UTF-8 text; expected names and values in UTF-8")
 
 
 def _option(token: str, words: list[str]) -> tuple[Key, Any]:
@@ -63,7 +69,7 @@ def _option(token: str, words: list[str]) -> tuple[Key, Any]:
     option, equals, attached = token.partition("=")
     if equals and words:
         raise _stray(words[0])
-    key, negated = _find(option)
+    key, negated = _find(option, [attached, *words])
     if negated:
         if equals or words:
             raise UserError(f"{COMMAND_LINE}: {option} takes no value; {option} alone sets {key.name} to false")
@@ -86,11 +92,17 @@ def _option(token: str, words: list[str]) -> tuple[Key, Any]:
 
 
 def _stray(word: str) -> UserError:
-    return UserError(f"{COMMAND_LINE}: stray argument {word!r}; expected --section.key value, or --help")
+    expected = "--section.key value, or --help"
+    if word.endswith(".toml"):
+        expected = f"a configuration file as --job.config_file {word}"
+    return UserError(f"{COMMAND_LINE}: stray argument {word!r}; expected {expected}")
 
 
-def _find(option: str) -> tuple[Key, bool]:
-    """The key of `--section.key` or of a short form; and whether it is a negated boolean, `--section.no_key`."""
+def _find(option: str, words: list[str]) -> tuple[Key, bool]:
+    """The key of `--section.key` or of a short form; and whether it is a negated boolean, `--section.no_key`.
+
+    words: that follow, for the hint of an unknown option.
+    """
     name = option[2:].replace("-", "_")
     name = SHORT_FORMS.get(name, name)
     if name in KEYS:
@@ -101,6 +113,12 @@ def _find(option: str) -> tuple[Key, bool]:
         return positive, True
     if name in SECTIONS:
         raise UserError(f"{COMMAND_LINE}: {option} is a section; expected one of its keys: {option}.key value")
+    if renamed := RENAMED.get(name):
+        raise UserError(f'{COMMAND_LINE}: "{name}" is torchtitan\'s old name of "{renamed.name}"; use that')
+    if "." not in name and (name.startswith("conf") or any(word.endswith(".toml") for word in words)):
+        raise UserError(
+            f'{COMMAND_LINE}: unknown key "{name}"; a configuration file is given as --job.config_file FILE'
+        )
     raise UserError(f'{COMMAND_LINE}: unknown key "{name}"{suggestion(name, KEYS)}')
 
 

@@ -2,12 +2,13 @@
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from dtron.config.sections import Changes, Config
+from dtron.config.sections import Changes, Config, PathText
 from dtron.config.toml import toml_type, toml_value
 from dtron.errors import UserError
 
@@ -27,19 +28,27 @@ COMMAND_LINE = "command line"
 
 
 class Setting(NamedTuple):
-    """A checked value and where it was given: a file's path or COMMAND_LINE."""
+    """A checked value and where it was given: a file's path or COMMAND_LINE.
+
+    layer: of two settings of a key the lower counts: -1 of the command line, 0 of the file, 1 of its base, and so on.
+    """
 
     value: Any
     source: str
+    layer: int
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `name` is dotted; `kind` is its annotation without `| None`, which is `optional`; else see `key`."""
+    """One key. `name` is dotted; `kind` is its annotation without `| None`, which is `optional`; else see `key`.
+
+    is_path: it is or may be a path.
+    """
 
     name: str
     kind: Any
     optional: bool
+    is_path: bool
     default: Any
     help: str
     changes: Changes
@@ -57,7 +66,7 @@ class Key:
 def _collect(section: Any, prefix: str = "") -> dict[str, Key | None]:
     """Keys below a section's default instance in order of declaration; None marks a section."""
     found: dict[str, Key | None] = {}
-    hints = get_type_hints(type(section))
+    hints, annotated = get_type_hints(type(section)), get_type_hints(type(section), include_extras=True)
     for field in fields(section):
         name, default = prefix + field.name, getattr(section, field.name)
         if is_dataclass(default):
@@ -66,12 +75,13 @@ def _collect(section: Any, prefix: str = "") -> dict[str, Key | None]:
         union = [kind for kind in get_args(hints[field.name]) if kind is not NoneType]
         optional = NoneType in get_args(hints[field.name])
         kind = union[0] if optional else hints[field.name]
+        is_path = PathText in (annotated[field.name], *get_args(annotated[field.name]))
         about = dict(field.metadata)
         if name.startswith("validation."):  # it has the keys of a data set, but nothing is trained on that one
             about["changes"] = "nothing"
         owner = next(kind for kind in type(section).__mro__ if field.name in kind.__annotations__)
         about["changes"] = about["changes"] or vars(owner).get("CHANGES", "nothing")
-        found[name] = Key(name, kind, optional, default, **about)
+        found[name] = Key(name, kind, optional, is_path, default, **about)
     return found
 
 
@@ -83,10 +93,13 @@ SECTIONS = [name for name, key in _COLLECTED.items() if key is None]
 def checked(key: Key, value: Any, source: str) -> Any:
     """`value` in the key's own type; raises UserError naming source, key, value and what was expected.
 
-    An integer becomes a float where a float is expected; "" becomes None where the key may be None.
+    An integer becomes a float where a float is expected; "" becomes None where the key may be None; the ~ that begins a
+    path becomes the home folder.
     """
     if value is None or (key.optional and value == ""):
         return None
+    if key.is_path and isinstance(value, str):
+        value = _with_home(key.name, value, source)
     if (table := _table_of(key.kind)) and isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return [_checked_table(table, item, f"{key.name}[{i}].", source) for i, item in enumerate(value)]
     if key.kind is float and type(value) is int and abs(value) < 2**1023:  # more overflows float()
@@ -102,6 +115,18 @@ def checked(key: Key, value: Any, source: str) -> Any:
     near = difflib.get_close_matches(str(value), _choices(key.kind), n=1)
     hint = f"; did you mean {toml_value(near[0])}?" if near else ""
     raise UserError(f"{source}: {key.name} = {given}: expected {wanted or _expected(key)}{hint}")
+
+
+def _with_home(name: str, path: str, source: str) -> str:
+    """A path with the home folder in place of the ~ or ~user it begins with. UserError where there is no such user."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.split("/")[0]
+        raise UserError(
+            f"{source}: {name} = {toml_value(path)}: {user} would be a user's home folder, and there is no such user; "
+            f"a folder of that name is ./{path}"
+        )
+    return expanded
 
 
 def _table_of(kind: Any) -> Any:
@@ -135,7 +160,8 @@ def _matches(kind: Any, value: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_matches(get_args(kind)[0], item) for item in value)
-    return type(value) is kind and (kind is not float or math.isfinite(value))  # `is`: a bool is not an integer
+    # `is`: a bool is not an integer. TOML's integers have 64 bits, the command line's are as long as they are typed.
+    return type(value) is kind and (math.isfinite(value) if kind is float else kind is not int or abs(value) < 1 << 63)
 
 
 def _expected(key: Key) -> str:
@@ -178,7 +204,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         leaves.setdefault(its_leaf, []).append(candidate)
         if its_section == section:
             siblings[its_leaf] = [candidate]
-    near = leaves.get(leaf) or _closest(leaf, siblings, 0.6) or _closest(leaf, leaves, 0.75)
+    # A few letters are like many words: of "moe" and "model" as many agree as of "dataloadr" and "dataloader".
+    cutoff = 0.6 if len(leaf) > 4 else 0.8
+    near = leaves.get(leaf) or _closest(leaf, siblings, cutoff) or _closest(leaf, leaves, max(cutoff, 0.75))
     if not near:
         return "; --help lists every section and key"
     near = sorted(near, key=lambda full: difflib.SequenceMatcher(None, name, full).ratio(), reverse=True)

@@ -10,9 +10,11 @@ otherwise, so that an old file never seems to take effect when it does not.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-__all__ = ["ANOTHER_TRAINING", "Changes", "Config", "Dataset", "Source", "key"]
+__all__ = ["ANOTHER_TRAINING", "Changes", "Config", "Dataset", "PathText", "Source", "key"]
+
+PathText = Annotated[str, "path"]  # what is or may be a path; a ~ at its beginning is the user's home folder
 
 # What another value of a key changes:
 # nothing: neither losses nor speed. speed: memory or speed, on any layout the same losses. losses: the losses, but a
@@ -33,7 +35,7 @@ def key(
     check: Callable[[Any], str] | None = None,
     unsupported: str | None = None,
 ) -> Any:
-    """A config key: its default and its one-line meaning with units.
+    """A config key: its default and its one-line meaning with units. One that may be a path is annotated `PathText`.
 
     changes: see `Changes`; unset, that of the section, or nothing. minimum: the least legal number. check: value ->
     what is expected instead, or empty where the value is legal. unsupported: why any value but the default is refused.
@@ -50,6 +52,10 @@ def _positive(value: float) -> str:
 
 def _minus_1_or_positive(value: int) -> str:
     return "" if value == -1 or value >= 1 else "-1 or a number of at least 1"
+
+
+def _share(value: float) -> str:
+    return "" if 0 <= value <= 1 else "a number in [0, 1]"
 
 
 def _step_or_minus_1(value: int) -> str:
@@ -79,30 +85,32 @@ def _every_n_or_op(value: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    config_file: str | None = key(None, "TOML file of the run (command line only)")
-    dump_folder: str = key("./outputs", "folder that receives one run folder per run")
+    config_file: PathText | None = key(None, "TOML file of the run (command line only)")
+    dump_folder: PathText = key("./outputs", "folder that receives one run folder per run")
     description: str = key("default job", "free text, shown in the log and in TensorBoard")
     print_config: bool = key(False, "print the resolved configuration at start")
-    save_config_file: str | None = key(
+    save_config_file: PathText | None = key(
         None, "", unsupported="the resolved configuration is always in the run folder as config.toml"
     )
-    control_folder: str | None = key(
+    control_folder: PathText | None = key(
         None,
         "folder of STOP, HEARTBEAT, SAVED, DONE and FAILED, by which scripts monitor a run; unset: the run folder",
     )
     custom_import: list[str] = key([], "modules imported first: they register models, datasets, losses, optimizers")
-    cache_folder: str = key("./.cache", "tokenizers and tokenized corpora, keyed by a hash of their sources")
+    cache_folder: PathText = key("./.cache", "tokenizers and tokenized corpora, keyed by a hash of their sources")
 
 
 @dataclass(frozen=True)
 class Profiling:
     enable_profiling: bool = key(False, "write torch.profiler traces")
-    save_traces_folder: str = key("profile_traces", "folder of the traces, inside the run folder", check=_folder_in_run)
+    save_traces_folder: PathText = key(
+        "profile_traces", "folder of the traces, inside the run folder", check=_folder_in_run
+    )
     profile_freq: int = key(10, "steps from one trace to the next", minimum=1)
     profiler_active: int = key(1, "steps per trace", minimum=1)
     profiler_warmup: int = key(3, "steps of profiler warm-up before each trace", minimum=0)
     enable_memory_snapshot: bool = key(False, "", unsupported="memory snapshots are not built yet")
-    save_memory_snapshot_folder: str = key("memory_snapshot", "", unsupported="memory snapshots are not built yet")
+    save_memory_snapshot_folder: PathText = key("memory_snapshot", "", unsupported="memory snapshots are not built yet")
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,9 @@ class Metrics:
         "info", "least level of what rank 0 logs to the console; the other ranks log from warning"
     )
     disable_color_printing: bool = key(False, "plain console lines")
-    save_tb_folder: str = key("tb", "folder of the TensorBoard events, inside the run folder", check=_folder_in_run)
+    save_tb_folder: PathText = key(
+        "tb", "folder of the TensorBoard events, inside the run folder", check=_folder_in_run
+    )
     save_for_all_ranks: bool = key(False, "", unsupported="metrics are reduced over all ranks and written once")
     enable_wandb: bool = key(False, "", unsupported="Weights & Biases needs a network; use TensorBoard")
 
@@ -128,7 +138,7 @@ class Model:
         changes="training",
     )
     flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
-    hf_assets_path: str | None = key(
+    hf_assets_path: PathText | None = key(
         None, "local folder with the tokenizer; unset: the dataset's own tokenizer", changes="location"
     )
     add_special_tokens: bool | None = key(
@@ -137,7 +147,9 @@ class Model:
         "end-of-text token); unset: as prepared data have them, else true",
         changes="training",
     )
-    hf_config_path: str | None = key(None, "local Hugging Face config.json of a Llama-like model; replaces the flavor")
+    hf_config_path: PathText | None = key(
+        None, "local Hugging Face config.json of a Llama-like model; replaces the flavor"
+    )
     converters: list[str] = key(
         [], "registered model converters, applied to the meta model in order", changes="training"
     )
@@ -182,9 +194,9 @@ class LRScheduler:
     total_steps: int | None = key(
         None, "steps of the whole schedule; unset: training.steps", minimum=1, changes="losses"
     )
-    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", minimum=0)
+    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", check=_share)
     decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay")
-    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", minimum=0)
+    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", check=_share)
 
 
 @dataclass(frozen=True)
@@ -203,13 +215,13 @@ class Dataset:
 
     CHANGES: ClassVar[Changes] = "training"
 
-    dataset: str = key(
+    dataset: PathText = key(
         "stdlib",
         "stdlib (Python's own sources), a folder made by `dtron prepare`, a file or folder of text, JSON lines, "
         "CSV, parquet or arrow, a Hugging Face hub name, or a registered dataset",
         changes="location",
     )
-    dataset_path: str | None = key(
+    dataset_path: PathText | None = key(
         None, "where the dataset is read from, if not where its name says", changes="location"
     )
     dataset_subset: str | None = key(None, "subset (configuration) of a hub dataset")
@@ -322,7 +334,9 @@ class Parallelism:
     pipeline_parallel_schedule: Literal[
         "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
     ] = key("1F1B", "the order of the microbatches' forwards and backwards")
-    pipeline_parallel_schedule_csv: str = key("", "file of a schedule's compute actions, a row per rank; empty: none")
+    pipeline_parallel_schedule_csv: PathText = key(
+        "", "file of a schedule's compute actions, a row per rank; empty: none"
+    )
     pipeline_parallel_microbatch_size: int = key(1, "sequences per pipeline microbatch", minimum=1)
     context_parallel_degree: int = key(1, "ranks that split each sequence (ring attention)", minimum=1)
     context_parallel_load_balancer: Literal["headtail"] | None = key(
@@ -336,13 +350,13 @@ class Parallelism:
 @dataclass(frozen=True)
 class Checkpoint:
     enable: bool = key(False, "save checkpoints, and resume from the newest")
-    folder: str = key(
+    folder: PathText = key(
         "checkpoint",
         "folder of the checkpoints, inside the run folder; or an fsspec URL, which gets one per run",
         check=_checkpoint_folder,
     )
     interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
-    initial_load_path: str | None = key(
+    initial_load_path: PathText | None = key(
         None,
         "initial weights: a checkpoint (.../step-N, also by fsspec URL), or a Hugging Face folder",
         changes="location",
@@ -365,7 +379,7 @@ class Checkpoint:
     )
     keep_latest_k: int = key(10, "older checkpoints of this run are deleted; 0 keeps all", minimum=0)
     keep_every_n_steps: int = key(0, "checkpoints of these steps are never deleted; 0: none", minimum=0)
-    resume_run: str | None = key(
+    resume_run: PathText | None = key(
         None,
         "run folder to continue with changed optimizer, schedule or clipping keys, or with its data elsewhere; unset: "
         "the run of this very training, if there is one",
@@ -440,7 +454,7 @@ class Comm:
     trace_buf_size: int = key(
         20000, "last collectives each rank remembers; 0: none, and a hang has no report", minimum=0
     )
-    save_traces_folder: str = key(
+    save_traces_folder: PathText = key(
         "comm_traces", "folder of what a hang leaves, inside the run folder", check=_folder_in_run
     )
     save_traces_file_prefix: str = key(

@@ -17,6 +17,7 @@ else:
 
 __all__ = ["parse_file", "toml_type", "toml_value"]
 
+LISTED = 12  # of the files in a folder
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
 
 
@@ -51,17 +52,20 @@ def _read(path: Path, named_by: str) -> str:
 
 
 def _similar_files(path: Path) -> str:
-    """Files beside `path` with similar names, else any TOML files there."""
+    """Files beside `path` with similar names, else the TOML files there."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
     try:
         names = sorted(p.name for p in path.parent.iterdir() if p.suffix == ".toml")
     except OSError:
         return f"the folder {path.parent} cannot be listed"
-    near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
-    if not near:
+    if not names:
         return f"the folder {path.parent} has no TOML file"
-    return f"{path.parent} has {', '.join(near)}"
+    stems = [name.removesuffix(".toml") for name in names]  # not to be like each other by that alone
+    if near := difflib.get_close_matches(path.name.removesuffix(".toml"), stems, n=3, cutoff=0.7):
+        return f"did you mean {' or '.join(f'{path.parent / stem}.toml' for stem in near)}?"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{path.parent} has {', '.join(names[:LISTED])}{more}"
 
 
 def _syntax_message(path: Path, text: str, reason: str) -> str:

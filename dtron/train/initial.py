@@ -12,7 +12,6 @@ from dtron.checkpoint.hf_folder import check_foreign, folder_meant, is_hf
 from dtron.checkpoint.load import check_excluded, load_initial
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, replace
-from dtron.config.sections import Checkpoint
 from dtron.data.tokenizer import holds_tokenizer, read_tokenizer
 from dtron.errors import UserError
 from dtron.models.hf import from_hf_config
@@ -86,10 +85,8 @@ def check_initial(config: Config, model_config: Any) -> None:
 
 
 def check_export(c: Config, spec: ModelSpec) -> None:
-    """UserError if last_save_in_hf cannot be done, or what goes with it has no effect."""
+    """UserError if last_save_in_hf cannot be done."""
     if not c.checkpoint.last_save_in_hf:
-        if c.checkpoint.export_dtype != Checkpoint().export_dtype:
-            raise UserError("checkpoint.export_dtype has no effect without checkpoint.last_save_in_hf")
         return
     if not c.checkpoint.enable or c.checkpoint.load_only:
         raise UserError("checkpoint.last_save_in_hf needs checkpoint.enable = true, and load_only false")

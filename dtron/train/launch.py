@@ -11,7 +11,7 @@ import sys
 import torch.distributed as dist
 
 from dtron import compat
-from dtron.config import Config, HelpRequested, load, to_toml
+from dtron.config import Config, HelpRequested, read, to_toml
 from dtron.errors import UserError, quiet_broken_pipe
 from dtron.ranks.control import Control, StopBeforeStartError
 from dtron.ranks.failure import exit_on_signals, exit_with_message, exit_with_traceback
@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
     argv = sys.argv[1:] if argv is None else argv
     control = Control(rank, _control_folder(argv))  # known before the configuration is, which may be wrong
     try:
-        config = load(argv)
+        config, mistakes, notes = read(argv)
         setup_logging(rank, config.metrics.log_level)
         control = Control(rank, config.job.control_folder)
-        setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
+        setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)), mistakes=mistakes)
         world = join(rank, setup.config, control)
         compare_configs(world, config)
-        _announce(world, setup.config)
+        _announce(world, setup.config, notes)
         start_process_group(world, setup.config, setup.device_type)
         try:
             _what_runs(setup, trainer)(setup, world).run()
@@ -73,15 +73,17 @@ def _control_folder(argv: list[str]) -> str | None:
     words = [part for word in argv for part in word.split("=", 1)]
     options = [word.replace("-", "_") for word in words]
     at = options.index("__job.control_folder") + 1 if "__job.control_folder" in options else len(words)
-    return words[at] if at < len(words) else None
+    return os.path.expanduser(words[at]) if at < len(words) else None
 
 
 def _what_runs(setup: Setup, trainer: type[Trainer]) -> type[Trainer | Evaluation]:
     return Evaluation if setup.config.validation.only else trainer
 
 
-def _announce(world: World, config: Config) -> None:
+def _announce(world: World, config: Config, notes: list[str]) -> None:
     log.info(f"job: {config.job.description}")
+    for note in notes if world.rank == 0 else []:
+        log.warning(note)
     if config.job.print_config:
         log.info(to_toml(config))
     if world.rank == 0 and (line := compat.warn_about_torch_version()):

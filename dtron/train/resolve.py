@@ -5,14 +5,17 @@ file under `dtron/parallel/`; here is the order in which they are checked.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from dtron import registry
 from dtron.config import Config, replace
+from dtron.config.torchtitan import said_of
 from dtron.data.loader import check_dataloader
-from dtron.errors import UserError
+from dtron.errors import Mistakes, UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
 from dtron.models.spec import ModelSpec
@@ -23,107 +26,131 @@ from dtron.parallel.schedules import check_pipeline
 from dtron.parallel.tensor import check_tensor
 from dtron.train.data import check_datasets
 from dtron.train.initial import check_export, check_initial, resolve_initial
+from dtron.train.optimizer import check_exempt
 from dtron.train.setup import Setup
 
 __all__ = ["check_batch", "choose_device_type", "resolve"]
 
 
-def resolve(config: Config, world: int, device_type: Literal["cpu", "cuda"] | None = None) -> Setup:
-    """Check a configuration for `world` ranks. UserError with the first thing that cannot work.
+def resolve(
+    config: Config,
+    world: int,
+    device_type: Literal["cpu", "cuda"] | None = None,
+    mistakes: Sequence[str] = (),
+) -> Setup:
+    """Check a configuration for `world` ranks. UserError with all that cannot work.
 
-    device_type: of the machine that will run it, where that is not this one.
+    device_type: of the machine that will run it, where that is not this one. mistakes: found when it was read; the keys
+    in question have their defaults.
     """
-    registry.import_custom(config.job.custom_import)
-    device_type = device_type or choose_device_type(config)
-    config = replace(config, "training.device", device_type)
-    config = resolve_initial(config)
+    found = Mistakes(mistakes)
+    with found.collect():
+        registry.import_custom(config.job.custom_import)
+    if len(found) > len(mistakes):  # of the names, some may be of the module that cannot be imported
+        found.raise_any()
+    device = device_type or "cpu"
+    with found.collect():
+        device = device_type or choose_device_type(config)
+    config = replace(config, "training.device", device)
+    with found.collect():
+        config = resolve_initial(config)
     if config.validation.only:
         config = replace(config, "validation.enable", True)
-        _check_evaluation(config)
-    else:
-        _check_training(config)
-    _check_values(config)
-    _check_names(config)
-    check_dataloader(config)
-    degrees = resolve_degrees(config.parallelism, world)
-    check_compatible(config)
-    spec, model_config = _model(config)
-    check_initial(config, model_config)
-    check_export(config, spec)
-    if config.training.attention_mask == "document" and not spec.document_masks:
-        raise UserError(f"model.name {config.model.name} takes no documents; set training.attention_mask causal")
-    _check_model(model_config)
-    check_tensor(config, spec, model_config, degrees)
-    check_sequence(config, degrees)
-    if degrees.pp > 1:
-        check_pipeline(config, spec, model_config, degrees)
-    if not config.validation.only:
-        check_batch(config, degrees, config.training.global_batch_size)
-    return Setup(config, degrees, device_type, spec, model_config)
+    model = _check_names(config, found)
+    if mistakes:  # what several keys make together would not be what was meant
+        found.raise_any()
+    found += _evaluation_mistakes(config) if config.validation.only else _training_mistakes(config)
+    found += _value_mistakes(config)
+    for check in (check_dataloader, check_compatible):
+        with found.collect():
+            check(config)
+    degrees = None
+    with found.collect():
+        degrees = resolve_degrees(config.parallelism, world)
+    if model is not None:
+        _check_model(config, *model, degrees, found)
+    if degrees is not None and not config.validation.only:
+        with found.collect():
+            check_batch(config, degrees, config.training.global_batch_size)
+    found.raise_any()
+    assert model is not None and degrees is not None
+    return Setup(config, degrees, device, *model)
 
 
-def _check_evaluation(c: Config) -> None:
+def _evaluation_mistakes(c: Config) -> Iterator[str]:
     """What validation.only needs and what it leaves without effect."""
     if not c.checkpoint.initial_load_path:
-        raise UserError(
+        yield (
             "validation.only evaluates a checkpoint, and none is named: set checkpoint.initial_load_path to "
             "outputs/RUN/checkpoint/step-N of a run, or to a Hugging Face folder"
         )
     if c.checkpoint.exclude_from_loading:
-        raise UserError(
+        yield (
             "checkpoint.exclude_from_loading has no meaning with validation.only, which evaluates the weights of a "
             "checkpoint and no initial values: leave it out, or clear that of the file by "
             "--checkpoint.exclude_from_loading="
         )
 
 
-def _check_training(c: Config) -> None:
+def _training_mistakes(c: Config) -> Iterator[str]:
     """Values that only a training has: optimizer, schedule, clipping, profiler."""
     sched = c.lr_scheduler
     for key in ("beta1", "beta2"):
         if getattr(c.optimizer, key) >= 1:
-            raise UserError(f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)")
+            yield f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)"
     if c.training.max_norm == 0:
-        raise UserError(
-            "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
+        yield "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
+    if 0 < c.training.spike_factor <= 1:
+        yield (
+            f"training.spike_factor is {c.training.spike_factor}, by which every usual norm is a spike; expected a "
+            "number above 1, or 0 for none"
         )
     total = sched.total_steps or c.training.steps
     if sched.total_steps and sched.warmup_steps > sched.total_steps:
-        raise UserError(
+        yield (
             f"lr_scheduler.warmup_steps {sched.warmup_steps} is more than its total_steps {sched.total_steps}; "
             "lower the one or raise the other"
         )
-    if sched.decay_ratio is not None and sched.warmup_steps + round(total * sched.decay_ratio) > total:
-        raise UserError(
+    elif sched.decay_ratio and sched.warmup_steps + round(total * sched.decay_ratio) > total:
+        yield (
             f"lr_scheduler: {sched.warmup_steps} warm-up steps and a decay over {sched.decay_ratio:.0%} "
             f"of {total} steps overlap; lower warmup_steps or decay_ratio"
         )
-    check_profiling(c.profiling)
-    registry.look_up("optimizer", c.optimizer.name, "optimizer.name")
+    try:
+        check_profiling(c.profiling)
+    except UserError as error:
+        yield str(error)
 
 
-def _check_values(c: Config) -> None:
+def _value_mistakes(c: Config) -> Iterator[str]:
     """Values of several keys that go together; what a single key must satisfy is declared on the key."""
     if c.compile.enable and not c.compile.components:
-        raise UserError(
-            "compile.enable is true and compile.components is empty; name model, loss or both, or set it false"
-        )
+        yield "compile.enable is true and compile.components is empty; name model, loss or both, or set it false"
     if c.compile.enable and c.compile.backend not in (known := torch._dynamo.list_backends(None)):
-        raise UserError(f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}")
+        yield f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}"
     if c.checkpoint.folder.startswith("memory:"):
-        raise UserError("checkpoint.folder in memory:// is gone when the run ends; name a place that stays")
+        yield "checkpoint.folder in memory:// is gone when the run ends; name a place that stays"
     if c.checkpoint.resume_run and not c.checkpoint.enable:
-        raise UserError("checkpoint.resume_run has no effect without checkpoint.enable = true; set it, or leave it out")
+        yield "checkpoint.resume_run has no effect without checkpoint.enable = true; set it, or leave it out"
     if c.checkpoint.exclude_from_loading and not c.checkpoint.initial_load_path:
-        raise UserError("checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path")
+        yield "checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path"
 
 
-def _check_names(c: Config) -> None:
-    """Everything a run looks up by name is registered; building it comes later."""
-    check_datasets(c)
-    registry.look_up("loss", c.training.loss, "training.loss")
+def _check_names(c: Config, found: Mistakes) -> tuple[ModelSpec, Any] | None:
+    """Everything a run looks up by name is registered; building it comes later. The model, where it is known."""
+    with found.collect():
+        check_datasets(c)
+    with found.collect():
+        registry.look_up("loss", c.training.loss, "training.loss")
+    if not c.validation.only:
+        with found.collect():
+            registry.look_up("optimizer", c.optimizer.name, "optimizer.name")
     for name in c.model.converters:
-        registry.look_up("converter", name, "model.converters")
+        with found.collect():
+            registry.look_up("converter", name, "model.converters")
+    with found.collect():
+        return _model(c)
+    return None
 
 
 def _model(c: Config) -> tuple[ModelSpec, Any]:
@@ -134,9 +161,8 @@ def _model(c: Config) -> tuple[ModelSpec, Any]:
     elif c.model.flavor in spec.flavors:
         model_config = spec.flavors[c.model.flavor]
     else:
-        raise UserError(
-            f"model.flavor {c.model.flavor!r} is unknown for {c.model.name}; known: {', '.join(spec.flavors)}"
-        )
+        what = said_of("model.flavor", c.model.flavor) or f" is unknown for {c.model.name}"
+        raise UserError(f"model.flavor {c.model.flavor!r}{what}; known: {', '.join(spec.flavors)}")
     names = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings", "rope_theta")
     given = {name: getattr(c.model, name) for name in names if getattr(c.model, name) is not None}
     if lacking := [name for name in given if not hasattr(model_config, name)]:
@@ -144,16 +170,38 @@ def _model(c: Config) -> tuple[ModelSpec, Any]:
     return spec, dataclasses.replace(model_config, **given)
 
 
-def _check_model(m: Any) -> None:
+def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, found: Mistakes) -> None:
+    """The model by itself, with its initial weights and its export, and in the layout."""
+    if c.training.attention_mask == "document" and not spec.document_masks:
+        found.append(f"model.name {c.model.name} takes no documents; set training.attention_mask causal")
+    found += _shape_mistakes(m)
+    if not c.validation.only:
+        with found.collect():
+            check_exempt(c.optimizer.weight_decay_exclude, spec, m)
+    for check in (partial(check_initial, c, m), partial(check_export, c, spec)):
+        with found.collect():
+            check()
+    if degrees is None:
+        return
+    with found.collect():
+        check_tensor(c, spec, m, degrees)
+    with found.collect():
+        check_sequence(c, degrees)
+    if degrees.pp > 1:
+        with found.collect():
+            check_pipeline(c, spec, m, degrees)
+
+
+def _shape_mistakes(m: Any) -> Iterator[str]:
     heads, kv_heads, explicit = m.n_heads, m.n_kv_heads, getattr(m, "head_dim", None)
     if heads % kv_heads:
-        raise UserError(f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+        yield f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads"
     if explicit is None and m.dim % heads:
-        raise UserError(f"model: dim {m.dim} is not divisible by {heads} heads")
+        yield f"model: dim {m.dim} is not divisible by {heads} heads"
+    elif hasattr(m, "rope_theta") and (explicit or m.dim // heads) % 2:
+        yield f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs"
     if getattr(m, "rope_theta", 1.0) <= 0:
-        raise UserError(f"model.rope_theta is {m.rope_theta}; expected a positive number")
-    if hasattr(m, "rope_theta") and (explicit or m.dim // heads) % 2:
-        raise UserError(f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs")
+        yield f"model.rope_theta is {m.rope_theta}; expected a positive number"
 
 
 def check_batch(config: Config, degrees: Degrees, global_batch: int, source: str = "") -> int:
