@@ -78,9 +78,10 @@ def resolve_degrees(p: Parallelism, world: int) -> Degrees:
         shard = world // others
     degrees = Degrees(pp, replicate, shard, cp, tp)
     if degrees.world != world:
+        hint = f": --dp -1 gives dp_shard the other {world // others}" if world % others == 0 else ""
         raise UserError(
             f"pp {pp} x dp_replicate {replicate} x dp_shard {shard} x cp {cp} x tp {tp} = {degrees.world}, "
-            f"but the world size is {world}; start torchrun with {degrees.world} ranks or change a degree"
+            f"but the world size is {world}; start torchrun with {degrees.world} ranks or change a degree{hint}"
         )
     return degrees
 

@@ -318,13 +318,12 @@ def _fill(
                 tensor.copy_(tensors[name])
 
 
-def check_excluded(patterns: Sequence[str], names: Sequence[str]) -> None:
-    """UserError if a pattern names no parameter."""
+def check_excluded(patterns: Sequence[str], names: Sequence[str], key: str = "checkpoint.exclude_from_loading") -> None:
+    """UserError if a pattern of the key names no parameter."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise UserError(
-                f"checkpoint.exclude_from_loading: {pattern!r} fits no parameter; expected names or patterns such as "
-                f"{names[-1]} or layers.0.*"
+                f"{key}: {pattern!r} fits no parameter; expected names or patterns such as {names[-1]} or layers.0.*"
             )
 
 

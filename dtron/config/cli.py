@@ -115,10 +115,10 @@ def _find(option: str, words: list[str]) -> tuple[Key, bool]:
         raise UserError(f"{COMMAND_LINE}: {option} is a section; expected one of its keys: {option}.key value")
     if renamed := RENAMED.get(name):
         raise UserError(f'{COMMAND_LINE}: "{name}" is torchtitan\'s old name of "{renamed.name}"; use that')
-    if "." not in name and (name.startswith("conf") or any(word.endswith(".toml") for word in words)):
-        raise UserError(
-            f'{COMMAND_LINE}: unknown key "{name}"; a configuration file is given as --job.config_file FILE'
-        )
+    files = [word for word in words if word.endswith(".toml")]
+    if "." not in name and (files or name.startswith("conf")):
+        file = files[0] if files else "FILE.toml"
+        raise UserError(f'{COMMAND_LINE}: unknown key "{name}"; did you mean --job.config_file {file}?')
     raise UserError(f'{COMMAND_LINE}: unknown key "{name}"{suggestion(name, KEYS)}')
 
 

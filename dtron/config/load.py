@@ -61,6 +61,7 @@ def read(argv: list[str]) -> Reading:
         with mistakes.collect():
             settings = files.read_chain(Path(config_file.value), (), "--job.config_file")
     settings |= overrides
+    _drop_kind_of_other_path(settings)
     notes += _llama3(settings, files.words)
     config, unsupported = Config(), dict[str, Setting]()
     for name, setting in settings.items():
@@ -72,7 +73,25 @@ def read(argv: list[str]) -> Reading:
         if setting.source == COMMAND_LINE or not unmet(name, config):  # else it asks for nothing
             mistakes.append(not_supported(KEYS[name], setting.value, setting.source))
     given = {name: setting for name, setting in settings.items() if setting.source not in files.records}
-    return Reading(config, mistakes, [*notes, *unread(config, given)])
+    return Reading(config, mistakes, [*notes, *_warm_up(config), *unread(config, given)])
+
+
+def _drop_kind_of_other_path(settings: dict[str, Setting]) -> None:
+    """initial_load_in_hf is said of the path beside it, not of one that the command line or a later file puts there."""
+    path, in_hf = (settings.get(f"checkpoint.initial_load_{leaf}") for leaf in ("path", "in_hf"))
+    if path is not None and path.value and in_hf is not None and path.layer < in_hf.layer:
+        del settings["checkpoint.initial_load_in_hf"]
+
+
+def _warm_up(config: Config) -> list[str]:
+    """The line of a run that ends before its learning rate has reached its peak."""
+    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
+    if warmup <= steps or config.lr_scheduler.total_steps or config.validation.only:
+        return []
+    return [
+        f"lr_scheduler.warmup_steps {warmup} is more than training.steps {steps}: the learning rate only rises, to "
+        f"{steps / warmup:.1%} of optimizer.lr; lower warmup_steps, or set total_steps to the whole schedule's"
+    ]
 
 
 def _llama3(settings: dict[str, Setting], words: list[str]) -> list[str]:

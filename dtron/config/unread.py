@@ -14,7 +14,7 @@ class Rule(NamedTuple):
     """`keys` (names or patterns) are read only where `holds`, which `needs` says in words.
 
     switch: the key that turns them off. Where it is set after them, in a file on top of theirs or on the command line,
-    they are meant to be unread; set beside them, they are where they have their defaults.
+    they are meant to be unread; set beside them in a file, they are where they have their defaults.
     """
 
     keys: tuple[str, ...]
@@ -115,8 +115,9 @@ def unread(config: Config, settings: Mapping[str, Setting]) -> list[str]:
     for name, setting in settings.items():
         if rule := unmet(name, config):
             switch = settings.get(rule.switch)
-            beside = switch is not None and switch.layer == setting.layer and setting.value == KEYS[name].default
-            if not (beside or (switch is not None and switch.layer < setting.layer)):
+            parked = setting.layer >= 0 and setting.value == KEYS[name].default
+            meant = switch is not None and (switch.layer < setting.layer or (switch.layer == setting.layer and parked))
+            if not meant:
                 found.setdefault(rule, []).append(name)
     return [f"{_listed(names)} no effect: only read with {rule.needs}" for rule, names in found.items()]
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -233,6 +234,11 @@ def read_tokenizer(
     The end-of-text token is the one that transformers takes, see `_eos_token`. Raises UserError.
     """
     path = Path(name).expanduser()
+    if not path.exists() and re.fullmatch(r"bpe\W?\d*\w?", name, re.IGNORECASE):  # before the hub is asked for it
+        raise UserError(
+            f"{key} = {name!r}: expected bpe:N with the number of tokens, as in --tokenizer bpe:4096, which "
+            "`dtron prepare` trains on the source; anything else is a file, a folder or a name on the hub"
+        )
     file = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists() and not may_be_on_the_hub(name):
         raise UserError(f"{key} = {name!r} is no local file or folder: expected a folder with tokenizer.json")

@@ -8,6 +8,7 @@ vocabulary's rows: logits leave sharded along the vocabulary and
 """
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -140,4 +141,11 @@ def check_tensor(c: Config, spec: ModelSpec, m: ModelConfig, d: Degrees) -> None
             raise UserError(
                 f"tensor_parallel_degree {d.tp} does not divide model.{name} {size}; "
                 f"degrees that do: {', '.join(str(t) for t in range(1, 129) if size % t == 0)}"
+                f"{_larger_vocabulary(size, d.tp) if name == 'vocab_size' else ''}"
             )
+
+
+def _larger_vocabulary(size: int, tp: int) -> str:
+    """GPT-2's 50257 tokens, for one, are usually given 50304 rows: a multiple of 64, which kernels like too."""
+    step = math.lcm(64, tp)
+    return f"; or set model.vocab_size {-(-size // step) * step}: rows beyond the tokenizer's are allowed and usual"

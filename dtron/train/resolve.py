@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 
 from dtron import registry
+from dtron.checkpoint.load import check_excluded
 from dtron.config import Config, replace
 from dtron.config.torchtitan import said_of
 from dtron.data.loader import check_dataloader
 from dtron.errors import Mistakes, UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
-from dtron.models.spec import ModelSpec
+from dtron.models.spec import ModelSpec, meta_model
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.context import check_sequence
 from dtron.parallel.incompatible import check_compatible
@@ -26,7 +27,6 @@ from dtron.parallel.schedules import check_pipeline
 from dtron.parallel.tensor import check_tensor
 from dtron.train.data import check_datasets
 from dtron.train.initial import check_export, check_initial, resolve_initial
-from dtron.train.optimizer import check_exempt
 from dtron.train.setup import Setup
 
 __all__ = ["check_batch", "choose_device_type", "resolve"]
@@ -175,9 +175,11 @@ def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, fo
     if c.training.attention_mask == "document" and not spec.document_masks:
         found.append(f"model.name {c.model.name} takes no documents; set training.attention_mask causal")
     found += _shape_mistakes(m)
-    if not c.validation.only:
+    exempt = c.optimizer.weight_decay_exclude if c.optimizer.weight_decay and not c.validation.only else []
+    if exempt and not found and not c.model.converters:  # which may change the names
         with found.collect():
-            check_exempt(c.optimizer.weight_decay_exclude, spec, m)
+            names = [name for name, _ in meta_model(spec, m).named_parameters()]
+            check_excluded(exempt, names, "optimizer.weight_decay_exclude")
     for check in (partial(check_initial, c, m), partial(check_export, c, spec)):
         with found.collect():
             check()

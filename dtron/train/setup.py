@@ -37,8 +37,20 @@ def describe(setup: Setup, device: torch.device) -> str:
     machines = f"{setup.degrees.world} x {device_name(device)}"
     return (
         f"dtron {dtron.__version__}, torch {torch.__version__}: {setup.degrees}, on {machines}\n"
-        f"{what}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+        f"{what}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters{_rotary(setup)}"
     )
+
+
+def _rotary(setup: Setup) -> str:
+    """Of a Llama-like model, what its shapes do not show and its names may not mean elsewhere."""
+    c, m = setup.config.model, setup.model_config
+    if (theta := getattr(m, "rope_theta", None)) is None:
+        return ""
+    if scaling := getattr(m, "rope_scaling", None):
+        return f", rotary base {theta:g}, scaled by {scaling.factor:g}"
+    named = c.name == "llama3" and c.flavor != "debugmodel" and not c.hf_config_path
+    elsewhere = " (torchtitan's llama3 since 2025-10 is llama3.1 here)" if named else ""
+    return f", rotary base {theta:g}, not scaled{elsewhere}"
 
 
 def stages_of(setup: Setup) -> StagePlan | None:

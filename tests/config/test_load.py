@@ -310,6 +310,88 @@ def test_an_override_mends_a_lacking_key(tmp_path: Path) -> None:
     assert message.startswith("command line: comm.mode") and "only real process groups" in message
 
 
+# ---- all mistakes at once ----
+
+
+def test_all_mistakes_of_files_and_command_line_are_told_at_once(tmp_path: Path) -> None:
+    write(tmp_path, "[training]\nsteps = 'many'\n[moe]\nexperts = 8\n", "b.toml")
+    text = "base = 'b.toml'\n[optimizer]\nlr = -1\nmomentum = 0.9\n[lr_scheduler]\nmin_lr_factor = 3\n"
+    message = refusal_of_text(tmp_path, text, "--training.seqlen", "8", "--tp", "two", "--cp", "2", "stray")
+    for part in (
+        "8 mistakes", f"{tmp_path / 'b.toml'}: training.steps", 'unknown section "moe"; --help', "x.toml: optimizer.lr",
+        '"optimizer.momentum"', "min_lr_factor = 3", "in [0, 1]", '"training.seqlen"', "tensor_parallel_degree",
+        "'stray'",
+    ):  # fmt: skip
+        assert part in message, message
+    assert refusal_of_text(tmp_path, "[training]\nsteps = 0\n").count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--config x.toml", "did you mean --job.config_file x.toml?"),
+        ("--cfg=x.toml", "did you mean --job.config_file x.toml?"),
+        ("--config", "did you mean --job.config_file FILE.toml?"),
+        ("configs/x.toml", "as --job.config_file configs/x.toml"),
+        ("--training.batch_size 8", 'torchtitan\'s old name of "training.local_batch_size"'),
+        ("--training.steps 99999999999999999999", "expected an integer"),
+        ("--lr_scheduler.decay_ratio 1.5", "in [0, 1]"),
+    ],
+)
+def test_hints_of_the_command_line(argv: str, words: str) -> None:
+    assert words in refusal(argv.split())
+
+
+def test_a_missing_file_lists_a_folder_of_many(tmp_path: Path) -> None:
+    for name in ("debug", "quickstart", "llama3-8b", "llama3-70b", "smollm-1.7b", "mine"):
+        write(tmp_path, "", f"{name}.toml")
+    assert "did you mean" in (message := refusal(["--job.config_file", str(tmp_path / "llama3_8b.toml")])), message
+    assert str(tmp_path / "llama3-8b.toml") in message and "debug.toml" not in message
+    message = refusal(["--job.config_file", str(tmp_path / "pretrain.toml")])
+    assert "debug.toml, llama3-70b.toml, llama3-8b.toml, mine.toml, quickstart.toml, smollm-1.7b.toml" in message
+
+
+# ---- paths ----
+
+
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.is_path])
+def test_the_home_folder_of_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if KEYS[name].unsupported or name == "job.config_file":
+        return
+    if KEYS[name].check:  # a folder inside the run folder
+        assert "inside the run folder" in refusal([f"--{name}", "~/a"])
+        return
+    section, _, leaf = name.rpartition(".")
+    for given, expected in (("~/a b", f"{tmp_path}/a b"), ("~", str(tmp_path)), ("./~/a", "./~/a"), ("a~", "a~")):
+        assert value(load([f"--{name}", given]), name) == expected
+        assert value(load_text(tmp_path, f"[{section}]\n{leaf} = {as_toml(given)}\n"), name) == expected
+
+
+def test_the_home_folder_of_files_and_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "[[training.mixture]]\ndataset = '~/data'\n", "b.toml")
+    write(tmp_path, "base = '~/b.toml'\n", "sub/x.toml")
+    config = load(["--job.config_file", "~/sub/x.toml"])
+    assert config.training.mixture[0].dataset == f"{tmp_path}/data"
+    assert "no such user" in refusal(["--job.dump_folder", "~nobody-of-that-name/runs"])
+
+
+def test_every_key_named_like_a_path_is_one() -> None:
+    ends = ("folder", "_path", "_file", "_csv", "dataset")
+    assert [name for name, key in KEYS.items() if name.endswith(ends) and key.kind is str and not key.is_path] == []
+
+
+def test_a_link_has_its_base_beside_the_file_else_beside_the_link(tmp_path: Path) -> None:
+    write(tmp_path, "base = 'b.toml'\n", "real/x.toml")
+    write(tmp_path, "[training]\nsteps = 1\n", "links/b.toml")
+    (tmp_path / "links/x.toml").symlink_to("../real/x.toml")
+    argv = ["--job.config_file", str(tmp_path / "links/x.toml")]
+    assert load(argv).training.steps == 1
+    write(tmp_path, "[training]\nsteps = 2\n", "real/b.toml")
+    assert load(argv).training.steps == 2
+
+
 # ---- the command line ----
 
 

@@ -67,6 +67,18 @@ REFUSED = {
     "heads": (16, "--tp 16", ["tensor_parallel_degree 16", "n_heads 8", "1, 2, 4, 8"]),
     "kv heads": (8, "--tp 8", ["tensor_parallel_degree 8", "n_kv_heads 4", "1, 2, 4"]),
     "vocabulary": (2, "--tp 2 --model.vocab_size 4097", ["tensor_parallel_degree 2", "vocab_size 4097"]),
+    "GPT-2's vocabulary": (
+        2,
+        "--tp 2 --model.vocab_size 50257",
+        ["vocab_size 50257", "or set model.vocab_size 50304", "allowed and usual"],
+    ),
+    "shard degree of one node": (8, "--dp 2", ["world size is 8", "--dp -1 gives dp_shard the other 8"]),
+    "spike factor": (1, "--training.spike_factor 0.5", ["spike_factor is 0.5", "above 1"]),
+    "undecayed parameters": (
+        1,
+        "--optimizer.weight_decay_exclude *emb* *norm* *out*",
+        ["optimizer.weight_decay_exclude: '*out*' fits no parameter", "lm_head.weight"],
+    ),
     "feed-forward": (4, "--tp 4 --model.ffn_dim 770", ["tensor_parallel_degree 4", "ffn_dim 770"]),
     "head size": (1, "--model.dim 72", ["head size 9", "pairs"]),
     "heads and width": (1, "--model.dim 100", ["dim 100", "8 heads"]),
@@ -132,6 +144,15 @@ def test_mistake_is_explained(about: str, tmp_path: Path) -> None:
     message = refusal(tmp_path, world, arguments)
     assert [part for part in says if part not in message] == [], message
     assert "\n" not in message
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    arguments = "--training.dataset stdlb --optimizer.name AdmW --optimizer.beta1 1 --model.n_kv_heads 3 --tp 3"
+    message = refusal(tmp_path, 1, arguments)
+    for part in ("5 mistakes", "'stdlib'", "'AdamW'", "beta1 is 1.0", "3 key/value heads", "world size"):
+        assert part in message, message
+    message = refusal(tmp_path, 1, "--training.dataset stdlb --training.steps many --tp 3")
+    assert "2 mistakes" in message and "'stdlib'" in message and "training.steps" in message, message
 
 
 def test_the_same_without_the_mistakes_is_accepted(tmp_path: Path) -> None:
