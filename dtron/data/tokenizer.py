@@ -234,7 +234,7 @@ def read_tokenizer(
     The end-of-text token is the one that transformers takes, see `_eos_token`. Raises UserError.
     """
     path = Path(name).expanduser()
-    if not path.exists() and re.fullmatch(r"bpe\W?\d*\w?", name, re.IGNORECASE):  # before the hub is asked for it
+    if not path.exists() and re.fullmatch(r"bpe[\W_]?\d*\w?", name, re.IGNORECASE):  # before the hub is asked for it
         raise UserError(
             f"{key} = {name!r}: expected bpe:N with the number of tokens, as in --tokenizer bpe:4096, which "
             "`dtron prepare` trains on the source; anything else is a file, a folder or a name on the hub"

@@ -281,6 +281,15 @@ def test_integers_become_floats_and_empty_strings_none(tmp_path: Path) -> None:
 # ---- what is lacking ----
 
 
+def rule_is_never_met(name: str) -> bool:
+    """Keys of features that are refused where they are turned on."""
+    return name in (
+        "profiling.save_memory_snapshot_folder",
+        "activation_checkpoint.memory_budget",
+        "activation_checkpoint.preserve_rng_state",
+    )
+
+
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.unsupported])
 def test_lacking_keys_take_their_default_only(tmp_path: Path, name: str) -> None:
     section, _, leaf = name.rpartition(".")
@@ -294,8 +303,10 @@ def test_lacking_keys_take_their_default_only(tmp_path: Path, name: str) -> None
     }
     if unmet(name, Config()):  # alone in a file it asks for nothing
         assert value(load_text(tmp_path, f"[{section}]\n{leaf} = {as_toml(other)}\n"), name) == key.default
-    if name in ("profiling.save_memory_snapshot_folder", "activation_checkpoint.memory_budget"):
-        return  # of features that are refused where they are turned on
+    if rule_is_never_met(name):
+        message = refusal([f"--{name}={str(other).lower()}"])  # typed, it is meant
+        assert message.startswith(f"command line: {name} = ") and f"is not supported: {key.unsupported}" in message
+        return
     message = refusal_of_text(tmp_path, f"[{section}]\n{leaf} = {as_toml(other)}\n", *needs.get(section, []))
     accepted = "leaving it out" if key.default is None else default
     assert f"{name} = {as_toml(other)} is not supported: {key.unsupported}; only {accepted} is accepted" in message

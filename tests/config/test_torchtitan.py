@@ -67,6 +67,7 @@ enable_ft_dataloader_checkpoints = true
 [activation_checkpoint]
 mode = "full"
 determinism_check = "default"
+preserve_rng_state = false
 per_op_sac_force_recompute_mm_shapes_by_fqns = ["moe.router.gate"]
 [quantize.linear.float8]
 filter_fqns = ["output"]
@@ -195,6 +196,12 @@ def test_llama3_is_what_it_was_when_the_file_was_written(tmp_path: Path, text: s
     assert any("rotary" in note for note in reading.notes) == ("300" not in text and not argv and name != "qwen3")
     again = read_text(tmp_path, to_toml(reading.config))  # a run's own record says its name itself
     assert again.config.model.name == name
+
+
+def test_a_file_that_states_every_key_of_torchtitans_is_no_record_of_a_run(tmp_path: Path) -> None:
+    text = to_toml(load(["--training.steps", "300"]))
+    assert read_text(tmp_path, text).config.model.name == "llama3"
+    assert read_text(tmp_path, text + "\n[fault_tolerance]\nenable = false\n").config.model.name == "llama3.1"
 
 
 def test_a_base_and_the_command_line_override_an_old_name(tmp_path: Path) -> None:

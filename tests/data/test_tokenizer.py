@@ -251,3 +251,12 @@ def test_transformers_is_not_needed_for_a_tokenizer_json(assets, monkeypatch):
     with pytest.raises(UserError, match="transformers"):
         read(assets)
     assert isinstance(train_bpe(TEXTS, 260), TextEncoder)
+
+
+@pytest.mark.parametrize("name", ["bpe4096", "bpe", "BPE-4096", "bpe:4k", "bpe_512"])
+def test_a_mistyped_bpe_is_told_before_the_hub_is_asked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "_converted", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=r"expected bpe:N .* as in --tokenizer bpe:4096"):
+        read_tokenizer(name, tmp_path, "--tokenizer")

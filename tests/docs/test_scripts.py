@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,33 @@ def test_quickstart_ends_with_a_sample_of_what_was_learnt(clone: Clone, given: l
     assert done.returncode == 0, done.stderr
     assert calls[-1] == f"-m dtron sample {folder} --prompt def "
     assert calls[-2].endswith("--training.steps 7")
+
+
+def test_torchtitan_configs_counts_the_files_of_a_checkout_by_time(tmp_path: Path) -> None:
+    repo = tmp_path / "titan"
+    (repo / "train_configs").mkdir(parents=True)
+    git = ["git", "-C", str(repo), "-c", "user.name=x", "-c", "user.email=x@y", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    files = {
+        "2024-06-01": ("a.toml", "[training]\nbatch_size = 2\ndataset = 'c4'\n"),
+        "2025-10-01": ("b.toml", "[model]\nconverters = ['float8']\n"),
+        "2026-01-01": ("c.toml", "[model]\nname = 'llama4'\n"),
+    }
+    for date, (name, text) in files.items():
+        (repo / "train_configs" / name).write_text(text)
+        env = os.environ | {"GIT_COMMITTER_DATE": f"{date}T12:00:00", "GIT_AUTHOR_DATE": f"{date}T12:00:00"}
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", name], check=True, env=env)
+    command = [sys.executable, str(ROOT / "scripts" / "torchtitan_configs.py"), str(repo), "--messages"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("| 20")
+    }
+    assert rows["2024-06"][:2] == ["1", "1"] and rows["2025-10"][:2] == ["2", "1"]
+    assert [cell for cell in rows["2026-02"] if cell] == ["3", "1", "1", "1"]
+    assert "batch_size is read as training.local_batch_size" in done.stdout and "float8 is not built yet" in done.stdout

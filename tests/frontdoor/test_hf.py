@@ -121,7 +121,6 @@ LLAMA2 = (
         ("the model has n_layers 2, but the weights in .* were trained with 3", (5, 5, ["--model.n_layers", "2"])),
         ("checkpoint.initial_load_in_hf needs the folder with the weights", (2, 4, [])),
         ("has no config.json with safetensors beside it", (3, 4, ["."])),
-        ("checkpoint.export_dtype has no effect", (5, 5, ["--checkpoint.export_dtype", "bfloat16"])),
         ("last_save_in_hf needs checkpoint.enable", (5, 5, ["--checkpoint.last_save_in_hf"])),
         (
             "model.converters change the model",
