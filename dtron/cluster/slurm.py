@@ -20,7 +20,7 @@ from typing import Any
 
 from dtron.cluster.record import record_code, source_root
 from dtron.cluster.secrets import find_secret
-from dtron.config import Config, load, to_toml
+from dtron.config import Config, read, to_toml
 from dtron.errors import UserError
 from dtron.train.folder import saves
 from dtron.train.resolve import resolve
@@ -126,6 +126,8 @@ def submit(argv: list[str], options: SlurmOptions, log: Callable[[str], None]) -
     it is queued do not affect it. It runs in the current folder, to which relative paths refer.
     """
     config, folder = prepare(argv, options)
+    for note in read(argv).notes:  # the job reads the resolved configuration, which has none
+        log(note)
     folder = _make_folder(folder)
     try:
         job = _submit(folder, config, options, log)
@@ -173,7 +175,9 @@ def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
         except ValueError as error:
             given = f"--{name.replace('_', '-')} {getattr(options, name)}"
             raise UserError(f"{given}: {error}; expected words quoted as in a shell") from None
-    config = load(argv)
+    config, mistakes, _ = read(argv)
+    world = options.nodes * options.ranks_per_node
+    setup = resolve(config, world, "cuda" if options.gpus else "cpu", mistakes)
     if config.job.control_folder is not None:
         raise UserError("job.control_folder is set by the job: remove it from the configuration")
     if what := find_secret(to_toml(config)):
@@ -181,7 +185,6 @@ def prepare(argv: list[str], options: SlurmOptions) -> tuple[Config, Path]:
             f"the resolved configuration contains {what}; it is written next to the logs, so put the secret into an "
             "environment variable, which the job gets too"
         )
-    setup = resolve(config, options.nodes * options.ranks_per_node, "cuda" if options.gpus else "cpu")
     device = config.training.device
     if device != "auto" and device != setup.device_type:
         raise UserError(

@@ -54,6 +54,10 @@ def _minus_1_or_positive(value: int) -> str:
     return "" if value == -1 or value >= 1 else "-1 or a number of at least 1"
 
 
+def _timeout_s(value: int) -> str:
+    return "" if value <= 10**7 else "at most 10000000 seconds, which are 116 days"
+
+
 def _share(value: float) -> str:
     return "" if 0 <= value <= 1 else "a number in [0, 1]"
 
@@ -449,8 +453,12 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Comm:
-    init_timeout_seconds: int = key(300, "longest wait for other ranks up to the end of the first step", minimum=1)
-    train_timeout_seconds: int = key(100, "longest wait for other ranks after the first step", minimum=1)
+    init_timeout_seconds: int = key(
+        300, "longest wait for other ranks up to the end of the first step", minimum=1, check=_timeout_s
+    )
+    train_timeout_seconds: int = key(
+        100, "longest wait for other ranks after the first step", minimum=1, check=_timeout_s
+    )
     trace_buf_size: int = key(
         20000, "last collectives each rank remembers; 0: none, and a hang has no report", minimum=0
     )

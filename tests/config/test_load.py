@@ -347,6 +347,7 @@ def test_all_mistakes_of_files_and_command_line_are_told_at_once(tmp_path: Path)
         ("--training.batch_size 8", 'torchtitan\'s old name of "training.local_batch_size"'),
         ("--training.steps 99999999999999999999", "expected an integer"),
         ("--lr_scheduler.decay_ratio 1.5", "in [0, 1]"),
+        ("--comm.train_timeout_seconds 99999999999999", "at most 10000000 seconds"),
     ],
 )
 def test_hints_of_the_command_line(argv: str, words: str) -> None:

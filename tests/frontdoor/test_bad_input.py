@@ -9,7 +9,7 @@ import torch
 from frontdoor import CONFIG, ROOT, TIMEOUT_S, environment, torchrun
 from warm import Warm, without_times
 
-from dtron.config import load
+from dtron.config import load, read
 from dtron.errors import UserError
 from dtron.train.resolve import resolve
 
@@ -151,7 +151,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     message = refusal(tmp_path, 1, arguments)
     for part in ("5 mistakes", "'stdlib'", "'AdamW'", "beta1 is 1.0", "3 key/value heads", "world size"):
         assert part in message, message
-    message = refusal(tmp_path, 1, "--training.dataset stdlb --training.steps many --tp 3")
+    reading = read("--training.dataset stdlb --training.steps many --tp 3".split())
+    with pytest.raises(UserError) as caught:
+        resolve(reading.config, 1, mistakes=reading.mistakes)
+    message = str(caught.value)
     assert "2 mistakes" in message and "'stdlib'" in message and "training.steps" in message, message
 
 
