@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from dtron.config.sections import Changes, Config, PathText
+from dtron.config.declare import Changes, PathText
+from dtron.config.sections import Config
 from dtron.config.toml import toml_type, toml_value
 from dtron.errors import UserError
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dtron.config.cli import parse_arguments
+from dtron.config.declare import Changes
 from dtron.config.keys import COMMAND_LINE, KEYS, SECTIONS, Setting, checked, not_supported, suggestion
-from dtron.config.sections import Changes, Config
+from dtron.config.sections import Config
 from dtron.config.toml import parse_file, toml_value
 from dtron.config.torchtitan import OWN_SECTIONS, RENAMED, absent, llama3_means
 from dtron.config.unread import unmet, unread

@@ -7,84 +7,25 @@ A key of a feature dtron lacks is declared with `unsupported=`: it is accepted a
 otherwise, so that an old file never seems to take effect when it does not.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-__all__ = ["ANOTHER_TRAINING", "Changes", "Config", "Dataset", "PathText", "Source", "key"]
+from dtron.config.declare import (
+    Changes,
+    PathText,
+    checkpoint_folder,
+    every_n_or_op,
+    folder_in_run,
+    key,
+    minus_1_or_positive,
+    positive,
+    share,
+    step_or_minus_1,
+    timeout_s,
+    traces_prefix,
+)
 
-PathText = Annotated[str, "path"]  # what is or may be a path; a ~ at its beginning is the user's home folder
-
-# What another value of a key changes:
-# nothing: neither losses nor speed. speed: memory or speed, on any layout the same losses. losses: the losses, but a
-# resume may change it. The others make it another training, with a run folder of its own:
-# training: always. dimensions: compared as the resolved dimensions of the model, however they are spelled.
-# hyperparameters: unless checkpoint.resume_run names the run to continue. location: likewise, and a path is compared
-# by where it leads; a resume compares the fingerprint of the data in any case.
-Changes = Literal["nothing", "speed", "losses", "training", "dimensions", "hyperparameters", "location"]
-ANOTHER_TRAINING: tuple[Changes, ...] = ("training", "dimensions", "hyperparameters", "location")
-
-
-def key(
-    default: Any,
-    help: str,
-    *,
-    changes: Changes | None = None,
-    minimum: float | None = None,
-    check: Callable[[Any], str] | None = None,
-    unsupported: str | None = None,
-) -> Any:
-    """A config key: its default and its one-line meaning with units. One that may be a path is annotated `PathText`.
-
-    changes: see `Changes`; unset, that of the section, or nothing. minimum: the least legal number. check: value ->
-    what is expected instead, or empty where the value is legal. unsupported: why any value but the default is refused.
-    """
-    meta = {"help": help, "changes": changes, "minimum": minimum, "check": check, "unsupported": unsupported}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta)
-    return field(default=default, metadata=meta)
-
-
-def _positive(value: float) -> str:
-    return "" if value > 0 else "a positive number"
-
-
-def _minus_1_or_positive(value: int) -> str:
-    return "" if value == -1 or value >= 1 else "-1 or a number of at least 1"
-
-
-def _timeout_s(value: int) -> str:
-    return "" if value <= 10**7 else "at most 10000000 seconds, which are 116 days"
-
-
-def _share(value: float) -> str:
-    return "" if 0 <= value <= 1 else "a number in [0, 1]"
-
-
-def _step_or_minus_1(value: int) -> str:
-    return "" if value >= -1 else "a step, or -1 for the newest"
-
-
-def _folder_in_run(value: str) -> str:
-    path = Path(value)
-    inside = not path.is_absolute() and ".." not in path.parts and path != Path()
-    return "" if inside else "the name of a folder inside the run folder"
-
-
-def _checkpoint_folder(value: str) -> str:
-    return "" if "://" in value else _folder_in_run(value)
-
-
-def _traces_prefix(value: str) -> str:
-    # torch's analyzer takes every file whose name has the prefix in it for one of its own, and the rest for a rank.
-    good = value and "/" not in value and value not in "stack_"
-    return "" if good else "the beginning of a file name, such as rank_, that is no part of stack_ (of files beside)"
-
-
-def _every_n_or_op(value: str) -> str:
-    good = value == "op" or (value.isdecimal() and int(value) > 0)
-    return "" if good else '"op", or n >= 1 for every n-th block'
+__all__ = ["Config", "Dataset", "Source"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +49,7 @@ class Job:
 class Profiling:
     enable_profiling: bool = key(False, "write torch.profiler traces")
     save_traces_folder: PathText = key(
-        "profile_traces", "folder of the traces, inside the run folder", check=_folder_in_run
+        "profile_traces", "folder of the traces, inside the run folder", check=folder_in_run
     )
     profile_freq: int = key(10, "steps from one trace to the next", minimum=1)
     profiler_active: int = key(1, "steps per trace", minimum=1)
@@ -125,9 +66,7 @@ class Metrics:
         "info", "least level of what rank 0 logs to the console; the other ranks log from warning"
     )
     disable_color_printing: bool = key(False, "plain console lines")
-    save_tb_folder: PathText = key(
-        "tb", "folder of the TensorBoard events, inside the run folder", check=_folder_in_run
-    )
+    save_tb_folder: PathText = key("tb", "folder of the TensorBoard events, inside the run folder", check=folder_in_run)
     save_for_all_ranks: bool = key(False, "", unsupported="metrics are reduced over all ranks and written once")
     enable_wandb: bool = key(False, "", unsupported="Weights & Biases needs a network; use TensorBoard")
 
@@ -168,7 +107,7 @@ class Model:
         minimum=1,
     )
     tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
-    rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies", check=_positive)
+    rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies", check=positive)
 
 
 @dataclass(frozen=True)
@@ -198,9 +137,9 @@ class LRScheduler:
     total_steps: int | None = key(
         None, "steps of the whole schedule; unset: training.steps", minimum=1, changes="losses"
     )
-    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", check=_share)
+    decay_ratio: float | None = key(None, "share of the steps that decays; unset: all after the warm-up", check=share)
     decay_type: Literal["linear", "sqrt", "cosine"] = key("linear", "shape of the decay")
-    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", check=_share)
+    min_lr_factor: float = key(0.0, "learning rate at the end, as a share of the peak", check=share)
 
 
 @dataclass(frozen=True)
@@ -272,7 +211,7 @@ class Training(Dataset):
     global_batch_size: int = key(
         -1,
         "sequences per optimizer step; -1: local batch x data-parallel ranks",
-        check=_minus_1_or_positive,
+        check=minus_1_or_positive,
     )
     seq_len: int = key(2048, "tokens per sequence", minimum=1, changes="training")
     max_norm: float = key(1.0, "the global gradient norm is clipped to this", minimum=0, changes="hyperparameters")
@@ -312,7 +251,7 @@ class Parallelism:
     data_parallel_shard_degree: int = key(
         -1,
         "ranks that shard one copy (FSDP); -1: inferred from the world size",
-        check=_minus_1_or_positive,
+        check=minus_1_or_positive,
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = key(
         "default", "free gathered weights after the forward; default: unless pipeline parallel is on"
@@ -357,7 +296,7 @@ class Checkpoint:
     folder: PathText = key(
         "checkpoint",
         "folder of the checkpoints, inside the run folder; or an fsspec URL, which gets one per run",
-        check=_checkpoint_folder,
+        check=checkpoint_folder,
     )
     interval: int = key(500, "steps between checkpoints; the last step is always saved", minimum=1)
     initial_load_path: PathText | None = key(
@@ -391,7 +330,7 @@ class Checkpoint:
     allow_changed_data: bool = key(
         False, "a resume accepts training data that changed since the checkpoint, from the position it was at"
     )
-    load_step: int = key(-1, "the step to resume from; -1: the newest", check=_step_or_minus_1)
+    load_step: int = key(-1, "the step to resume from; -1: the newest", check=step_or_minus_1)
     allow_restart: bool = key(
         False, "begin again at step 1 where this run has saved before and none of its checkpoints is left"
     )
@@ -412,7 +351,7 @@ class ActivationCheckpoint:
     CHANGES: ClassVar[Changes] = "speed"
 
     mode: Literal["selective", "full", "none"] = key("selective", "what the backward recomputes")
-    selective_ac_option: str = key("2", '"2": every second block (any n); "op": by operation', check=_every_n_or_op)
+    selective_ac_option: str = key("2", '"2": every second block (any n); "op": by operation', check=every_n_or_op)
     early_stop: bool = key(False, "", unsupported="torch's default of stopping a recomputation early is kept")
     memory_budget: float = key(0.5, "", unsupported="activation_checkpoint.mode = memory_budget is not built")
     preserve_rng_state: bool = key(True, "", unsupported="recomputation always repeats the forward's random numbers")
@@ -454,19 +393,19 @@ class Quantize:
 @dataclass(frozen=True)
 class Comm:
     init_timeout_seconds: int = key(
-        300, "longest wait for other ranks up to the end of the first step", minimum=1, check=_timeout_s
+        300, "longest wait for other ranks up to the end of the first step", minimum=1, check=timeout_s
     )
     train_timeout_seconds: int = key(
-        100, "longest wait for other ranks after the first step", minimum=1, check=_timeout_s
+        100, "longest wait for other ranks after the first step", minimum=1, check=timeout_s
     )
     trace_buf_size: int = key(
         20000, "last collectives each rank remembers; 0: none, and a hang has no report", minimum=0
     )
     save_traces_folder: PathText = key(
-        "comm_traces", "folder of what a hang leaves, inside the run folder", check=_folder_in_run
+        "comm_traces", "folder of what a hang leaves, inside the run folder", check=folder_in_run
     )
     save_traces_file_prefix: str = key(
-        "rank_", "name, before the rank, of the files with the last collectives", check=_traces_prefix
+        "rank_", "name, before the rank, of the files with the last collectives", check=traces_prefix
     )
     mode: Literal["default", "fake_backend", "local_tensor"] = key(
         "default", "", unsupported="only real process groups are built"
@@ -480,7 +419,7 @@ class Validation(Dataset):
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1)
     seq_len: int | None = key(None, "tokens per sequence; unset: training.seq_len", minimum=1)
     freq: int = key(10, "steps between evaluations; the last step is always evaluated", minimum=1)
-    steps: int = key(-1, "batches per evaluation; -1: the whole validation set once", check=_minus_1_or_positive)
+    steps: int = key(-1, "batches per evaluation; -1: the whole validation set once", check=minus_1_or_positive)
     dataloader: DataLoader = field(default_factory=DataLoader)
 
 

@@ -12,8 +12,9 @@ from dtron.checkpoint.files import holds_checkpoints
 from dtron.checkpoint.load import check_source
 from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, load
+from dtron.config.declare import ANOTHER_TRAINING, Changes
 from dtron.config.keys import KEYS
-from dtron.config.sections import ANOTHER_TRAINING, Changes, Checkpoint
+from dtron.config.sections import Checkpoint
 from dtron.errors import UserError
 from dtron.files import acquire_lock, modified_s, write_atomically
 from dtron.observe.metrics import last_row

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from typing import Any
 
 from dtron.config import Config, changed_keys, digest, flatten
+from dtron.config.declare import ANOTHER_TRAINING, Changes
 from dtron.config.keys import KEYS
-from dtron.config.sections import ANOTHER_TRAINING, Changes
 
 __all__ = ["Difference", "differences", "format_differences", "run_identity"]
 

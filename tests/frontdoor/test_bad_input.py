@@ -151,7 +151,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     message = refusal(tmp_path, 1, arguments)
     for part in ("5 mistakes", "'stdlib'", "'AdamW'", "beta1 is 1.0", "3 key/value heads", "world size"):
         assert part in message, message
-    reading = read("--training.dataset stdlb --training.steps many --tp 3".split())
+    reading = read(["--training.dataset", "stdlb", "--training.steps", "many", "--tp", "3"])
     with pytest.raises(UserError) as caught:
         resolve(reading.config, 1, mistakes=reading.mistakes)
     message = str(caught.value)

@@ -9,7 +9,7 @@ import torch
 from dtron.cluster.sweep.file import DEGREES, SweepFile, assignments
 from dtron.config import Config, changed_keys, digest, flatten, load, replace
 from dtron.config.cli import SHORT_FORMS
-from dtron.config.sections import ANOTHER_TRAINING
+from dtron.config.declare import ANOTHER_TRAINING
 from dtron.errors import UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.spec import meta_model
