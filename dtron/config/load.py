@@ -22,7 +22,7 @@ from dtron.config.torchtitan import OWN_SECTIONS, RENAMED, absent, llama3_means
 from dtron.config.unread import unmet, unread
 from dtron.errors import Mistakes, UserError
 
-__all__ = ["Reading", "changed_keys", "digest", "flatten", "load", "read", "replace", "to_toml"]
+__all__ = ["Reading", "base_of", "changed_keys", "digest", "flatten", "load", "read", "replace", "to_toml"]
 
 Section = TypeVar("Section")  # the whole configuration, or a section of it
 
@@ -135,7 +135,7 @@ class _Files:
         inherited: dict[str, Setting] = {}
         if base is not None:
             with self._mistakes.collect():
-                inherited = self.read_chain(_base_of(path, base), chain, f"{path}: base")
+                inherited = self.read_chain(base_of(path, base), chain, f"{path}: base")
         return inherited | self._settings(tables, path, len(followed))
 
     def _settings(self, tables: dict[str, Any], path: Path, layer: int) -> dict[str, Setting]:
@@ -183,8 +183,8 @@ class _Files:
                 self._mistakes.append(f"{source}: {_unknown(name, value)}")
 
 
-def _base_of(path: Path, base: Any) -> Path:
-    """The file that the `base` of `path` names: beside the file itself, else beside the link that `path` is."""
+def base_of(path: Path, base: Any) -> Path:
+    """The file that the `base` of `path` names: beside the file itself, else beside a link to it."""
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base = {toml_value(base)}: expected the path of a TOML file, as a string")
     beside_file, beside_link = (folder / os.path.expanduser(base) for folder in (path.resolve().parent, path.parent))

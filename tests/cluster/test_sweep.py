@@ -702,3 +702,15 @@ def test_a_real_sweep_interrupted_and_resumed(write: Any, tmp_path: Path) -> Non
     assert "does not divide the world size 1" in rows["pruned"]["reason"]
     assert "take one rank, dataset uneven, dataset_path none: " in second.stdout
     assert os.path.exists(tmp_path / "out" / "results.png")
+
+
+def test_the_base_of_a_sweep_in_the_home_folder_and_beside_a_linked_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "b.toml").write_text("[training]\nseq_len = 64\n")
+    (tmp_path / "links/s.toml").symlink_to("../s.toml")
+    for base in ("~/b.toml", "b.toml"):
+        (tmp_path / "s.toml").write_text(f"base = '{base}'\nranks = 1\n[axes]\noptimizer.lr = [1]\n")
+        assert read_sweep(tmp_path / "links/s.toml").fixed["base"] == str(tmp_path / "b.toml")

@@ -23,6 +23,7 @@ from typing import Any
 
 from dtron.config.cli import SHORT_FORMS
 from dtron.config.keys import KEYS, SECTIONS, checked, not_supported, suggestion
+from dtron.config.load import base_of
 from dtron.config.toml import parse_file, toml_type, toml_value
 from dtron.errors import UserError
 
@@ -170,10 +171,9 @@ def _value(path: Path, name: str, value: Any, where: str) -> Any:
         if KEYS[name].unsupported and value != KEYS[name].default:
             raise UserError(not_supported(KEYS[name], value, str(path)))
         return value
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{path}: base = {toml_value(value)}: expected the path of a TOML file, as a string")
-    parse_file(path.parent / value, f"{path}: {where}")
-    return str(path.parent / value)
+    base = base_of(path, value)
+    parse_file(base, f"{path}: {where}")
+    return str(base)
 
 
 def _settings(path: Path, table: dict[str, Any], where: str) -> dict[str, Any]:
