@@ -125,8 +125,8 @@ def test_commands_are_legal_as_typed(
 ) -> None:
     words = shlex.split(re.sub(r"\[--[^\]]*\]", "", command).replace("FILE.toml", "configs/debug.toml"), comments=True)
     words = [word for word in words if word not in ("[--section.key", "value", "...]", "...")]
-    if {"||", "|", "&"} & set(words):
-        words = words[: min(words.index(word) for word in ("||", "|", "&") if word in words)]
+    ends = [at for at, word in enumerate(words) if re.match(r"\|\|?$|&$|2?>", word)]  # of the shell
+    words = words[: min(ends, default=len(words))]
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     if words[:1] == ["srun"]:
