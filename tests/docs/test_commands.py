@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ import dtron.__main__
 from dtron.cluster import preflight
 from dtron.cluster import sweep as sweeps
 from dtron.config import load, read, to_toml
+from dtron.data.prepare import prepare
+from dtron.data.sources import SourceSpec, open_source
+from dtron.data.tokenizer import train_bpe
 from dtron.hf import sample
 from dtron.models.families import FAMILIES
 from dtron.models.hf import to_hf_config
@@ -61,13 +65,26 @@ COMMANDS = sorted(
 )
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set that `dtron prepare` made."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "a.txt").write_text("a text of a few words, and one more\n")
+    encoder = train_bpe(["a text of a few words"], 260)
+    prepare(open_source(SourceSpec(str(folder / "a.txt")), folder), encoder, folder / "out", log=lambda _: None)
+    return folder / "out"
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     """A working directory as the commands expect it: a checkout with data, a run and a downloaded model in it."""
     for name in ("configs", "scripts", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("data/mine", "outputs/RUN", "checkpoints/titan", "Llama-3.1-8B"):
+    for name in ("outputs/RUN", "checkpoints/titan", "Llama-3.1-8B"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    for name in ("mine", "mine-validation"):
+        shutil.copytree(prepared, tmp_path / "data" / name)
     config = load(["--job.config_file", str(ROOT / "configs/debug.toml"), "--validation.enable"])
     (tmp_path / "outputs/RUN/config.toml").write_text(to_toml(config))
     (tmp_path / "run.toml").write_text(to_toml(config))

@@ -30,6 +30,7 @@ from dtron.train.identity import run_identity
 from dtron.train.resolve import resolve
 
 BASE = "--training.device cpu --checkpoint.enable"
+TOKENIZER = "--model.hf_assets_path tokenizer"  # text has to have one
 
 
 def config_of(folder: Path, arguments: str = "") -> Config:
@@ -55,7 +56,7 @@ def save(folder: Path, run: str, step: int, attempt: int = 1, model_only: bool =
 
 
 def identity(arguments: str) -> str:
-    config = load([*BASE.split(), *arguments.split()])
+    config = load([*BASE.split(), *TOKENIZER.split(), *arguments.split()])
     return run_identity(config, resolve(config, 8).model_config)
 
 
@@ -199,7 +200,9 @@ def test_a_changed_run_is_told_by_the_changed_key(tmp_path: Path) -> None:
     assert "differs in debug.seed (1 here, 0 there)" in begun(tmp_path, "--debug.seed 1")
     told = begun(tmp_path, "--debug.seed 1 --model.vocab_size 512")
     assert "differs in model.vocab_size (512 here, None there)" in told and "debug.seed" not in told
-    assert "training.dataset ('owner/name' here, 'stdlib' there)" in begun(tmp_path, "--training.dataset owner/name")
+    assert "training.dataset ('owner/name' here, 'stdlib' there)" in begun(
+        tmp_path, f"--training.dataset owner/name {TOKENIZER}"
+    )
     told = begun(tmp_path, "--checkpoint.no_enable")
     assert "is of an earlier run, which is not resumed (checkpoint.enable is false)" in told and "differs" not in told
 
@@ -212,24 +215,27 @@ def test_a_path_written_otherwise_is_the_same_run(tmp_path: Path, monkeypatch: p
         (tmp_path / folder / "a.txt").write_text("a")
     (tmp_path / "link").symlink_to("data/mine")
     again = again.format(tmp_path)
-    assert begun(tmp_path, "--training.dataset data/mine") == ""
-    for arguments in (f"--training.dataset {again}", "--training.dataset data/mine"):
+    assert begun(tmp_path, f"--training.dataset data/mine {TOKENIZER}") == ""
+    for arguments in (f"--training.dataset {again} {TOKENIZER}", f"--training.dataset data/mine {TOKENIZER}"):
         assert choose(tmp_path, arguments)[1:] == ("step-10", 2)
-    assert begun(tmp_path, f'--training.mixture [{{"dataset":"data/mine"}},{{"dataset":"{again}/a.txt"}}]')
-    assert choose(tmp_path, '--training.mixture [{"dataset":"link/"},{"dataset":"data/mine/a.txt"}]')[1] == "step-10"
-    told = begun(tmp_path, "--training.dataset other/mine")
+    assert begun(tmp_path, f'--training.mixture [{{"dataset":"data/mine"}},{{"dataset":"{again}/a.txt"}}] {TOKENIZER}')
+    assert (
+        choose(tmp_path, f'--training.mixture [{{"dataset":"link/"}},{{"dataset":"data/mine/a.txt"}}] {TOKENIZER}')[1]
+        == "step-10"
+    )
+    told = begun(tmp_path, f"--training.dataset other/mine {TOKENIZER}")
     assert "differs in training.dataset ('other/mine' here, 'data/mine' there)" in told
-    assert choose(tmp_path, f"--training.dataset {again}")[1] == "step-10"
+    assert choose(tmp_path, f"--training.dataset {again} {TOKENIZER}")[1] == "step-10"
 
 
 def test_a_project_that_is_moved_keeps_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "before" / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "before")
-    assert begun(tmp_path / "before", "--training.dataset data") == ""
+    assert begun(tmp_path / "before", f"--training.dataset data {TOKENIZER}") == ""
     (tmp_path / "before").rename(tmp_path / "after")
     monkeypatch.chdir(tmp_path / "after")
-    assert choose(tmp_path / "after", "--training.dataset data")[1] == "step-10"
-    assert choose(tmp_path / "after", f"--training.dataset {tmp_path}/after/data")[1] == "step-10"
+    assert choose(tmp_path / "after", f"--training.dataset data {TOKENIZER}")[1] == "step-10"
+    assert choose(tmp_path / "after", f"--training.dataset {tmp_path}/after/data {TOKENIZER}")[1] == "step-10"
 
 
 # --- continuing a run with other hyperparameters
