@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -26,6 +26,7 @@ from dtron.errors import UserError
 
 __all__ = [
     "IGNORE_INDEX",
+    "Ahead",
     "Batch",
     "SequenceDataset",
     "StepLoader",
@@ -43,6 +44,7 @@ __all__ = [
 IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
 T = TypeVar("T")
 END: Any = object()
+PROBLEM_WAIT_S = 1.0  # at the end of a step, for a batch that the next one needs anyway
 PADDING = -1  # stands for a row without a sample, where a data-set index is expected
 
 Row = tuple[np.ndarray, ...]  # (inputs [S], labels [S]) or (inputs [S], labels [S], document_start [S])
@@ -270,48 +272,56 @@ class _Watched:
             ) from None
 
 
-def prefetch(batches: Iterable[T], options: DataLoader) -> Iterator[tuple[T, str]]:
-    """The same batches, taken ahead while a step computes: by the worker processes, or without any by one thread.
+def prefetch(batches: Iterable[T], options: DataLoader) -> "Ahead[T]":
+    """The same batches, taken ahead while a step computes, by one thread, from the worker processes or without any.
 
-    Each comes with the error that stands in place of the next one, or empty: so all ranks can stop and save after a
-    step, where one of them could not take part in the next.
-
-    iter(batches) is called here and now. The thread ends with the iterator, which keeps no state: batches that were
-    taken ahead and not handed out are loaded again on a resume. docs/data.md says why this is not torchdata's.
+    iter(batches) is called here and now. It keeps no state: batches that were taken ahead and not handed out are loaded
+    again on a resume. docs/data.md says why this is not torchdata's.
     """
-    if options.num_workers:
-        return _with_next_problem(iter(batches))
-    return _taken_ahead(iter(batches), options.prefetch_factor)
+    return Ahead(iter(batches), 1 if options.num_workers else options.prefetch_factor)
 
 
-def _with_next_problem(items: Iterator[T]) -> Iterator[tuple[T, str]]:
-    item = next(items, END)
-    while item is not END:
-        following = END if isinstance(item, UserError) else next(items, END)
-        yield item, _problem(following)
-        item = following
+class Ahead(Iterator[T]):
+    """Items taken ahead by a thread, which ends with this iterator."""
 
+    def __init__(self, items: Iterator[T], ahead: int) -> None:
+        self._items, self._thread = items, ThreadPoolExecutor(1, "prefetch")
+        self._waiting = deque(self._submit() for _ in range(ahead))
 
-def _taken_ahead(items: Iterator[T], ahead: int) -> Iterator[tuple[T, str]]:
-    thread = ThreadPoolExecutor(1, "prefetch")
-    try:
-        waiting = deque(thread.submit(next, items, END) for _ in range(ahead))
-        while (item := waiting.popleft().result()) is not END:
-            waiting.append(thread.submit(next, items, END))
-            yield item, _problem(waiting[0].result())
-    finally:
-        thread.shutdown(cancel_futures=True)
+    def _submit(self) -> Future[T]:
+        return self._thread.submit(next, self._items, END)
 
+    def __next__(self) -> T:
+        return self._take_ahead()
 
-def _problem(item: Any) -> str:
-    return str(item) if isinstance(item, UserError) else ""
+    def _take_ahead(self) -> T:
+        item = self._waiting.popleft().result() if self._waiting else END
+        if item is END:
+            self._waiting.clear()
+            raise StopIteration
+        self._waiting.append(self._submit())
+        return item
+
+    def problem(self) -> str:
+        """The mistake that stands in place of the next item; empty: none, or it is not there within PROBLEM_WAIT_S.
+
+        So all ranks can stop and save after a step, where one of them could not take part in the next. Other errors,
+        and a source that hangs, are of the step that needs the item.
+        """
+        try:
+            item = self._waiting[0].result(PROBLEM_WAIT_S) if self._waiting else None
+        except Exception:
+            return ""
+        return str(item) if isinstance(item, UserError) else ""
+
+    def __del__(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 class StepLoader:
     """One `Batch` per optimizer step, without end: this rank's rows, global_batch_size / dp_size of them.
 
     lost_worker: what happened to a worker process, empty: nothing; then this process loads the batches itself.
-    problem: why there is no batch after the one handed out last; empty: there is.
 
     datasets: one, or several mixed by `mixture`. `consumed` counts the global samples of the batches handed
     out; those that were merely loaded ahead do not count. UserError unless dp_size divides the batch.
@@ -345,8 +355,12 @@ class StepLoader:
     def seek(self, consumed: int) -> None:
         """Continue from global sample `consumed`; O(1)."""
         self._consumed = self._sampler.start = consumed
-        self._batches: Iterator[tuple[Batch | UserError, str]] | None = None
-        self.problem = ""
+        self._batches: Ahead[Batch | UserError] | None = None
+
+    @property
+    def problem(self) -> str:
+        """Why there is no next batch; empty: there is, or it is not known yet."""
+        return self._batches.problem() if self._batches else ""
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides `consumed`: nothing."""
@@ -360,7 +374,7 @@ class StepLoader:
             self._batches = prefetch(self._loader, self._options)
         sampler = self._sampler
         try:
-            batch, self.problem = next(self._batches)
+            batch = next(self._batches)
         except WorkerDiedError as error:
             self.lost_worker = str(error)
             self._options = dataclasses.replace(self._options, num_workers=0)
@@ -411,7 +425,7 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Batch]:
         done = 0
         try:
-            for batch, _ in prefetch(self._loader, self._options):
+            for batch in prefetch(self._loader, self._options):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
@@ -421,5 +435,4 @@ class ValidationLoader:
             self._options = dataclasses.replace(self._options, num_workers=0, persistent_workers=False)
             rest = dataclasses.replace(self._sampler, first=done)
             self._loader = _rows_loader([self._dataset], self._sampler, self._options)
-            remaining = prefetch(_rows_loader([self._dataset], rest, self._options), self._options)
-            yield from (batch for batch, _ in remaining)
+            yield from prefetch(_rows_loader([self._dataset], rest, self._options), self._options)

@@ -23,6 +23,7 @@ import torch.utils.data
 from dtron.config.sections import DataLoader
 from dtron.data.formats import State
 from dtron.data.loader import (
+    Ahead,
     Batch,
     Row,
     SequenceDataset,
@@ -229,8 +230,8 @@ class StreamLoader:
         self._consumed, self._options = consumed, options
         self._n_workers = min(options.num_workers, len(self._data.shards(0, 1)))
         self.lost_worker = ""
-        self._batches: Iterator[tuple[Part | UserError, str]] | None = None
-        self._on_bad, self._named, self._skipped, self.problem = on_bad, set[str](), dict[int, int](), ""
+        self._batches: Ahead[Part | UserError] | None = None
+        self._on_bad, self._named, self._skipped = on_bad, set[str](), dict[int, int]()
         for key, position in self._positions.items():
             s = int(key.split("/")[0])
             self._skipped[s] = max(self._skipped.get(s, 0), position["block"].get("skipped", 0))
@@ -296,7 +297,7 @@ class StreamLoader:
         if self._batches is None:
             self._batches = self._open()
         try:
-            item, self.problem = next(self._batches)
+            item = next(self._batches)
         except WorkerDiedError as error:
             self.lost_worker = str(error)
             self._n_workers, self._options = 0, dataclasses.replace(self._options, num_workers=0)
@@ -315,7 +316,12 @@ class StreamLoader:
         self._consumed += self._data.global_batch_size
         return with_sources(item.batch, self._data.mixture, first)
 
-    def _open(self) -> Iterator[tuple[Part | UserError, str]]:
+    @property
+    def problem(self) -> str:
+        """Why there is no next batch; empty: there is, or it is not known yet."""
+        return self._batches.problem() if self._batches else ""
+
+    def _open(self) -> Ahead[Part | UserError]:
         """The batches from here on; no frame that an error's traceback holds refers to the workers' iterator."""
         self._data.start, self._data.positions = self._consumed, self._positions
         workers = self._n_workers

@@ -42,7 +42,7 @@ DUMP_S = 5.0  # longest wait for the files of all ranks, after the report
 STILL_S = 0.2  # a thread that has not moved for so long stands still
 # Parts of the paths of modules whose functions wait for point-to-point messages.
 MESSAGE_CODE = ("/torch/distributed/", "/dtron/parallel/")
-LOADING_CODE = "_taken_ahead"  # the function of dtron.data.loader that waits for its thread "prefetch"
+LOADING_CODE = "_take_ahead"  # the function of dtron.data.loader that waits for its thread "prefetch"
 MOVED_CPU_S = 1e-3  # processor time that shows, in POLL_S, that a thread did something
 
 # Keys of the store; "heartbeat/3" is the last heartbeat of rank 3. WRITTEN and LEFT count ranks.

@@ -370,7 +370,7 @@ def test_what_makes_training_impossible(alone: Any, tmp_path: Path) -> None:
     assert figures == {}, "the file of an earlier preflight is deleted"
     (tmp_path / "run.toml").write_text("[model]\nn_heads = 3\n")
     code, _, err, _ = alone("--config", "run.toml")
-    assert code == 2 and "3 query heads" in err and err.count("\n") == 1, "a run's file is checked as train.py does"
+    assert code == 2 and "3 query heads" in err and err.count("\n  * ") == 2, "a run's file is checked as train.py does"
     code, _, err, _ = alone("--tensor", "2")
     assert code == 2 and 'unknown key "tensor"' in err
     code, _, err, _ = alone("--out", "run.toml/figures.json")

@@ -169,11 +169,16 @@ def test_out_inside_the_source_is_refused(source, tmp_path, capsys):
 
 
 def test_mistyped_tokenizer_is_reported_at_once(source, tmp_path, capsys):
-    for name in (str(tmp_path / "nope"), "bpe:", "./nope"):
+    for name, says in (
+        (str(tmp_path / "nope"), "is no local file or folder"),
+        ("bpe:", "expected bpe:N with the number of tokens"),
+        ("./nope", "is no local file or folder"),
+    ):
         command = ["prepare", str(source), "--text-column", "body", "--tokenizer", name, "--out", str(tmp_path / "out")]
         began = time.monotonic()
         assert main(command) == 1 and time.monotonic() - began < 5  # no retries over a network
-        assert f"--tokenizer = {name!r} is no local file or folder" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"--tokenizer = {name!r}" in said and says in said
 
 
 def prepared(source, out, capsys, *more):

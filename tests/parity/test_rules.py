@@ -92,7 +92,7 @@ def forced_sum() -> Any:
 
 
 def _with_valid_tokens(count: Callable[[Step, Tensor], Tensor]) -> Any:
-    return patch.object(Step, "_count_valid", lambda step, labels: count(step, labels).float())
+    return patch.object(Step, "_count_valid", lambda step, labels: (count(step, labels).float(), False))
 
 
 @broken

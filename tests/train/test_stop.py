@@ -162,6 +162,7 @@ def test_the_file_stop_ends_a_run_before_its_first_step(ranks: Ranks, tmp_path: 
 def _busy(pid: Any, child: bool) -> None:
     """A process whose main thread, or a child's, runs no Python for minutes, as in a tokenizer."""
     setup_logging(0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
     exit_on_signals(0, hint=": there was nothing to save")
     if child and (forked := os.fork()):
         pid.value = forked
@@ -184,6 +185,7 @@ def test_a_signal_ends_a_process_that_runs_no_python(name: str, child: bool, cap
     number = getattr(signal, name)
     os.kill(pid.value, number)
     process.join(10)
+    process.kill()
     said = capfd.readouterr().err
     if child:  # which has the defaults: it dies of the signal, without a word
         assert process.exitcode == 100 - number and said == ""
