@@ -6,7 +6,7 @@ An entry is deleted when its public counterpart, named beside it, exists in all 
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor.experimental._context_parallel._attention as cp_impl
+from torch import nn
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -61,6 +62,7 @@ __all__ = [
     "start_flight_recorder",
     "start_without_messages",
     "unfinished_collectives",
+    "unit_of_two_meshes",
     "warn_about_torch_version",
 ]
 
@@ -80,6 +82,26 @@ def warn_about_torch_version() -> str | None:
 def clean_name(name: str) -> str:
     """A parameter's name in the plain model, without the parts wrappers put in."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+# --- one FSDP unit with two meshes: 2.13; not in 2.11, where experts are a unit inside the block's. Waits for a public
+# ShardPlacementResult.
+
+
+def unit_of_two_meshes(mesh: DeviceMesh, other: DeviceMesh, on_other: Iterable[nn.Parameter], placement: Shard) -> Any:
+    """fully_shard's shard_placement_fn that shards the parameters `on_other` over the other mesh; None without such.
+
+    placement: of those parameters; the rest are sharded along dimension 0.
+    """
+    if TORCH < (2, 13):
+        return None
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+    from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+
+    ids = {id(p) for p in on_other}
+    here = ShardPlacementResult(Shard(0), _get_mesh_info(mesh))
+    there = ShardPlacementResult(placement, _get_mesh_info(other))
+    return lambda p: there if id(p) in ids else here
 
 
 # --- ring attention: torch's own, 2.11 and 2.13; waits for a public module style and a CPU handler.

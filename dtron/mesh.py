@@ -12,10 +12,14 @@ together, because both hold different tokens and the same weights. Context paral
     dp_shard_cp   their tokens           weights, gathered for each use; gradients, reduce-scattered
     tp            part of each matrix    activations, gathered and reduce-scattered around attention and feed-forward
     cp            part of the sequence   keys and values, and their gradients
+    ep            the experts they hold  rows, to the experts that their tokens chose, and back
+    expert_fsdp   the shards of experts  the experts' weights, gathered; their gradients, reduce-scattered
 
 That is at most 6 groups per rank, whatever the layout; a run that saves checkpoints makes a seventh for them. The
 data-parallel coordinates of the loader are arithmetic and need no group.
-An expert dimension would split the same world a second time, as context parallel does here.
+Experts split the same world a second time, as (pp, dp_replicate, expert_fsdp, ep), where expert_fsdp x ep =
+dp_shard x cp x tp and ep is innermost. A model without experts makes none of these groups, and one whose experts are
+sharded as everything else (ep and tp 1) does not either; else a rank has four more.
 """
 
 from dataclasses import dataclass
@@ -31,13 +35,14 @@ __all__ = ["Degrees", "Mesh", "resolve_degrees"]
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks each dimension has; their product is the world size."""
+    """How many ranks each dimension has; their product, without ep, is the world size."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1  # no factor of the world: it borrows from dp_shard x cp x tp
 
     @property
     def world(self) -> int:
@@ -59,6 +64,7 @@ class Degrees:
             "dp_shard": self.dp_shard,
             "cp": self.cp,
             "tp": self.tp,
+            "ep": self.ep,
         }
         return " x ".join(f"{name} {degree}" for name, degree in parts.items() if degree > 1) or "one rank"
 
@@ -76,7 +82,7 @@ def resolve_degrees(p: Parallelism, world: int) -> Degrees:
                 f"change a degree or start a multiple of {others} ranks"
             )
         shard = world // others
-    degrees = Degrees(pp, replicate, shard, cp, tp)
+    degrees = Degrees(pp, replicate, shard, cp, tp, p.expert_parallel_degree)
     if degrees.world != world:
         hint = f": --dp -1 gives dp_shard the other {world // others}" if world % others == 0 else ""
         raise UserError(
@@ -90,16 +96,23 @@ class Mesh:
     """The process groups of one layout and this rank's coordinates in it.
 
     pp, tp, cp: 1-D meshes. fsdp: what `fully_shard` takes, 1-D (dp_shard_cp), or 2-D
-    (dp_replicate, dp_shard_cp) for HSDP.
+    (dp_replicate, dp_shard_cp) for HSDP. Of a model with `experts`, expert_fsdp is the same for them, and ep a 1-D
+    mesh; both None where the experts are sharded as everything else.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str) -> None:
+    def __init__(self, degrees: Degrees, device_type: str, experts: bool = False) -> None:
         d = self.degrees = degrees
         names = ("pp", "dp_replicate", "dp_shard_cp", "tp")
         dense = init_device_mesh(device_type, (d.pp, d.dp_replicate, d.dp_shard * d.cp, d.tp), mesh_dim_names=names)
         self.pp, self.tp = dense["pp"], dense["tp"]
         self.fsdp = dense["dp_shard_cp"] if d.dp_replicate == 1 else dense["dp_replicate", "dp_shard_cp"]
         self.cp = _context_mesh(d, device_type)
+        self.ep = self.expert_fsdp = None
+        if experts and (d.ep > 1 or d.tp > 1):
+            sizes = (d.pp, d.dp_replicate, d.dp_shard * d.cp * d.tp // d.ep, d.ep)
+            sparse = init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp_replicate", "expert_fsdp", "ep"))
+            self.ep = sparse["ep"]
+            self.expert_fsdp = sparse["expert_fsdp"] if d.dp_replicate == 1 else sparse["dp_replicate", "expert_fsdp"]
         rank = dist.get_rank()
         self.tp_rank = rank % d.tp
         self.cp_rank = rank // d.tp % d.cp

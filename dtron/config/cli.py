@@ -17,6 +17,7 @@ SHORT_FORMS = {
     "tp": "parallelism.tensor_parallel_degree",
     "cp": "parallelism.context_parallel_degree",
     "pp": "parallelism.pipeline_parallel_degree",
+    "ep": "parallelism.expert_parallel_degree",
 }
 
 USAGE = """\

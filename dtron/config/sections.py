@@ -286,8 +286,14 @@ class Parallelism:
         "headtail", "headtail: rank r holds chunks r and 2*cp-1-r; unset: contiguous"
     )
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", "how keys and values travel")
-    expert_parallel_degree: int = key(1, "", unsupported="mixture-of-experts models are not built yet")
-    expert_tensor_parallel_degree: int = key(1, "", unsupported="mixture-of-experts models are not built yet")
+    expert_parallel_degree: int = key(
+        1, "ranks that share out the experts of a mixture; borrowed from dp_shard x cp x tp", minimum=1
+    )
+    expert_tensor_parallel_degree: int = key(
+        1,
+        "",
+        unsupported="experts are not split by tensor parallel, whose ranks hold different tokens",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtron.models.llama import LlamaConfig, RopeScaling
+from dtron.models.moe import MoEConfig
 
 __all__ = ["FAMILIES"]
 
@@ -22,6 +23,9 @@ _LLAMA3 = {
 _QWEN2: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
 _QWEN3: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, "head_dim": 128}
 _SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=32.0), "tie_embeddings": True}
+
+_MIXTRAL: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-5}
+_OLMOE: dict[str, Any] = {"qk_norm_whole": True, "norm_eps": 1e-5}
 
 # Sources: the config.json of each model on the Hugging Face hub.
 FAMILIES: dict[str, dict[str, LlamaConfig]] = {
@@ -59,5 +63,22 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "8B": _model(151936, 4096, 36, 32, 8, 12288, **_QWEN3),
         "14B": _model(151936, 5120, 40, 40, 8, 17408, **_QWEN3),
         "32B": _model(151936, 5120, 64, 64, 8, 25600, **_QWEN3),
+    },
+    # Mixtures of experts. Where every layer is one, ffn_dim is not used; it is what the config.json says.
+    "mixtral": {
+        "debugmodel": replace(_DEBUG, **_MIXTRAL, ffn_dim=256, moe=MoEConfig(8, 2, 256)),
+        "8x7B": _model(32000, 4096, 32, 32, 8, 14336, **_MIXTRAL, moe=MoEConfig(8, 2, 14336)),
+        "8x22B": _model(32000, 6144, 56, 48, 8, 16384, **_MIXTRAL, moe=MoEConfig(8, 2, 16384)),
+    },
+    "qwen3_moe": {
+        "debugmodel": replace(_DEBUG, **_QWEN3 | {"head_dim": 32}, moe=MoEConfig(16, 4, 128)),
+        "30B-A3B": _model(151936, 2048, 48, 32, 4, 6144, **_QWEN3, moe=MoEConfig(128, 8, 768)),
+        "235B-A22B": _model(151936, 4096, 94, 64, 4, 12288, **_QWEN3, moe=MoEConfig(128, 8, 1536)),
+    },
+    "olmoe": {
+        "debugmodel": replace(
+            _DEBUG, **_OLMOE, n_kv_heads=8, ffn_dim=128, moe=MoEConfig(16, 4, 128, normalize_top_k=False)
+        ),
+        "1B-7B": _model(50304, 2048, 16, 16, 16, 1024, **_OLMOE, moe=MoEConfig(64, 8, 1024, normalize_top_k=False)),
     },
 }

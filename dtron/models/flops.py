@@ -9,13 +9,29 @@ Under document masks seq_len is the mean length of the document a token is in: w
 from torch import nn
 
 from dtron.models.llama import LlamaConfig
+from dtron.models.moe import Experts
 
-__all__ = ["attention_flops_per_token", "flops_formula", "flops_per_token", "matmul_parameters"]
+__all__ = ["active_parameters", "attention_flops_per_token", "flops_formula", "flops_per_token", "matmul_parameters"]
 
 
 def matmul_parameters(module: nn.Module) -> int:
-    """Weights that multiply activations: every Linear, counted where it is used, tied or not."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """Weights that multiply a token's activations: every Linear, counted where it is used, tied or not.
+
+    Of a mixture of experts those of the K experts that a token takes.
+    """
+    dense = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return dense + sum(_active(m) for m in module.modules() if isinstance(m, Experts))
+
+
+def active_parameters(module: nn.Module) -> int:
+    """Parameters that one token uses: all, but of a mixture of experts only the K experts that it takes."""
+    experts = [m for m in module.modules() if isinstance(m, Experts)]
+    idle = sum(sum(p.numel() for p in m.parameters()) - _active(m) for m in experts)
+    return sum(p.numel() for p in module.parameters()) - idle
+
+
+def _active(experts: Experts) -> int:
+    return sum(p.numel() // p.size(0) for p in experts.parameters()) * experts.top_k
 
 
 def attention_flops_per_token(config: LlamaConfig, seq_len: float) -> float:

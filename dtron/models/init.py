@@ -28,9 +28,9 @@ def llama_init_std(name: str, config: LlamaConfig) -> float | None:
     """
     if fnmatch.fnmatch(name, "*norm.weight"):
         return None
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return 0.0
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
         return config.init_std / math.sqrt(2 * config.n_layers)
     return config.init_std
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from dtron.models.moe import MixtureOfExperts, MoEConfig
+
 __all__ = [
     "AttentionMask",
     "CausalAttention",
@@ -46,7 +48,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Dimensions of a Llama-like model, and the two flags that make it a Qwen."""
+    """Dimensions of a Llama-like model, and the flags that make it another family's."""
 
     vocab_size: int
     dim: int
@@ -61,6 +63,8 @@ class LlamaConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2's
     qk_norm: bool = False  # Qwen3's: queries and keys normalised per head
+    qk_norm_whole: bool = False  # OLMoE's: over all heads together
+    moe: MoEConfig | None = None  # a mixture of experts in place of the feed-forwards
     init_std: float = 0.02
 
     @property
@@ -136,16 +140,21 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps) if c.qk_norm else None
+        self.q_norm = self.k_norm = None
+        if c.qk_norm or c.qk_norm_whole:
+            q_size, k_size = (c.n_heads, c.n_kv_heads) if c.qk_norm_whole else (1, 1)
+            self.q_norm = nn.RMSNorm(q_size * c.head_size, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(k_size * c.head_size, eps=c.norm_eps)
+        self.norm_whole = c.qk_norm_whole
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None) -> Tensor:  # x [B, S, E]
         # The number of heads is read from the projection: under tensor parallel it is this rank's number.
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, H, D]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, D]
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, S, H * D], twice [B, S, K * D]
+        if self.q_norm is not None and self.k_norm is not None and self.norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))  # [B, S, H, D], twice [B, S, K, D]
+        if self.q_norm is not None and self.k_norm is not None and not self.norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, D]
@@ -156,11 +165,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
 
-    def __init__(self, c: LlamaConfig) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, E]
         projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -168,12 +177,17 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: LlamaConfig) -> None:
+    def __init__(self, c: LlamaConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
-        self.mlp = FeedForward(c)
+        self.mlp: nn.Module
+        if c.moe is None or index < c.moe.n_dense_layers:
+            self.mlp = FeedForward(c.dim, c.ffn_dim)
+        else:
+            shared = FeedForward(c.dim, c.moe.shared_dim) if c.moe.shared_dim else None
+            self.mlp = MixtureOfExperts(c.dim, c.moe, shared)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """x [B, S, E], cos and sin [B, S, 1, D/2], mask from document_mask -> [B, S, E]."""
@@ -189,7 +203,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:

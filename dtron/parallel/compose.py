@@ -1,6 +1,7 @@
 """The order in which the dimensions compose, and the only caller of the files beside this one.
 
-    mesh -> meta model -> pipeline split -> converters -> tensor -> context -> recompute, compile -> FSDP -> init
+    mesh -> meta model -> pipeline split -> converters -> experts -> tensor -> context -> recompute, compile -> FSDP
+    -> init
 
 The split comes first, so that no rank parallelises what it does not hold. Tensor parallel turns
 parameters into DTensors, which FSDP then shards further. Recomputation by operation goes inside the
@@ -32,6 +33,7 @@ from dtron.models.flops import matmul_parameters
 from dtron.models.spec import ModelConfig, ModelSpec, layers_of, meta_model
 from dtron.parallel.context import apply_context_parallel, apply_gathered_attention
 from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
+from dtron.parallel.expert import apply_expert_parallel
 from dtron.parallel.materialize import initialize
 from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_loss, plan_stages
 from dtron.parallel.recompute import apply_recompute
@@ -40,6 +42,7 @@ from dtron.parallel.tensor import apply_tensor_parallel, tied_parameters
 __all__ = ["MetaParts", "ParallelModel", "TokenMean", "materialize", "parallelize", "stage_plan", "wrap_on_meta"]
 
 Converter = Callable[[nn.Module, Config], nn.Module]
+LOAD = ".mlp.load"  # no parameter of the model: its gradient counts an experts' rows
 
 
 class TokenMean:
@@ -81,7 +84,8 @@ class ParallelModel:
         """Parameters under their names in the plain model; the second copy of a tied one under its own name."""
         for part in self.parts:
             for name, p in part.named_parameters():
-                yield compat.clean_name(name), p
+                if not name.endswith(LOAD):
+                    yield compat.clean_name(name), p
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor, last: bool) -> Tensor:
         """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
@@ -225,6 +229,7 @@ def _hidden_states(
 def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Mesh, sharded_loss: bool) -> nn.Module:
     """Everything between the split and the initial values, on meta."""
     p, recompute = config.parallelism, config.activation_checkpoint
+    apply_expert_parallel(part, mesh)
     if mesh.degrees.tp > 1:
         assert spec.tensor_plan is not None
         apply_tensor_parallel(part, mesh.tp, spec.tensor_plan(sharded_loss))
@@ -249,5 +254,5 @@ def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Me
         p.fsdp_reshard_after_forward == "default" and mesh.degrees.pp == 1
     )
     dtype = getattr(torch, config.training.mixed_precision_param)
-    apply_data_parallel(part, mesh.fsdp, dtype, reshard, config.training.enable_cpu_offload)
+    apply_data_parallel(part, mesh.fsdp, dtype, reshard, config.training.enable_cpu_offload, mesh.expert_fsdp)
     return part

@@ -21,32 +21,55 @@ parameter with bf16 compute, fp32 state and N shards; weights from forward to ba
 | never                      | last_microbatch  | 1    | 4/N + 2 | 4         | 8/N   |
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
+from dtron import compat
+from dtron.models.moe import Experts
 from dtron.models.spec import layers_of
 
 __all__ = ["apply_data_parallel", "free_gathered_weights", "reduce_gradients_now"]
 
 
 def apply_data_parallel(
-    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool, offload: bool
-) -> None:
-    """Shard `model` (a stage, with `layers`) in place over `mesh`; compute in `compute_dtype`, reduce in fp32."""
+    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool, offload: bool,
+    expert_mesh: DeviceMesh | None = None,
+) -> None:  # fmt: skip
+    """Shard `model` (a stage, with `layers`) in place over `mesh`; compute in `compute_dtype`, reduce in fp32.
+
+    expert_mesh: over which experts are sharded, where it is another. A frozen parameter, the bias that balances
+    experts, is left as it is, the same on every rank.
+    """
     # Inputs are not cast: cos and sin stay fp32, and hidden states already have the compute dtype.
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
 
-    def shard(module: nn.Module | list[nn.Module], reshard: bool) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy, reshard_after_forward=reshard)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload_policy, "ignored_params": frozen}
+
+    def shard(module: nn.Module | list[nn.Module], reshard: bool, **more: Any) -> None:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, **(options | more))
 
     before, after = _units_outside_layers(model)
     if before:
         shard(before, reshard_after_forward)
     for block in layers_of(model).values():
-        shard(block, reshard_after_forward)
+        experts = [m for m in block.modules() if isinstance(m, Experts)] if expert_mesh else []
+        if not experts or not expert_mesh:
+            shard(block, reshard_after_forward)
+            continue
+        placement = _expert_placement(experts[0], expert_mesh)
+        if of_two := compat.unit_of_two_meshes(mesh, expert_mesh, experts[0].parameters(), placement):
+            shard(block, reshard_after_forward, shard_placement_fn=of_two)
+        else:  # a unit of their own inside the block's
+            nested = {"shard_placement_fn": lambda p, placement=placement: placement}
+            fully_shard(experts[0], mesh=expert_mesh, reshard_after_forward=reshard_after_forward, **(options | nested))
+            shard(block, reshard_after_forward)
     if after:
         shard(after, False)  # their backward comes at once
     shard(model, False)
@@ -60,6 +83,13 @@ def apply_data_parallel(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def _expert_placement(experts: Experts, mesh: DeviceMesh) -> Shard:
+    """Whole experts to each rank; where there are fewer of them than ranks, a part of each."""
+    ranks = mesh.size(mesh.ndim - 1)
+    here = experts.gate_proj.to_local().size(0)  # type: ignore[operator]
+    return Shard(0 if here >= ranks else 1)
 
 
 def _units_outside_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

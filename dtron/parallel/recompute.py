@@ -1,8 +1,8 @@
 """Activation recomputation: what the backward computes again instead of keeping in memory.
 
 full: a block keeps its input only (Chen et al. 2016, arXiv 1604.06174). every n-th: the same for one block in n.
-by operation: a block keeps the results that are expensive to compute, those of matmuls, attention and
-reduce-scatters, and recomputes the cheap rest. Of the matmuls, `o` and `down` are not kept: their
+by operation: a block keeps the results that are expensive to compute, those of matmuls, attention, reduce-scatters and
+all-to-alls, and recomputes the cheap rest. Of the matmuls, `o` and `down` are not kept: their
 results are added to the residual stream, so nothing else needs them in the backward, and with tensor parallel
 what follows them, the reduce-scatter, is kept.
 
@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dtron import compat
+from dtron.models import moe  # noqa: F401 - registers dtron::grouped_product
 
 __all__ = ["apply_recompute"]
 
@@ -31,6 +32,9 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.dtron.grouped_product.default,
 }
 _RECOMPUTED_MATMULS = ("o_proj", "down_proj")
 

@@ -30,6 +30,7 @@ from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.models.spec import ModelConfig, ModelSpec
+from dtron.parallel.expert import FeedForwardInput, LocalRouter
 
 __all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "check_tensor", "llama_plan", "tied_parameters"]
 
@@ -79,10 +80,15 @@ def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
         "layers.*.self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),
         "layers.*.post_attention_layernorm": SequenceParallel(),
-        "layers.*.mlp": gather(),
+        "layers.*.mlp": FeedForwardInput(),
         "layers.*.mlp.gate_proj": ColwiseParallel(),
         "layers.*.mlp.up_proj": ColwiseParallel(),
         "layers.*.mlp.down_proj": RowwiseParallel(output_layouts=SEQUENCE),
+        "layers.*.mlp.gate": LocalRouter(),
+        "layers.*.mlp.shared_experts": gather(),
+        "layers.*.mlp.shared_experts.gate_proj": ColwiseParallel(),
+        "layers.*.mlp.shared_experts.up_proj": ColwiseParallel(),
+        "layers.*.mlp.shared_experts.down_proj": RowwiseParallel(output_layouts=SEQUENCE),
         "norm": SequenceParallel(),
         "lm_head": ColwiseParallel(
             input_layouts=SEQUENCE, output_layouts=head_layout, use_local_output=not loss_parallel
@@ -101,7 +107,8 @@ def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: Mapping[str, P
         parallelize_module(model, tp, _present(model, plan))
     for first, second in tied:
         _set_parameter(model, second, model.get_parameter(first))
-    if left_out := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
+    plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if left_out := [name for name in plain if model.get_parameter(name).requires_grad]:
         raise ValueError(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
 
 

@@ -15,8 +15,8 @@ from dtron.parallel.compose import ParallelModel, parallelize
 
 
 class DropoutBlock(Block):
-    def __init__(self, c: LlamaConfig) -> None:
-        super().__init__(c)
+    def __init__(self, c: LlamaConfig, index: int) -> None:
+        super().__init__(c, index)
         self.dropout = nn.Dropout(0.3)
 
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
@@ -27,7 +27,7 @@ class DropoutLlama(Llama):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         for i in self.layers:
-            self.layers[i] = DropoutBlock(config)
+            self.layers[i] = DropoutBlock(config, int(i))
 
 
 def register() -> ModelSpec:

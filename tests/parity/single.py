@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig, RopeScaling
+from dtron.models.moe import MoEConfig
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -22,6 +23,14 @@ MODELS = {
     "uneven": LlamaConfig(vocab_size=98, dim=36, n_layers=4, n_heads=2, n_kv_heads=2, ffn_dim=50, init_std=0.15),
     "qwen2": replace(SMALL, qkv_bias=True),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.3),
+    "moe": replace(SMALL, moe=MoEConfig(8, 2, 32)),
+    "moe_all": replace(
+        SMALL,
+        moe=MoEConfig(
+            8, 2, 32, score="sigmoid", route_scale=1.5, shared_dim=32, n_dense_layers=1, n_groups=4, top_groups=2,
+            balancing_bias=True,
+        ),
+    ),
     "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
 }
 # Tolerances of a weight, from one process against itself with 4 microbatches in place of 1 (test_noise measures it):
