@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -99,8 +99,9 @@ def unit_of_two_meshes(mesh: DeviceMesh, other: DeviceMesh, on_other: Iterable[n
     from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
 
     ids = {id(p) for p in on_other}
-    here = ShardPlacementResult(Shard(0), _get_mesh_info(mesh))
-    there = ShardPlacementResult(placement, _get_mesh_info(other))
+    # A mesh with shards has an FSDPMeshInfo, which the two sides' annotations do not say.
+    here = ShardPlacementResult(Shard(0), cast(Any, _get_mesh_info(mesh)))
+    there = ShardPlacementResult(placement, cast(Any, _get_mesh_info(other)))
     return lambda p: there if id(p) in ids else here
 
 

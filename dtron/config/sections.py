@@ -221,6 +221,18 @@ class Training(Dataset):
     )
     spike_factor: float = key(0.0, "a gradient norm this many times its running mean is a spike; 0: none is", minimum=0)
     on_spike: Literal["skip", "stop"] = key("skip", "a spike's step changes nothing (fused Adam), or the run ends")
+    expert_balance_loss: float = key(
+        0.001,
+        "mixture of experts: weight of the loss that spreads each sequence's tokens over the experts; 0: none",
+        minimum=0,
+        changes="hyperparameters",
+    )
+    expert_bias_rate: float = key(
+        0.001,
+        "mixture of experts: step of the bias that balances the experts, of models that have one; 0: it stays",
+        minimum=0,
+        changes="hyperparameters",
+    )
     steps: int = key(10000, "optimizer steps of the whole run", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is a GPU, else CPU")
     enable_cpu_offload: bool = key(

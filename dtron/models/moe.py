@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Experts", "MixtureOfExperts", "MoEConfig", "Router", "permute", "swiglu_of_experts"]
+__all__ = [
+    "Experts",
+    "MixtureOfExperts",
+    "MoEConfig",
+    "Router",
+    "choose_experts",
+    "permute",
+    "swiglu_of_experts",
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(dim, c)
         self.experts = Experts(dim, c)
         self.shared_experts = shared
+        self.load: nn.Parameter | None
         self.register_parameter("load", None)
         self.aux_weight = 0.0
         self.sum_over_sequence: Callable[[Tensor], Tensor] = lambda counts: counts
@@ -101,7 +110,8 @@ class MixtureOfExperts(nn.Module):
             by_sequence = by_sequence.scatter_add(1, chosen.flatten(1), ones)  # [B, N]
             counts = by_sequence.sum(0)  # [N]
         if self.load is not None:
-            scores = _Tap.apply(scores, self.load, counts, self._balance_gradient(scores.detach(), by_sequence))
+            extra = self._balance_gradient(scores.detach(), by_sequence)
+            scores = _Tap.apply(scores, self.load, counts, extra)  # type: ignore[no-untyped-call]
         weights = scores.gather(-1, chosen)  # [B, S, K]
         if c.normalize_top_k:
             weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if c.score == "sigmoid" else 0.0))
@@ -109,8 +119,10 @@ class MixtureOfExperts(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
         rows = x.reshape(-1, 1, d).expand(-1, c.top_k, -1).reshape(-1, d)  # [R, D]
         out = permute(self.experts(permute(rows, order, back), counts), back, order)
-        mixed = (out.view(b, s, c.top_k, d).float() * (weights * c.route_scale)[..., None]).sum(2).to(x.dtype)
-        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
+        mixed: Tensor = (out.view(b, s, c.top_k, d).float() * (weights * c.route_scale)[..., None]).sum(2).to(x.dtype)
+        if self.shared_experts is not None:
+            mixed = mixed + self.shared_experts(x)
+        return mixed
 
     def _balance_gradient(self, scores: Tensor, by_sequence: Tensor) -> Tensor | None:
         """Gradient of the sequence-wise balance loss by the scores [B, S, N]; None without one.
@@ -136,7 +148,7 @@ def choose_experts(scores: Tensor, bias: Tensor | None, c: MoEConfig) -> Tensor:
     """
     scores = scores if bias is None else scores + bias
     if c.n_groups > 1:
-        groups = scores.unflatten(-1, (c.n_groups, -1))  # [B, S, G, N/G]
+        groups = scores.view(*scores.shape[:-1], c.n_groups, -1)  # [B, S, G, N/G]
         best = groups.topk(2, -1)[0].sum(-1).topk(c.top_groups, -1)[1]  # [B, S, top_groups]
         open_groups = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, best, True)
         scores = groups.masked_fill(~open_groups[..., None], -math.inf).flatten(-2)
@@ -157,7 +169,7 @@ class _Tap(torch.autograd.Function):
         return scores.view_as(scores)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         counts, extra = ctx.saved_tensors
         return (gradient if extra is None else gradient + extra), counts.float(), None, None
 
@@ -171,7 +183,7 @@ class _Permute(torch.autograd.Function):
         return rows[order]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (back,) = ctx.saved_tensors
         return gradient[back], None, None
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from dtron.models.moe import MoEConfig
+
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel.style import ParallelStyle
 
-__all__ = ["ModelConfig", "ModelSpec", "layers_of", "meta_model"]
+__all__ = ["ModelConfig", "ModelSpec", "experts_of", "layers_of", "meta_model"]
 
 
 class ModelConfig(Protocol):
@@ -73,6 +75,12 @@ def meta_model(spec: ModelSpec, model_config: ModelConfig) -> nn.Module:
             "forward"
         )
     return model
+
+
+def experts_of(model_config: ModelConfig) -> MoEConfig | None:
+    """The mixture of experts of a model of any family; None: it has none."""
+    experts: MoEConfig | None = getattr(model_config, "moe", None)
+    return experts
 
 
 def layers_of(model: nn.Module) -> nn.ModuleDict:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from dtron.config.sections import Metrics
 from dtron.errors import UserError
 
@@ -51,8 +53,10 @@ TAGS: dict[str, Tag] = {
     "failed_saves": Tag("checkpoint/failed_saves"),
     "skipped_steps": Tag("optim/skipped_steps"),
     "skipped_documents": Tag("skipped_documents"),
+    "expert_dropped_rows": Tag("experts/dropped_rows"),
 }
-_AS_THEY_ARE = ("source_loss/", "source_tokens/", "source_epochs/", "spent_s/")  # keys that are tags themselves
+# Keys that are tags themselves: the words before the first slash.
+_AS_THEY_ARE = ("source_loss/", "source_tokens/", "source_epochs/", "spent_s/", "expert_busiest/", "expert_entropy/")
 _NOT_DRAWN = {"step", "attempt", "nonfinite", "unix_s"}
 
 # The dashboard: category -> chart -> kind and patterns of tags. One category, as TensorBoard opens only the first.
@@ -79,6 +83,13 @@ SOURCE_CHARTS: dict[str, list[Any]] = {
     "Tokens of each source": ["Multiline", ["^source_tokens/.*$"]],
     "Epochs of each source": ["Multiline", ["^source_epochs/.*$"]],
 }
+
+# Drawn beside the others when the model is a mixture of experts.
+EXPERT_CHARTS: dict[str, list[Any]] = {
+    "Busiest expert of each layer (rows over the mean)": ["Multiline", ["^expert_busiest/.*$"]],
+    "Evenness of the experts' load (entropy, 1: even)": ["Multiline", ["^expert_entropy/.*$"]],
+}
+HEAT_MAP = "experts/load_layer_by_expert"
 
 
 def tag_of(key: str) -> Tag | None:
@@ -168,10 +179,13 @@ class MetricsWriter:
             self._file.write(b"\n")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row; it must hold `step`. `attempt` is added. None: not known here (MFU on a CPU)."""
+        """Append one row; it must hold `step`. `attempt` is added. None: not known here (MFU on a CPU).
+
+        A tensor [layers, experts] is drawn in TensorBoard, as a picture of the experts' load over their mean.
+        """
         row = {**row, "attempt": self.attempt}
         with self._forgiving():
-            self._file.write(_to_json(row))
+            self._file.write(_to_json({key: value for key, value in row.items() if not isinstance(value, Tensor)}))
         if self._board is not None:
             with self._forgiving():
                 self._board.draw(row)
@@ -222,15 +236,17 @@ class _Board:
             tag = tag_of(key)
             if tag is not None and isinstance(value, (int, float)):
                 self._writer.add_scalar(tag.name, value * tag.factor, row["step"])
+            elif isinstance(value, Tensor):  # white: none; black: four times the mean or more
+                picture = (1 - value.float() / 4).clamp(0, 1).repeat_interleave(8, 0).repeat_interleave(8, 1)
+                self._writer.add_image(HEAT_MAP, picture, row["step"], dataformats="HW")
         self._writer.flush()
 
     def _open(self, row: dict[str, Any]) -> None:
         # purge_step hides what an earlier attempt drew from here on, so that no replayed step is drawn twice.
         self._writer = self._make(str(self._folder), purge_step=row["step"])
-        mixed = any(key.startswith("source_") for key in row)
-        self._writer.add_custom_scalars(
-            {name: charts | (SOURCE_CHARTS if mixed else {}) for name, charts in LAYOUT.items()}
-        )
+        more = SOURCE_CHARTS if any(key.startswith("source_") for key in row) else {}
+        more = more | (EXPERT_CHARTS if any(key.startswith("expert_") for key in row) else {})
+        self._writer.add_custom_scalars({name: charts | more for name, charts in LAYOUT.items()})
         self._writer.add_text("config", f"```toml\n{self._config_text}\n```")
         # What SummaryWriter.add_hparams(run_name=".") does, but in this file: it would open a second one in
         # the same folder, and TensorBoard's Python reader leaves a file for good once a later one has data.

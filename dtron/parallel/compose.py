@@ -137,11 +137,10 @@ class ParallelModel:
 def stage_plan(spec: ModelSpec, model_config: ModelConfig, config: Config) -> StagePlan:
     """The pipeline split of a whole model by FLOPs per token; the look-up costs none."""
     model = meta_model(spec, model_config)
-    layers = layers_of(model)
-    block = next(iter(layers.values()))
+    blocks = [6 * matmul_parameters(block) for block in layers_of(model).values()]
     attention = spec.attention_flops(model_config, config.training.seq_len)
-    head = 6 * (matmul_parameters(model) - len(layers) * matmul_parameters(block))
-    return plan_stages(config.parallelism, model, 6 * matmul_parameters(block) + attention, head, 0.0)
+    head = 6 * matmul_parameters(model) - sum(blocks)
+    return plan_stages(config.parallelism, model, [cost + attention for cost in blocks], head, 0.0)
 
 
 @dataclass(frozen=True)

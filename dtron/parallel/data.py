@@ -21,13 +21,13 @@ parameter with bf16 compute, fp32 state and N shards; weights from forward to ba
 | never                      | last_microbatch  | 1    | 4/N + 2 | 4         | 8/N   |
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from dtron import compat
 from dtron.models.moe import Experts
@@ -88,7 +88,7 @@ def apply_data_parallel(
 def _expert_placement(experts: Experts, mesh: DeviceMesh) -> Shard:
     """Whole experts to each rank; where there are fewer of them than ranks, a part of each."""
     ranks = mesh.size(mesh.ndim - 1)
-    here = experts.gate_proj.to_local().size(0)  # type: ignore[operator]
+    here = cast(DTensor, experts.gate_proj).to_local().size(0)
     return Shard(0 if here >= ranks else 1)
 
 

@@ -17,6 +17,7 @@ dp_replicate) is all that is left, and that is what FSDP does. The router is rep
 """
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,27 +53,33 @@ def apply_expert_parallel(part: nn.Module, mesh: Mesh) -> None:
 
 def _sum_over(groups: list[torch.distributed.ProcessGroup], counts: Tensor) -> Tensor:
     for group in groups:
-        counts = funcol.wait_tensor(funcol.all_reduce(counts, "sum", group))
+        counts = _wait(funcol.all_reduce(counts, "sum", group))
     return counts
+
+
+def _wait(tensor: Tensor) -> Tensor:
+    finished: Tensor = funcol.wait_tensor(tensor)  # type: ignore[no-untyped-call]
+    return finished
 
 
 def _dispatch(experts: Experts, ep: DeviceMesh, rows: Tensor, counts: Tensor) -> Tensor:
     """rows [R, D] sorted by expert, counts [N] of this rank's -> each through its expert, wherever that is; [R, D]."""
-    gate, up, down = (p.to_local() for p in (experts.gate_proj, experts.up_proj, experts.down_proj))  # type: ignore[operator]
+    weights = experts.gate_proj, experts.up_proj, experts.down_proj
+    gate, up, down = (cast(DTensor, p).to_local() for p in weights)
     n, group = ep.size(), ep.get_group()
     if n == 1:
         return swiglu_of_experts(rows, counts, gate, up, down)
     with torch.no_grad():
         # [n, N / n]: how many rows of each rank, for each expert here.
-        theirs = funcol.wait_tensor(funcol.all_to_all_single(counts, None, None, group)).view(n, -1)
+        theirs = _wait(funcol.all_to_all_single(counts, None, None, group)).view(n, -1)
         sent, received = torch.stack((counts.view(n, -1).sum(1), theirs.sum(1))).tolist()  # the one host wait
         # Rows come sorted by (rank, expert) and are wanted by (expert, rank).
         expert = torch.arange(theirs.size(1), device=rows.device).repeat(n)
         order = expert.repeat_interleave(theirs.flatten(), output_size=sum(received)).argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=rows.device))
-    here = funcol.wait_tensor(funcol.all_to_all_single_autograd(rows, received, sent, group))
+    here = _wait(funcol.all_to_all_single_autograd(rows, received, sent, group))
     out = swiglu_of_experts(permute(here, order, back), theirs.sum(0), gate, up, down)
-    return funcol.wait_tensor(funcol.all_to_all_single_autograd(permute(out, back, order), sent, received, group))
+    return _wait(funcol.all_to_all_single_autograd(permute(out, back, order), sent, received, group))
 
 
 # --- beside tensor parallel: what its plan says of a mixture of experts

@@ -10,6 +10,7 @@ once; receives are never deferred; a tied matrix has a copy on the first and on 
 gradients are summed before clipping.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,17 +48,20 @@ class StagePlan:
 # --- the split
 
 
-def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: float, embed_cost: float) -> StagePlan:
-    """Split a whole meta model. Costs are in any one unit, FLOPs per token for example."""
+def plan_stages(
+    p: Parallelism, model: nn.Module, block_costs: Sequence[float], head_cost: float, embed_cost: float
+) -> StagePlan:
+    """Split a whole meta model. Costs are in any one unit, FLOPs per token for example; block_costs: of every layer."""
     layers = list(layers_of(model))
     of_rank, rows = schedule_stages(p, len(layers))
     n_stages = sum(len(stages) for stages in of_rank)
     if p.module_fqns_per_model_part:
         return StagePlan(p.module_fqns_per_model_part, of_rank, rows)
     first, last = p.pipeline_parallel_first_stage_less_layers, p.pipeline_parallel_last_stage_less_layers
-    embed_cost = embed_cost if first is None else first * block_cost
-    head_cost = head_cost if last is None else last * block_cost
-    counts = split_by_cost(len(layers), n_stages, block_cost, embed_cost, head_cost)
+    usual = block_costs[-1]  # a mixture of experts may begin with dense layers
+    embed_cost = embed_cost if first is None else first * usual
+    head_cost = head_cost if last is None else last * usual
+    counts = split_by_cost(block_costs, n_stages, embed_cost, head_cost)
     before, after = _outer_modules(model)
     parts, at = [], 0
     for stage, count in enumerate(counts):
@@ -67,20 +71,39 @@ def plan_stages(p: Parallelism, model: nn.Module, block_cost: float, head_cost: 
     return StagePlan(parts, of_rank, rows)
 
 
-def split_by_cost(n_layers: int, n_stages: int, block: float, first: float, last: float) -> list[int]:
+def split_by_cost(layers: Sequence[float], n_stages: int, first: float, last: float) -> list[int]:
     """Layers per stage, at least one, that minimise the cost of the bottleneck stage.
 
-    block: cost of a layer. first, last: what the first and the last stage cost besides.
+    layers: the cost of each. first, last: what the first and the last stage cost besides.
     """
     counts, extra = [1] * n_stages, [0.0] * n_stages
     extra[0] += first
     extra[-1] += last
+    if len(set(layers)) > 1:
+        return _split_unequal(layers, extra)
     # Layers cost the same, so giving each to the cheapest stage is optimal. Where costs are equal, the first stage is
     # the last to get one: it keeps the activations of the most microbatches.
     order = [*range(1, n_stages), 0]
-    for _ in range(n_layers - n_stages):
-        counts[min(order, key=lambda stage: counts[stage] * block + extra[stage])] += 1
+    for _ in range(len(layers) - n_stages):
+        counts[min(order, key=lambda stage: counts[stage] * layers[0] + extra[stage])] += 1
     return counts
+
+
+def _split_unequal(layers: Sequence[float], extra: Sequence[float]) -> list[int]:
+    """The same for layers of different costs; extra: what each stage costs besides."""
+    until = [0.0, *itertools.accumulate(layers)]
+    # best[n]: the bottleneck of the stages so far where they hold the first n layers, and their counts.
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for more in extra:
+        best = {
+            n: min(
+                (max(cost, until[n] - until[held] + more), [*counts, n - held])
+                for held, (cost, counts) in best.items()
+                if held < n
+            )
+            for n in range(len(best[min(best)][1]) + 1, len(layers) + 1)
+        }
+    return best[len(layers)][1]
 
 
 def _outer_modules(model: nn.Module) -> tuple[list[str], list[str]]:

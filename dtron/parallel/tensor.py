@@ -113,9 +113,9 @@ def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: Mapping[str, P
 
 
 def _present(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
-    """The entries of the plan that match a module of this model or pipeline stage."""
+    """The plan by the names of this model's, or stage's, modules: torch warns of patterns that fit only some."""
     names = [name for name, _ in model.named_modules()]
-    return {pattern: style for pattern, style in plan.items() if fnmatch.filter(names, pattern)}
+    return {name: style for pattern, style in plan.items() for name in fnmatch.filter(names, pattern)}
 
 
 def tied_parameters(model: nn.Module) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from dtron.checkpoint.load import check_source
 from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.mesh import Mesh
+from dtron.models.spec import experts_of
 from dtron.observe.console import format_evaluation, human_seconds
 from dtron.parallel.compose import parallelize
 from dtron.ranks.agree import from_rank_0
@@ -62,7 +63,7 @@ class Evaluation:
         world.control.heartbeat("evaluating", LONG_S)
         from_rank_0(lambda: check_source(self.checkpoint))
         log.info(describe(setup, self.device))
-        self.mesh = Mesh(setup.degrees, setup.device_type)
+        self.mesh = Mesh(setup.degrees, setup.device_type, experts_of(setup.model_config) is not None)
         compat.set_timeout(c.comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
         vocab_size = setup.model_config.vocab_size
         self.held_out = open_held_out(c, vocab_size, setup.degrees, self.mesh.dp_rank, world)

@@ -27,7 +27,8 @@ def build_optimizers(model: ParallelModel, c: sections.Optimizer) -> list[torch.
     optimizers = []
     for part in model.parts:
         here = {id(p) for p in part.parameters()}
-        named = [(model.aliases.get(name, name), p) for name, p in model.named_parameters() if id(p) in here]
+        trained = [(name, p) for name, p in model.named_parameters() if id(p) in here and p.requires_grad]
+        named = [(model.aliases.get(name, name), p) for name, p in trained]
         exempt = [p for name, p in named if any(fnmatch.fnmatch(name, pattern) for pattern in c.weight_decay_exclude)]
         ids = {id(p) for p in exempt}
         groups = [

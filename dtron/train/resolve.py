@@ -19,9 +19,10 @@ from dtron.data.loader import check_dataloader
 from dtron.errors import Mistakes, UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
-from dtron.models.spec import ModelSpec, meta_model
+from dtron.models.spec import ModelSpec, experts_of, meta_model
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.context import check_sequence
+from dtron.parallel.expert import check_experts
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.schedules import check_pipeline
 from dtron.parallel.tensor import check_tensor
@@ -185,6 +186,8 @@ def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, fo
             check()
     if degrees is None:
         return
+    with found.collect():
+        check_experts(c, experts_of(m), m.dim, degrees)
     with found.collect():
         check_tensor(c, spec, m, degrees)
     with found.collect():

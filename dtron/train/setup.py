@@ -7,6 +7,7 @@ import torch
 import dtron
 from dtron.config import Config
 from dtron.mesh import Degrees
+from dtron.models.flops import active_parameters
 from dtron.models.spec import ModelConfig, ModelSpec, meta_model
 from dtron.observe.device import device_name
 from dtron.parallel.compose import stage_plan
@@ -35,9 +36,11 @@ def describe(setup: Setup, device: torch.device) -> str:
     c, model = setup.config, meta_model(setup.spec, setup.model_config)
     what = c.model.hf_config_path or f"{c.model.name} {c.model.flavor}"
     machines = f"{setup.degrees.world} x {device_name(device)}"
+    total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
+    used = f", {active / 1e6:.1f}M of them for each token" if active != total else ""
     return (
         f"dtron {dtron.__version__}, torch {torch.__version__}: {setup.degrees}, on {machines}\n"
-        f"{what}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters{_rotary(setup)}"
+        f"{what}: {total / 1e6:.1f}M parameters{used}{_rotary(setup)}"
     )
 
 

@@ -17,6 +17,7 @@ from dtron.config import Config
 from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.mesh import Mesh
 from dtron.parallel.compose import ParallelModel
+from dtron.train.balance import Balance
 from dtron.train.forward import local_batches
 from dtron.train.guard import StepGuard
 from dtron.train.optimizer import learning_rate_factor, scale_gradients, squared_gradient_norm
@@ -30,7 +31,8 @@ class Step:
     """What a step needs, on one rank of a started process group.
 
     config: with the global batch resolved. optimizers: one for each of `model.parts`. progress: counted up by each
-    step. tally: sums for the metrics. stop_requested: whether a stop was requested on this rank.
+    step. tally: sums for the metrics. balance: of a mixture of experts. stop_requested: whether a stop was requested on
+    this rank.
     before_update: called when gradients are final and weights are about to change.
     """
 
@@ -42,6 +44,7 @@ class Step:
     guard: StepGuard
     progress: Progress
     tally: Tally
+    balance: Balance | None = None
     stop_requested: Callable[[], bool] = lambda: False
     before_update: Callable[[], None] = lambda: None
 
@@ -61,6 +64,7 @@ class Step:
             local_loss += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
         self.model.finish_gradients()
         self.tally.accumulate(batch, [labels for _, labels, *_ in forwards], loss.rows)
+        counts = self.balance.take_counts() if self.balance else None
 
         stats = self._reduce(local_loss)
         stats = torch.cat((stats, self.guard.unlabelled() if unlabelled else self.guard.judge(stats)))
@@ -75,6 +79,8 @@ class Step:
             elif not optimizer.state:
                 create_state(optimizer)  # a checkpoint is to hold it, whatever the first step was
             optimizer.zero_grad()
+        if self.balance and counts is not None:
+            self.balance.update_bias(counts, stats[3] == 0)
         self.progress.consumed += c.training.global_batch_size
         self.progress.tokens += c.training.global_batch_size * c.training.seq_len
         return stats, local_loss

@@ -13,7 +13,7 @@ from dtron import compat, registry
 from dtron.data.loader import Batch
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
-from dtron.models.spec import meta_model
+from dtron.models.spec import experts_of, meta_model
 from dtron.observe.device import max_memory_bytes
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import parallelize
@@ -21,6 +21,7 @@ from dtron.ranks.agree import from_rank_0
 from dtron.ranks.control import LONG_S, StopBeforeStartError
 from dtron.ranks.watchdog import Watchdog
 from dtron.ranks.world import World
+from dtron.train.balance import Balance
 from dtron.train.data import HeldOut, open_data
 from dtron.train.forward import StopCheck, mean_loss
 from dtron.train.guard import UNLABELLED, StepGuard
@@ -55,7 +56,7 @@ class Trainer:
         self.watchdog = Watchdog(world, comm, self.run_folder, lambda: self.progress.step, sees_all=sees_all)
         self.watchdog.start()
         self.config = resolve_global_batch(setup, self.start)
-        self.mesh = Mesh(setup.degrees, setup.device_type)
+        self.mesh = Mesh(setup.degrees, setup.device_type, experts_of(setup.model_config) is not None)
         compat.set_timeout(comm.init_timeout_seconds)  # torch gives the groups of a mesh 30 minutes
         self.model = parallelize(
             setup.spec, setup.model_config, self.config, self.mesh, self.device, self.build_loss(),
@@ -198,6 +199,7 @@ class Trainer:
             "max_memory_bytes": int(memory),
             **self.step.tally.reduce(self.progress.consumed),
             **self.data.metrics(self.progress.consumed),
+            **(self.step.balance.reduce() if self.step.balance else {}),
         }
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
@@ -235,7 +237,10 @@ class Trainer:
         guard = StepGuard(c, self.optimizers, self.progress, self.device)
         flops = self._flops_per_token() if c.attention_mask == "document" else None
         tally = Tally(self.device, self.data.sources, self.data.mixture, c.seq_len, flops)
+        m, balance = self.setup.model_config, None
+        if experts := experts_of(m):
+            balance = Balance(self.model, self.config, experts, m.n_layers, self.device)
         return Step(
-            self.config, self.mesh, self.device, self.model, self.optimizers, guard, self.progress, tally,
+            self.config, self.mesh, self.device, self.model, self.optimizers, guard, self.progress, tally, balance,
             self._stop_requested,
         )  # fmt: skip

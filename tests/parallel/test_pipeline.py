@@ -28,7 +28,7 @@ from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
 from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama
-from dtron.models.spec import meta_model
+from dtron.models.spec import layers_of, meta_model
 from dtron.parallel.compose import ParallelModel, parallelize, stage_plan
 from dtron.parallel.pipeline import keep_modules, plan_stages, split_by_cost
 from dtron.parallel.schedules import read_schedule, schedule_stages
@@ -44,13 +44,28 @@ def bottleneck(counts: list[int], block: float, first: float, last: float) -> fl
 @pytest.mark.parametrize("n_layers, n_stages", [(4, 2), (5, 2), (9, 3), (10, 4), (12, 5), (8, 8)])
 @pytest.mark.parametrize("first, last", [(0, 0), (0, 3.8), (1, 1), (2.5, 0.5)])
 def test_the_split_minimises_the_bottleneck_stage(n_layers: int, n_stages: int, first: float, last: float):
-    counts = split_by_cost(n_layers, n_stages, 1.0, first, last)
+    counts = split_by_cost([1.0] * n_layers, n_stages, first, last)
     assert sum(counts) == n_layers and len(counts) == n_stages and min(counts) >= 1
     splits = (
         [b - a for a, b in itertools.pairwise((0, *cuts, n_layers))]
         for cuts in itertools.combinations(range(1, n_layers), n_stages - 1)
     )
     assert bottleneck(counts, 1.0, first, last) == min(bottleneck(other, 1.0, first, last) for other in splits)
+
+
+@pytest.mark.parametrize("layers", [[1, 3, 3, 3], [3, 3, 1, 1, 1, 1], [1, 2, 4, 8, 4], [5, 1, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("n_stages", [2, 3, 4])
+@pytest.mark.parametrize("first, last", [(0, 0), (0, 3.8), (2.5, 0.5)])
+def test_layers_of_different_costs_are_split_by_them(layers: list[float], n_stages: int, first: float, last: float):
+    def cost(counts: list[int]) -> float:
+        parts = [sum(layers[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+        return max(part + first * (i == 0) + last * (i == n_stages - 1) for i, part in enumerate(parts))
+
+    counts = split_by_cost(layers, n_stages, first, last)
+    assert sum(counts) == len(layers) and len(counts) == n_stages and min(counts) >= 1
+    cuts = itertools.combinations(range(1, len(layers)), n_stages - 1)
+    splits = [[b - a for a, b in itertools.pairwise((0, *cut, len(layers)))] for cut in cuts]
+    assert cost(counts) == min(map(cost, splits))
 
 
 def test_the_head_counts():
@@ -99,7 +114,7 @@ def test_stages_in_sequence_are_the_model():
     whole = Llama(config)
     p = Parallelism(pipeline_parallel_degree=4)
     h = tokens
-    for names in plan_stages(p, whole, 1.0, 1.0, 0.0).modules:
+    for names in plan_stages(p, whole, [1.0] * len(layers_of(whole)), 1.0, 0.0).modules:
         stage = keep_modules(Llama(config), names)
         stage.load_state_dict({k: v for k, v in whole.state_dict().items() if k in stage.state_dict()})
         h = stage(h)

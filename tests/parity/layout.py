@@ -11,7 +11,20 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from parity.single import CLIP, MODELS, OPTIMIZERS, ROWS, SEQ, STEPS, Run, batch, document_starts, off
+from parity.single import (
+    BALANCE_LOSS,
+    BIAS_RATE,
+    CLIP,
+    MODELS,
+    OPTIMIZERS,
+    ROWS,
+    SEQ,
+    STEPS,
+    Run,
+    batch,
+    document_starts,
+    off,
+)
 from ranks import kept
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,6 +36,7 @@ from dtron.data.loader import Batch
 from dtron.mesh import Degrees, Mesh
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
+from dtron.train.balance import Balance
 from dtron.train.guard import StepGuard
 from dtron.train.step import Step
 from dtron.train.tally import Tally
@@ -63,6 +77,7 @@ class Trained:
     evaluated: list[float]
     wrong: dict[str, float]  # name -> largest difference in multiples of the tolerance, where above 1
     elements: dict[str, int]  # name -> elements compared on this rank
+    counts: list[list[list[int]]]  # of each step, rows of each expert
 
 
 def build_config(case: Case) -> Config:
@@ -74,6 +89,9 @@ def build_config(case: Case) -> Config:
         "parallelism.context_parallel_degree": d.cp,
         "parallelism.data_parallel_replicate_degree": d.dp_replicate,
         "parallelism.data_parallel_shard_degree": d.dp_shard,
+        "parallelism.expert_parallel_degree": d.ep,
+        "training.expert_balance_loss": BALANCE_LOSS,
+        "training.expert_bias_rate": BIAS_RATE,
         "training.mixed_precision_param": "float32",
         "training.local_batch_size": ROWS // d.dp // case.batches,
         "training.global_batch_size": ROWS,
@@ -168,13 +186,16 @@ def _train_once(case: Case, config: Config, mesh: Mesh, model: ParallelModel, op
 
     config = with_keys(config, {"optimizer.lr": optimizer.param_groups[0]["lr"]})
     guard = StepGuard(config.training, [optimizer], Progress(), CPU)
-    step = Step(config, mesh, CPU, model, [optimizer], guard, Progress(), Tally(CPU), before_update=hand_over)
-    trained = Trained([], [], [], {}, {})
+    dimensions, balance = MODELS[case.model], None
+    if dimensions.moe:
+        balance = Balance(model, config, dimensions.moe, dimensions.n_layers, CPU)
+    step = Step(config, mesh, CPU, model, [optimizer], guard, Progress(), Tally(CPU), balance, before_update=hand_over)
+    trained = Trained([], [], [], {}, {}, [])
     mine = slice(mesh.dp_rank * ROWS // case.degrees.dp, (mesh.dp_rank + 1) * ROWS // case.degrees.dp)
     for number in range(STEPS):
         tokens, labels = batch(number)
         begins = document_starts(number)[mine] if case.masked else None
-        with _evaluations(case, model) as evaluated:
+        with _evaluations(case, model) as evaluated, _counts(balance, trained.counts):
             stats, _ = step(Batch(tokens[mine], labels[mine], begins))
         for p in parameters:
             p.grad = None
@@ -183,6 +204,21 @@ def _train_once(case: Case, config: Config, mesh: Mesh, model: ParallelModel, op
         trained.norms.append(stats[1].item())
         trained.evaluated.append(evaluated.item() / case.degrees.tp)
     return trained
+
+
+@contextlib.contextmanager
+def _counts(balance: Balance | None, counts: list[list[list[int]]]) -> Iterator[None]:
+    """Note the counts of each step, of the layers with experts."""
+    if balance is None:
+        yield
+        return
+
+    def update_bias(n: Tensor, applied: Tensor) -> None:
+        counts.append(n[balance._first :].tolist())
+        Balance.update_bias(balance, n, applied)
+
+    with patch.object(balance, "update_bias", update_bias):
+        yield
 
 
 @contextlib.contextmanager
@@ -233,6 +269,8 @@ def problems(case: Case, results: list[dict[str, Trained]], references: Mapping[
     found = []
     for optimizer, expected in references.items():
         ranks = [result[optimizer] for result in results]
+        if any(rank.counts != expected.counts for rank in ranks if expected.counts[0]):
+            found.append(f"{optimizer}: rows of experts {ranks[0].counts}, expected {expected.counts}")
         pairs = [("loss", ranks[0].losses, expected.losses), ("norm", ranks[0].norms, expected.norms)]
         if case.evaluate:
             pairs.append(("evaluated loss", ranks[0].evaluated, expected.losses))

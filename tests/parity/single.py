@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig, RopeScaling
-from dtron.models.moe import MoEConfig
+from dtron.models.moe import MoEConfig, Router, choose_experts
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -23,11 +23,20 @@ MODELS = {
     "uneven": LlamaConfig(vocab_size=98, dim=36, n_layers=4, n_heads=2, n_kv_heads=2, ffn_dim=50, init_std=0.15),
     "qwen2": replace(SMALL, qkv_bias=True),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.3),
-    "moe": replace(SMALL, moe=MoEConfig(8, 2, 32)),
+    "moe": replace(SMALL, init_std=0.136, moe=MoEConfig(8, 2, 32)),
     "moe_all": replace(
         SMALL,
+        init_std=0.128,
         moe=MoEConfig(
-            8, 2, 32, score="sigmoid", route_scale=1.5, shared_dim=32, n_dense_layers=1, n_groups=4, top_groups=2,
+            8,
+            2,
+            32,
+            score="sigmoid",
+            route_scale=1.5,
+            shared_dim=32,
+            n_dense_layers=1,
+            n_groups=4,
+            top_groups=2,
             balancing_bias=True,
         ),
     ),
@@ -48,13 +57,23 @@ OPTIMIZERS = {
 }
 
 
+# Of models with experts: weight of the balance loss, so large that leaving it out shows, and step of the bias.
+BALANCE_LOSS, BIAS_RATE = 0.2, 0.01
+
+
 @dataclass
 class Run:
-    """Loss and global gradient norm before clipping of each step, and the weights after the last."""
+    """Loss and global gradient norm before clipping of each step, and the weights after the last.
+
+    counts: of each step the rows of each expert [layers][experts], none without experts. gap: between the score of the
+    last expert that any token chose and of the first that it did not: rounding must not cross it.
+    """
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
+    counts: list[list[list[int]]]
+    gap: float
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +106,8 @@ def single_process(model_name: str, optimizer_name: str, microbatches: int = 1, 
     """STEPS optimizer steps, the gradients accumulated over `microbatches`; masked: attention inside documents only."""
     model = plain_model(MODELS[model_name])
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-    losses, norms = [], []
+    routers = Routers(model)
+    losses, norms, all_counts = [], [], []
     for step in range(STEPS):
         tokens, labels = batch(step)
         valid = (labels != -100).sum()
@@ -97,11 +117,63 @@ def single_process(model_name: str, optimizer_name: str, microbatches: int = 1, 
         for x, y, d in zip(tokens.chunk(microbatches), labels.chunk(microbatches), starts, strict=True):
             logits = model(x, document_start=d).flatten(0, 1)
             loss = F.cross_entropy(logits, y.flatten(), ignore_index=-100, reduction="sum") / valid
-            loss.backward()
+            (loss + routers.balance_loss()).backward()
             losses[-1] += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
-    return Run(losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()})
+        all_counts.append(routers.take_counts())
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Run(losses, norms, weights, all_counts, routers.gap)
+
+
+def _gap(scores: Tensor, k: int) -> float:
+    """The least distance, of any token, from its k-th best score to the next."""
+    ranked = scores.sort(-1, descending=True).values
+    return (ranked[..., k - 1] - ranked[..., k]).min().item()
+
+
+class Routers:
+    """What a plain loop needs of the routers: the written balance loss, the counts, and the bias that follows them."""
+
+    def __init__(self, model: Llama) -> None:
+        self._c, self.gap = model.config.moe, float("inf")
+        self._routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._scores: list[Tensor] = []
+        dense = model.config.n_layers - len(self._routers)
+        self._counts = torch.zeros(model.config.n_layers, self._c.n_experts if self._c else 0)[dense:]
+        for router in self._routers:
+            router.register_forward_hook(lambda _, inputs, scores: self._scores.append(scores))
+
+    def balance_loss(self) -> Tensor:
+        """Of a microbatch, by the formula; and its rows are counted."""
+        total = torch.zeros(())
+        for i, (router, scores) in enumerate(zip(self._routers, self._scores, strict=True)):
+            bias = router.e_score_correction_bias
+            chosen = choose_experts(scores.detach(), bias, self._c)
+            rows = F.one_hot(chosen, self._c.n_experts).sum(2)  # [B, S, N]
+            share = rows.sum(1) * self._c.n_experts / (self._c.top_k * scores.size(1))  # f [B, N]
+            mean = (scores / scores.sum(-1, keepdim=True)).mean(1)  # P [B, N]
+            total = total + BALANCE_LOSS / ROWS * (share * mean).sum()
+            self._counts[i] += rows.sum((0, 1))
+            ranked = scores.detach() + (0 if bias is None else bias)
+            if self._c.n_groups > 1:
+                groups = ranked.unflatten(-1, (self._c.n_groups, -1))
+                best = groups.topk(2, -1).values.sum(-1)  # [B, S, G]
+                self.gap = min(self.gap, _gap(best, self._c.top_groups))
+                kept = best >= best.sort(-1, descending=True).values[..., self._c.top_groups - 1, None]
+                ranked = groups.masked_fill(~kept[..., None], -1.0).flatten(-2)
+            self.gap = min(self.gap, _gap(ranked, self._c.top_k))
+        self._scores.clear()
+        return total
+
+    def take_counts(self) -> list[list[int]]:
+        """Of a step, whose biases then move."""
+        for router, n in zip(self._routers, self._counts, strict=True):
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.data += BIAS_RATE * (n.mean() - n).sign()
+        counts = self._counts.int().tolist()
+        self._counts.zero_()
+        return counts
 
 
 def off(weight: Tensor, expected: Tensor) -> float:

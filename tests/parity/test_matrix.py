@@ -54,7 +54,10 @@ def test_noise_is_far_below_the_tolerance_and_the_weights_move_far_above_it(mode
     one, four = single_process(model, optimizer), single_process(model, optimizer, microbatches=4)
     noise = max(off(four.weights[name], weight) for name, weight in one.weights.items())
     assert noise < 0.25
+    assert min(one.gap, four.gap) > 5e-5 and one.counts == four.counts, "rounding could choose another expert"
     for name, start in plain_model(MODELS[model]).named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            continue  # moves by steps of a fixed size
         moved = (one.weights[name] - start.detach()).abs() / (1e-4 * one.weights[name].abs() + 1e-6)
         assert moved.square().mean().sqrt() > 15, name
 
