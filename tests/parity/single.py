@@ -24,7 +24,7 @@ MODELS = {
     "qwen2": replace(SMALL, qkv_bias=True),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.3),
     "moe": replace(SMALL, init_std=0.136, moe=MoEConfig(8, 2, 32)),
-    "moe_all": replace(
+    "moe all": replace(
         SMALL,
         init_std=0.128,
         moe=MoEConfig(

@@ -235,7 +235,57 @@ MASKED = [
     )
 ]
 
-CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED]
+# Models with experts, all with the balance loss; "moe all" has every part: groups, a shared expert, a dense layer, the
+# bias.
+EP2, FSDP2_EP2, HSDP_EP2 = Degrees(dp_shard=2, ep=2), Degrees(dp_shard=4, ep=2), Degrees(1, 2, 2, ep=2)
+TP2_EP2, CP2_EP2, PP2_EP2 = Degrees(tp=2, ep=2), Degrees(cp=2, ep=2), Degrees(2, dp_shard=2, ep=2)
+FSDP2_TP2_EP4 = Degrees(dp_shard=2, tp=2, ep=4)
+EXPERTS = [
+    Case("experts one", ONE, model="moe"),
+    Case("experts fsdp2", FSDP2, model="moe", batches=2),
+    Case("experts tp2", TP2, model="moe"),
+    Case("experts cp2", CP2, model="moe"),
+    Case("ep2", EP2, model="moe", batches=4, evaluate=True),
+    Case("ep2 last never", EP2, {**LAST, **NEVER}, "moe", batches=2),
+    Case("fsdp2 ep2", FSDP2_EP2, model="moe"),
+    Case("fsdp8 ep2", Degrees(dp_shard=8, ep=1), model="moe", long=True),
+    Case("hsdp2x2 ep2", HSDP_EP2, model="moe"),
+    Case("tp2 ep2", TP2_EP2, model="moe"),
+    Case("cp2 ep2", CP2_EP2, model="moe"),
+    Case("cp2 ep2 documents", CP2_EP2, DOCUMENTS, "moe"),
+    Case("cp2 tp2 ep4", Degrees(cp=2, tp=2, ep=4), model="moe", long=True),
+    Case("pp2 ep2", PP2_EP2, model="moe", evaluate=True),
+    *[
+        Case(
+            f"pp2 ep2 {name}",
+            PP2_EP2,
+            schedule(name),
+            "moe",
+            evaluate=name == "ZBVZeroBubble",
+            long=name == "LoopedBFS",
+        )
+        for name in (*LOOPED, *V_SHAPED)
+    ],
+    Case("fsdp2 tp2 ep4", FSDP2_TP2_EP4, model="moe"),
+    Case("pp2 fsdp2 tp2 ep4", Degrees(2, dp_shard=2, tp=2, ep=4), model="moe"),
+    Case("pp2 fsdp2 cp2 tp2 ep4", Degrees(2, dp_shard=2, cp=2, tp=2, ep=4), model="moe", long=True),
+    Case("moe all one", ONE, model="moe all"),
+    Case("moe all ep2", EP2, model="moe all", batches=2),
+    Case("moe all fsdp2 tp2 ep4", FSDP2_TP2_EP4, model="moe all"),
+    Case("moe all cp2 ep2", CP2_EP2, model="moe all"),
+    Case("moe all pp2 ep2 ZBVZeroBubble", PP2_EP2, schedule("ZBVZeroBubble"), "moe all"),
+    *[
+        Case(f"fsdp2 tp2 ep4 recompute {mode}", FSDP2_TP2_EP4, keys, "moe")
+        for mode, keys in (("full", FULL), ("every second", SECOND), ("op", OP))
+    ],
+    Case("ep2 compiled", EP2, compiled(), "moe", batches=2),
+    Case("fsdp2 tp2 ep4 compiled op", FSDP2_TP2_EP4, {**compiled(), **OP}, "moe all"),
+    Case("ep2 compiled full", EP2, {**compiled(), **FULL}, "moe", long=True),
+    Case("ep2 inductor", EP2, compiled("inductor"), "moe", long=True),
+    Case("ep2 offload", EP2, OFFLOAD, "moe"),
+]
+
+CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *EXPERTS]
 
 # --- what must be in the table
 
@@ -304,5 +354,11 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "gathered logits": _is(GATHERED_LOGITS, tp=2),
     **{f"documents {dim}": _is(DOCUMENTS, **{dim: 2}) for dim in ("dp_shard", "tp", "cp", "pp")},
     **{f"documents compiled {dim}": _is({**DOCUMENTS, **compiled()}, **{dim: 2}) for dim in ("tp", "cp", "pp")},
+    **{f"experts {dim}": _model("moe", **{dim: 2}, ep=2) for dim in ("dp_shard", "dp_replicate", "tp", "cp", "pp")},
+    **{f"experts {name}": _model("moe", schedule(name), pp=2, ep=2) for name in (*LOOPED[1:], *V_SHAPED)},
+    **{f"experts recompute {keys}": _model("moe", keys, tp=2, ep=4) for keys in (FULL, SECOND, OP)},
+    "experts compiled": _model("moe", compiled(), ep=2),
+    "experts in four dimensions": _model("moe", pp=2, dp_shard=2, tp=2, ep=4),
+    **{f"every part of a router {dim}": _model("moe all", **{dim: 2}, ep=2) for dim in ("dp_shard", "tp", "cp", "pp")},
     "documents everywhere": _is(DOCUMENTS, pp=2, dp_shard=2, cp=2, tp=2),
 }

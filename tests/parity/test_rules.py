@@ -13,7 +13,9 @@ from parity.single import CLIP, MODELS, batch, plain_model, single_process
 from parity.table import (
     ALWAYS,
     CP2,
+    CP2_EP2,
     FSDP2,
+    FSDP2_EP2,
     HSDP,
     ONE,
     PP2,
@@ -33,6 +35,8 @@ import dtron.parallel.pipeline as pipeline
 from dtron import compat, registry
 from dtron import config as dtron_config
 from dtron.errors import UserError
+from dtron.models.moe import MixtureOfExperts
+from dtron.parallel import expert
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
 from dtron.train import forward
@@ -196,6 +200,31 @@ def all_reduce_of_replicas_last() -> Any:
     return patch.object(FSDPModule, "set_requires_all_reduce", lambda self, value: SET_ALL_REDUCE(self, False))
 
 
+@broken
+def sequence_counts_summed() -> Any:
+    """The balance loss of each rank's part of a sequence."""
+    return patch.object(expert, "_sum_over", lambda groups, counts: counts)
+
+
+@broken
+@contextlib.contextmanager
+def router_gradients_summed() -> Iterator[None]:
+    """A router under tensor parallel as if every rank had the same tokens."""
+    with patch.object(expert, "SEQUENCE", Replicate()):
+        yield
+
+
+@broken
+def experts_summed() -> Any:
+    """FSDP's own averaging, of the experts alone."""
+    factor = FSDPModule.set_gradient_divide_factor
+
+    def of_experts(self: Any, value: float) -> None:
+        factor(self, 2.0 if any(isinstance(m, MixtureOfExperts) for m in self.modules()) else value)
+
+    return patch.object(FSDPModule, "set_gradient_divide_factor", of_experts)
+
+
 SET_ALL_REDUCE = FSDPModule.set_requires_all_reduce
 
 # rule -> the case that shows it, and a part of what is seen without it
@@ -212,6 +241,9 @@ SEEN = {
     "tied_counted_once": (Case("pp2", PP2, model="tied"), "norm"),
     "weights_gathered_again": (Case("fsdp2", FSDP2, evaluate=True), "evaluated loss"),
     "all_reduce_of_replicas_last": (Case("hsdp", HSDP), "norm"),
+    "sequence_counts_summed": (Case("cp2 ep2", CP2_EP2, model="moe"), "norm"),
+    "router_gradients_summed": (Case("tp2", TP2, model="moe"), "norm"),
+    "experts_summed": (Case("fsdp2 ep2", FSDP2_EP2, model="moe"), "norm"),
 }
 # What torch 2.13 asks for and 2.11 does not: 2.11 compiles an asynchronous input correctly.
 NOT_IN_2_11 = ("finished_embedding",)
