@@ -184,7 +184,11 @@ def _write_file(
     for name, tensor in state.items():
         if tensor.dtype == torch.float16 and not tensor.isfinite().all():
             raise UserError(f"{name} has values that float16 does not hold (above 65504, or not finite); use bfloat16")
-    save_file({hf.their_name(name): tensor for name, tensor in state.items()}, file, metadata={"format": "pt"})
+    written: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names = hf.their_names(name, tensor.shape, mixtral)
+        written |= {names[0]: tensor} if len(names) == 1 else dict(zip(names, tensor.unbind(), strict=True))
+    save_file({name: tensor.contiguous() for name, tensor in written.items()}, file, metadata={"format": "pt"})
 
 
 def _finish(checkpoint: StoragePath, partial: Path, plan: Plan) -> None:
@@ -198,7 +202,12 @@ def _finish(checkpoint: StoragePath, partial: Path, plan: Plan) -> None:
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(plan) > 1:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for tensors in plan for shape, dtype in tensors.values()]
-        names = [(hf.their_name(name), i) for i, tensors in enumerate(plan) for name in tensors]
+        names = [
+            (theirs, i)
+            for i, tensors in enumerate(plan)
+            for name, (shape, _) in tensors.items()
+            for theirs in hf.their_names(name, shape, mixtral)
+        ]
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(sizes)},
             "weight_map": {name: _file_name(i, len(plan)) for name, i in names},

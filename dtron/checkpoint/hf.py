@@ -7,8 +7,8 @@ through a memory map, and converts them to the dtype of its parameters one slice
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "grown_shapes",
     "tensors_of",
     "their_name",
+    "their_names",
 ]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -53,14 +54,24 @@ WRAPPERS = re.compile(
 )
 
 
+# One expert's matrix, as all but Mixtral's folders name it; ours is the stack of all experts'.
+EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.((?:gate|up|down)_proj)\.weight")
+STACK = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.((?:gate|up|down)_proj)")
+MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a folder: its file's name, its own name in it, dtype and shape."""
+    """A tensor of a folder: its file's name, its own name in it, dtype and shape.
+
+    parts: of a stack of experts, which is no tensor there, those of each; file and stored are then the first one's.
+    """
 
     file: str
     stored: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    parts: tuple["Entry", ...] = ()
 
 
 def our_name(stored: str) -> str:
@@ -69,12 +80,26 @@ def our_name(stored: str) -> str:
     As transformers does, it takes names without `model.`, as a base model saved alone has them; and what wrappers of
     torch have put into names is left out.
     """
-    name = WRAPPERS.sub("", stored)
-    return "model." + re.sub(r"^(model\.)+", "", name)
+    name = "model." + re.sub(r"^(model\.)+", "", WRAPPERS.sub("", stored))
+    if ".block_sparse_moe." in name:  # Mixtral's
+        name = name.replace(".block_sparse_moe.", ".mlp.")
+        for ours, theirs in MIXTRAL.items():
+            name = name.replace(f".{theirs}.weight", f".{ours}.weight")
+    return name
 
 
 def their_name(ours: str) -> str:
     return ours.removeprefix("model.") if ours == HEAD else ours
+
+
+def their_names(ours: str, shape: Sequence[int], mixtral: bool) -> list[str]:
+    """The names under which our tensor is written: of a stack [N, out, in] one for each expert. mixtral: in its form."""
+    if not mixtral or ".mlp." not in ours:
+        stack = STACK.fullmatch(ours)
+        return [f"{stack[1]}mlp.experts.{i}.{stack[2]}.weight" for i in range(shape[0])] if stack else [their_name(ours)]
+    if stack := STACK.fullmatch(ours):
+        return [f"{stack[1]}block_sparse_moe.experts.{i}.{MIXTRAL[stack[2]]}.weight" for i in range(shape[0])]
+    return [ours.replace(".mlp.", ".block_sparse_moe.")]
 
 
 def entries_of(folder: Path) -> dict[str, Entry]:
@@ -99,7 +124,25 @@ def entries_of(folder: Path) -> dict[str, Entry]:
             raise UserError(f"{folder} holds a LoRA adapter ({stored}) that is not merged; {MERGE}")
         if (other := entries.setdefault(our_name(stored), entry)) is not entry:
             raise UserError(f"{folder} has both {other.stored} and {stored}, which are one tensor; remove one of them")
-    return entries
+    return _stacked(folder, entries)
+
+
+def _stacked(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The same with one entry for all experts of a layer's matrix. UserError where some are missing, or not alike."""
+    stacks: dict[str, dict[int, Entry]] = {}
+    for name, entry in entries.items():
+        if expert := EXPERT.fullmatch(name):
+            stacks.setdefault(expert[1] + expert[3], {})[int(expert[2])] = entry
+    plain = {name: entry for name, entry in entries.items() if not EXPERT.fullmatch(name)}
+    for name, parts in stacks.items():
+        first = parts[min(parts)]
+        if missing := [i for i in range(max(parts) + 1) if i not in parts]:
+            raise UserError(f"{folder} lacks expert {missing[0]} of {name}, of {max(parts) + 1}; download it again")
+        if other := next((e for e in parts.values() if (e.shape, e.dtype) != (first.shape, first.dtype)), None):
+            raise UserError(f"{folder}: {other.stored} has another shape or dtype than {first.stored}")
+        alike = tuple(parts[i] for i in range(len(parts)))
+        plain[name] = replace(first, shape=(len(parts), *first.shape), parts=alike)
+    return plain
 
 
 def _entries(file: Path) -> Iterator[Entry]:
@@ -212,8 +255,15 @@ def _slice(folder: Path, entries: Mapping[str, Entry], name: str) -> Any:
 
 def tensors_of(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """All tensors by our names, in their own dtype and memory-mapped: nothing is read before it is used."""
-    opened = {file: _open(folder, file) for file in {entry.file for entry in entries.values()}}
-    return {name: opened[entry.file].get_tensor(entry.stored) for name, entry in entries.items()}
+    opened = {part.file: _open(folder, part.file) for entry in entries.values() for part in (entry, *entry.parts)}
+
+    def tensor(entry: Entry) -> Tensor:
+        if entry.parts:  # read at once
+            return torch.stack([tensor(part) for part in entry.parts])
+        whole: Tensor = opened[entry.file].get_tensor(entry.stored)
+        return whole
+
+    return {name: tensor(entry) for name, entry in entries.items()}
 
 
 def grown_shapes(
@@ -260,14 +310,21 @@ class Reader(dcp.StorageReader):
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         opened: dict[str, Any] = {}
+
+        def copy(target: Tensor, entry: Entry, part: tuple[slice, ...]) -> None:
+            nonlocal opened
+            if entry.parts:
+                for row, expert in zip(target, entry.parts[part[0]], strict=True):
+                    copy(row, expert, part[1:])
+                return
+            if entry.file not in opened:
+                opened = {entry.file: _open(self._folder, entry.file)}
+            target.copy_(opened[entry.file].get_slice(entry.stored)[part])
+
         for item in sorted(plan.items, key=lambda item: self._entries[item.storage_index.fqn].file):
-            name = item.storage_index.fqn
-            file = self._entries[name].file
-            if file not in opened:
-                opened = {file: _open(self._folder, file)}
             of_ours = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
             target = planner.resolve_tensor(item).detach()
-            target.copy_(opened[file].get_slice(self._entries[name].stored)[of_ours])
+            copy(target, self._entries[item.storage_index.fqn], of_ours)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
