@@ -120,22 +120,23 @@ def export(
     rank, world = dist.get_rank(), dist.get_world_size()
     with contextlib.ExitStack() as stack:  # on rank 0 the folder is deleted if anything goes wrong, on any rank
 
-        def begin() -> tuple[Path, Plan]:
+        def begin() -> tuple[Path, Plan, bool]:
             plan = _plan(checkpoint, out, shapes, dtype, force, file_bytes)
-            return stack.enter_context(replacing(out, force)), plan
+            mixtral = json.loads((checkpoint / "config.json").read()).get("model_type") == "mixtral"
+            return stack.enter_context(replacing(out, force)), plan, mixtral
 
-        partial, plan = from_rank_0(begin)
+        partial, plan, mixtral = from_rank_0(begin)
         problem = ""
         for number in range(rank, len(plan), world):
             try:
-                _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number])
+                _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number], mixtral)
                 say(f"{number + 1} of {len(plan)} files written")
             except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
                 known = isinstance(first_error(error), UserError)
                 problem = reason(error) + ("" if known else "; make room, or name another disk")
                 break
         raise_first_problem(problem, lambda found: f"{checkpoint} could not be written to {out}: {found}")
-        from_rank_0(lambda: _finish(checkpoint, partial, plan))
+        from_rank_0(lambda: _finish(checkpoint, partial, plan, mixtral))
 
 
 Plan = list[dict[str, tuple[tuple[int, ...], torch.dtype]]]  # of each file: name of ours -> shape, dtype
@@ -173,7 +174,7 @@ def _file_name(number: int, of: int) -> str:
 
 
 def _write_file(
-    checkpoint: StoragePath, file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    checkpoint: StoragePath, file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], mixtral: bool
 ) -> None:
     from safetensors.torch import save_file
 
@@ -191,8 +192,8 @@ def _write_file(
     save_file({name: tensor.contiguous() for name, tensor in written.items()}, file, metadata={"format": "pt"})
 
 
-def _finish(checkpoint: StoragePath, partial: Path, plan: Plan) -> None:
-    """On rank 0, when all files are written: the files beside the weights."""
+def _finish(checkpoint: StoragePath, partial: Path, plan: Plan, mixtral: bool) -> None:
+    """On rank 0, when all files are written: the files beside the weights. mixtral: whose names the weights have."""
     for name, content in assets_of(checkpoint).items():
         (partial / name).write_bytes(content)
     config = json.loads((partial / "config.json").read_text(encoding="utf-8"))

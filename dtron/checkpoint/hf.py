@@ -93,10 +93,12 @@ def their_name(ours: str) -> str:
 
 
 def their_names(ours: str, shape: Sequence[int], mixtral: bool) -> list[str]:
-    """The names under which our tensor is written: of a stack [N, out, in] one for each expert. mixtral: in its form."""
+    """The names under which our tensor is written: of a stack [N, out, in] one per expert. mixtral: in its form."""
     if not mixtral or ".mlp." not in ours:
         stack = STACK.fullmatch(ours)
-        return [f"{stack[1]}mlp.experts.{i}.{stack[2]}.weight" for i in range(shape[0])] if stack else [their_name(ours)]
+        if not stack:
+            return [their_name(ours)]
+        return [f"{stack[1]}mlp.experts.{i}.{stack[2]}.weight" for i in range(shape[0])]
     if stack := STACK.fullmatch(ours):
         return [f"{stack[1]}block_sparse_moe.experts.{i}.{MIXTRAL[stack[2]]}.weight" for i in range(shape[0])]
     return [ours.replace(".mlp.", ".block_sparse_moe.")]

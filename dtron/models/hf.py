@@ -8,6 +8,7 @@ from typing import Any
 
 from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig, RopeScaling
+from dtron.models.moe import MoEConfig
 
 __all__ = ["from_hf_config", "hf_dimensions", "read_hf_config", "to_hf_config"]
 
@@ -17,8 +18,19 @@ TYPES: dict[str, dict[str, Any]] = {
     "mistral": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
+    "mixtral": {},
+    "qwen3_moe": {"qk_norm": True},
+    "olmoe": {"qk_norm_whole": True},
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe")  # mixtures of experts
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+}
 # Fields of a config.json that change the architecture, and the values that our model has for each.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
@@ -28,6 +40,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
+    "clip_qkv": (None,),
+    "decoder_sparse_step": (1, None),
+    "router_jitter_noise": (0, None),
+    "shared_expert_intermediate_size": (None,),
 }
 
 
@@ -71,12 +87,34 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
         if hf.get(name) is not None and not _is_count(hf[name]):
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected a whole number above 0")
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
-    head_size = hf.get("head_dim") or (128 if kind == "qwen3" else dim // heads)
+    head_size = hf.get("head_dim") or (128 if kind in ("qwen3", "qwen3_moe") else dim // heads)
     return LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
         head_dim=None if head_size * heads == dim else head_size, norm_eps=_positive(hf, "rms_norm_eps", 1e-6, file),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)), **TYPES[kind], **_rope(hf, file),
+        moe=_experts(hf, kind, layers, file) if kind in EXPERTS else None,
     )  # fmt: skip
+
+
+def _experts(hf: dict[str, Any], kind: str, layers: int, file: Path | str) -> MoEConfig:
+    """The mixture of experts. The number of experts has two names, in files of one model_type even."""
+    values = {
+        "num_experts": hf.get("num_experts", hf.get("num_local_experts")),
+        "num_experts_per_tok": hf.get("num_experts_per_tok"),
+        "an expert's intermediate size": hf.get("moe_intermediate_size", hf["intermediate_size"]),
+    }
+    if missing := [name for name, value in values.items() if not _is_count(value)]:
+        raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number above 0")
+    n_experts, top_k, size = map(int, values.values())
+    if top_k > n_experts:
+        raise UserError(f"{file}: num_experts_per_tok = {top_k}, more than the {n_experts} experts")
+    dense = hf.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))) or len(dense) >= layers:
+        raise UserError(
+            f"{file}: mlp_only_layers = {dense!r} cannot be represented; expected none, or the first layers only"
+        )
+    normalize = True if kind == "mixtral" else hf.get("norm_topk_prob", False)
+    return MoEConfig(n_experts, top_k, size, normalize_top_k=bool(normalize), n_dense_layers=len(dense))
 
 
 def _is_count(value: Any) -> bool:
@@ -93,7 +131,7 @@ def _positive(fields: dict[str, Any], name: str, default: float, file: Path | st
 def _check_windows(hf: dict[str, Any], kind: str, file: Path | str) -> None:
     """UserError unless every layer attends to all tokens before. Qwen's files name a window that is not used."""
     window = hf.get("sliding_window", 4096 if kind == "mistral" else None)  # what transformers takes
-    if kind in ("llama", "mistral") and window is not None:
+    if kind in ("llama", "mistral", "mixtral") and window is not None:
         raise UserError(f"{file}: sliding_window = {window!r} cannot be represented; expected null")
     layers = hf.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
@@ -148,16 +186,26 @@ def _of_full_attention(rope: dict[str, Any], name: str, file: Path | str) -> dic
     return nested.get("full_attention", first)
 
 
+def _plain_experts(c: MoEConfig) -> MoEConfig:
+    """The same without what only other model types have."""
+    return MoEConfig(
+        c.n_experts, c.top_k, c.expert_dim, normalize_top_k=c.normalize_top_k, n_dense_layers=c.n_dense_layers
+    )
+
+
 def to_hf_config(c: LlamaConfig) -> dict[str, Any]:
     """The object of a config.json that `transformers` and `from_hf_config` read as `c`.
 
     Rotary settings have the names that older and newer readers both know. ValueError where no type has these flags.
     """
-    flags = {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm}
+    flags = {"qkv_bias": c.qkv_bias, "qk_norm": c.qk_norm, "qk_norm_whole": c.qk_norm_whole}
     wanted = {name: True for name, given in flags.items() if given}
-    kind = next((kind for kind in ARCHITECTURES if TYPES[kind] == wanted), None)
+    kinds = [kind for kind in ARCHITECTURES if (kind in EXPERTS) == (c.moe is not None)]
+    kind = next((kind for kind in kinds if TYPES[kind] == wanted), None)
     if kind is None:
         raise ValueError(f"no model type of Hugging Face has {' and '.join(wanted)} together")
+    if c.moe and (c.moe != _plain_experts(c.moe) or (kind == "mixtral" and not c.moe.normalize_top_k)):
+        raise ValueError(f"no model type of Hugging Face that dtron writes has experts like {c.moe}")
     hf: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -174,8 +222,18 @@ def to_hf_config(c: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
     }
-    if kind != "qwen2":
+    if kind not in ("qwen2", "mixtral"):
         hf["attention_bias"] = False
+    if c.moe:
+        hf |= {"num_experts_per_tok": c.moe.top_k, "output_router_logits": False}
+        hf["num_local_experts" if kind == "mixtral" else "num_experts"] = c.moe.n_experts
+        if kind != "mixtral":
+            hf["norm_topk_prob"] = c.moe.normalize_top_k
+        if kind == "qwen3_moe":
+            hf |= {"moe_intermediate_size": c.moe.expert_dim, "decoder_sparse_step": 1}
+            hf["mlp_only_layers"] = list(range(c.moe.n_dense_layers))
+        else:
+            hf["intermediate_size"] = c.moe.expert_dim
     if s := c.rope_scaling:
         hf["rope_scaling"] = {
             "rope_type": "llama3",

@@ -28,6 +28,7 @@ __all__ = [
     "CausalAttention",
     "Llama",
     "LlamaConfig",
+    "NormOfHeads",
     "RopeScaling",
     "document_mask",
     "rope_frequencies",
@@ -132,6 +133,10 @@ class CausalAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
+class NormOfHeads(nn.RMSNorm):
+    """Of queries or keys, over all heads together (OLMoE). A type of its own, since tensor parallel splits the heads."""
+
+
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
@@ -141,20 +146,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
         self.q_norm = self.k_norm = None
-        if c.qk_norm or c.qk_norm_whole:
-            q_size, k_size = (c.n_heads, c.n_kv_heads) if c.qk_norm_whole else (1, 1)
-            self.q_norm = nn.RMSNorm(q_size * c.head_size, eps=c.norm_eps)
-            self.k_norm = nn.RMSNorm(k_size * c.head_size, eps=c.norm_eps)
-        self.norm_whole = c.qk_norm_whole
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size, eps=c.norm_eps) for _ in range(2))
+        if c.qk_norm_whole:
+            self.q_norm = NormOfHeads(c.n_heads * c.head_size, eps=c.norm_eps)
+            self.k_norm = NormOfHeads(c.n_kv_heads * c.head_size, eps=c.norm_eps)
         self.core = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None) -> Tensor:  # x [B, S, E]
         # The number of heads is read from the projection: under tensor parallel it is this rank's number.
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, S, H * D], twice [B, S, K * D]
-        if self.q_norm is not None and self.k_norm is not None and self.norm_whole:
+        if isinstance(self.q_norm, NormOfHeads) and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))  # [B, S, H, D], twice [B, S, K, D]
-        if self.q_norm is not None and self.k_norm is not None and not self.norm_whole:
+        if self.q_norm is not None and self.k_norm is not None and not isinstance(self.q_norm, NormOfHeads):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, D]

@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
+from dtron.models.llama import NormOfHeads
 from dtron.models.spec import ModelConfig, ModelSpec
 from dtron.parallel.expert import FeedForwardInput, LocalRouter
 
@@ -62,6 +64,31 @@ class VocabParallelEmbedding(ParallelStyle):
         return partial_sums.redistribute(placements=[SEQUENCE]).to_local()  # [B, S / tp, E]
 
 
+class QueryKeyNorm(ParallelStyle):
+    """The norm of queries or keys, whose heads are split over the ranks.
+
+    Per head [B, S, H / tp, D]: each rank normalises its own, and the gradients of the weights are summed. Over all
+    heads [B, S, H * D / tp]: the sums of squares are added over the ranks, and the weights sharded as the heads are.
+    """
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, NormOfHeads):
+            return SequenceParallel(sequence_dim=2, use_local_output=True)._apply(module, mesh)
+        module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None))
+        module.forward = partial(self._normalise, module, mesh)  # type: ignore[method-assign]
+        return module
+
+    @staticmethod
+    def _normalise(module: NormOfHeads, mesh: DeviceMesh, x: Tensor) -> Tensor:
+        local = x.float()  # [B, S, H * D / tp]
+        squares = DTensor.from_local(local.square().sum(-1, keepdim=True), mesh, [Partial()], run_check=False)
+        # Every rank uses the sum for its own heads, so the gradients by it add up over the ranks.
+        whole = squares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        assert module.eps is not None
+        normal = (local * torch.rsqrt(whole / module.normalized_shape[0] + module.eps)).type_as(x)
+        return normal * cast(DTensor, module.weight).to_local()
+
+
 def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
     """Module names (with wildcards) -> styles for dtron.models.llama; those that match nothing are ignored."""
     gather = partial(PrepareModuleInput, input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
@@ -75,9 +102,8 @@ def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
         "layers.*.self_attn.q_proj": ColwiseParallel(),
         "layers.*.self_attn.k_proj": ColwiseParallel(),
         "layers.*.self_attn.v_proj": ColwiseParallel(),
-        # Of the heads [B, S, H, D]: each rank normalises its own, and the gradients of the weights are summed.
-        "layers.*.self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
-        "layers.*.self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "layers.*.self_attn.q_norm": QueryKeyNorm(),
+        "layers.*.self_attn.k_norm": QueryKeyNorm(),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),
         "layers.*.post_attention_layernorm": SequenceParallel(),
         "layers.*.mlp": FeedForwardInput(),

@@ -24,6 +24,17 @@ QWEN3 = {
     "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
     "max_position_embeddings": 40960,
 }  # fmt: skip
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
+    "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+OLMOE = {
+    "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "norm_topk_prob": False,
+    "max_position_embeddings": 4096, "num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 8,
+    "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
+}  # fmt: skip
 # What the model's own config.json has besides its sizes.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7b": LLAMA | {"num_key_value_heads": 8, "rope_theta": 10000.0, "max_position_embeddings": 4096},
@@ -41,6 +52,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen2-7B": QWEN2 | {"tie_word_embeddings": False},
     "Qwen3-0.6B": QWEN3 | {"tie_word_embeddings": True},
     "Qwen3-8B": QWEN3 | {"tie_word_embeddings": False},
+    "Mixtral-8x7B-v0.1": MIXTRAL,
+    "Qwen3-30B-A3B": QWEN3
+    | {
+        "model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 48,
+        "norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 3, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "tie_word_embeddings": False, "intermediate_size": 96,
+    },
+    "OLMoE-1B-7B-0924": OLMOE,
 }  # fmt: skip
 
 

@@ -13,7 +13,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from parity.layout import CPU, Case, build, build_config, problems, train
 from parity.single import CLIP, MODELS, OPTIMIZERS, STEPS, Run, batch
-from parity.table import CP2, FOUR_D, FSDP2, FSDP4, HSDP, ONE, PP2, PP2_TP2, TP2, TP2_CP2, Degrees, schedule
+from parity.table import (
+    CP2,
+    FOUR_D,
+    FSDP2,
+    FSDP2_TP2_EP4,
+    FSDP4,
+    HSDP,
+    ONE,
+    PP2,
+    PP2_EP2,
+    PP2_TP2,
+    TP2,
+    TP2_CP2,
+    Degrees,
+    schedule,
+)
 from ranks import RankError, Ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,6 +42,8 @@ from dtron.models.llama import LlamaConfig
 from dtron.models.spec import meta_model
 from dtron.parallel.compose import ParallelModel, parallelize
 
+NO_BALANCE = {"training.expert_balance_loss": 0.0}  # transformers' own balance loss is of a microbatch
+
 CASES = [
     Case("one tied", ONE, model="tied"),
     Case("fsdp4 uneven", FSDP4, model="uneven"),
@@ -34,6 +51,9 @@ CASES = [
     Case("tp2 cp2 qwen2", TP2_CP2, model="qwen2"),
     Case("pp2 tied V", PP2, schedule("ZBVZeroBubble"), "tied"),
     Case("hsdp2x2 scaled", HSDP, model="scaled"),
+    Case("fsdp2 tp2 ep4 qwen3 moe", FSDP2_TP2_EP4, NO_BALANCE, "qwen3 moe"),
+    Case("pp2 ep2 mixtral", PP2_EP2, NO_BALANCE, "moe"),
+    Case("pp2 fsdp2 tp2 ep4 qwen3 moe", Degrees(2, dp_shard=2, tp=2, ep=4), NO_BALANCE, "qwen3 moe", long=True),
     Case("fsdp2 tied", FSDP2, model="tied", long=True),
     Case("cp2 mha", CP2, model="mha", long=True),
     Case("ddp2 qwen2", Degrees(dp_replicate=2), model="qwen2", long=True),
@@ -77,8 +97,11 @@ def trained_by_transformers(folder: Path, optimizer_name: str) -> Run:
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
         losses.append(loss.item())
-    named = ((name.removeprefix("model."), p.detach().clone()) for name, p in model.named_parameters())
-    return Run(losses, norms, dict(named))
+    named = {name.removeprefix("model."): p.detach().clone() for name, p in model.named_parameters()}
+    for name in [name for name in named if name.endswith(".gate_up_proj")]:  # of experts, in transformers' memory
+        gate, up = named.pop(name).chunk(2, 1)
+        named |= {name.replace("gate_up", "gate"): gate.clone(), name.replace("gate_up", "up"): up.clone()}
+    return Run(losses, norms, named, [[]], 0.0)
 
 
 def read(folder: str, config: LlamaConfig, model: ParallelModel) -> None:

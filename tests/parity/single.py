@@ -24,6 +24,10 @@ MODELS = {
     "qwen2": replace(SMALL, qkv_bias=True),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.3),
     "moe": replace(SMALL, init_std=0.136, moe=MoEConfig(8, 2, 32)),
+    "olmoe": replace(
+        SMALL, qk_norm_whole=True, n_layers=2, init_std=0.169, moe=MoEConfig(8, 2, 32, normalize_top_k=False)
+    ),
+    "qwen3 moe": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.181, moe=MoEConfig(8, 2, 32)),
     "moe all": replace(
         SMALL,
         init_std=0.128,
