@@ -134,7 +134,7 @@ class CausalAttention(nn.Module):
 
 
 class NormOfHeads(nn.RMSNorm):
-    """Of queries or keys, over all heads together (OLMoE). A type of its own, since tensor parallel splits the heads."""
+    """Of queries or keys, over all heads together (OLMoE). Its type tells tensor parallel, which splits the heads."""
 
 
 class Attention(nn.Module):
