@@ -54,6 +54,7 @@ __all__ = [
     "enable_ring_attention",
     "flight_recorder_is_on",
     "group_ranks",
+    "has_units_of_two_meshes",
     "keep_forward_only",
     "ring_attention_style",
     "set_timeout",
@@ -88,12 +89,15 @@ def clean_name(name: str) -> str:
 # ShardPlacementResult.
 
 
+has_units_of_two_meshes = TORCH >= (2, 13)
+
+
 def unit_of_two_meshes(mesh: DeviceMesh, other: DeviceMesh, on_other: Iterable[nn.Parameter], placement: Shard) -> Any:
     """fully_shard's shard_placement_fn that shards the parameters `on_other` over the other mesh; None without such.
 
     placement: of those parameters; the rest are sharded along dimension 0.
     """
-    if TORCH < (2, 13):
+    if not has_units_of_two_meshes:
         return None
     from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
     from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info

@@ -60,7 +60,11 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> scores [B, S, N]."""
-        logits = F.linear(x.float(), self.weight.float())
+        return self.scores(x, self.weight)
+
+    def scores(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with a given weight [N, D]."""
+        logits = F.linear(x.float(), weight.float())
         return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
 

@@ -21,6 +21,7 @@ parameter with bf16 compute, fp32 state and N shards; weights from forward to ba
 | never                      | last_microbatch  | 1    | 4/N + 2 | 4         | 8/N   |
 """
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -79,10 +80,20 @@ def apply_data_parallel(
         # second microbatch, that is the head.
         module.set_modules_to_backward_prefetch([module])
         module.set_unshard_in_backward(not all(isinstance(m, nn.Embedding) for m in before))  # a look-up needs none
+    if expert_mesh is not None:
+        _prefetch_explicitly(list(layers_of(model).values()))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def _prefetch_explicitly(blocks: list[nn.Module]) -> None:
+    """Gather a block's neighbour when the block begins: else the host's wait for the rows' split sizes would delay it."""
+    units = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+    for here, following in itertools.pairwise(units):
+        here[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(here)
 
 
 def _expert_placement(experts: Experts, mesh: DeviceMesh) -> Shard:

@@ -23,18 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import PrepareModuleInput
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
+from dtron import compat
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
-from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, permute, swiglu_of_experts
+from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, Router, permute, swiglu_of_experts
+from dtron.parallel.incompatible import FEATURES
 
 __all__ = ["FeedForwardInput", "LocalRouter", "apply_expert_parallel", "check_experts"]
 
 SEQUENCE = Shard(1)
+ROUTER_GRADIENT = Partial()  # each tensor-parallel rank's tokens give a part of it
 ALIGNMENT = 16  # bytes, of both sizes of an expert's matrices: what the grouped product needs
 
 
@@ -89,13 +92,14 @@ class LocalRouter(ParallelStyle):
     """A router sees this rank's tokens only: weights replicated over tp, their gradients summed; plain in and out."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        weight = distribute_tensor(module.weight, mesh, [Replicate()], src_data_rank=None)  # type: ignore[arg-type]
-        module.weight = nn.Parameter(weight)
-        module.register_forward_pre_hook(
-            lambda _, inputs: (DTensor.from_local(inputs[0], mesh, [SEQUENCE], run_check=False),)
-        )
-        module.register_forward_hook(lambda _, inputs, output: output.to_local())
+        assert isinstance(module, Router)
+        module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Replicate()], src_data_rank=None))
+        module.forward = partial(self._route, module)  # type: ignore[method-assign]
         return module
+
+    @staticmethod
+    def _route(module: Router, x: Tensor) -> Tensor:
+        return module.scores(x, cast(DTensor, module.weight).to_local(grad_placements=[ROUTER_GRADIENT]))
 
 
 class FeedForwardInput(ParallelStyle):
@@ -132,6 +136,13 @@ def check_experts(c: Config, m: MoEConfig | None, dim: int, d: Degrees) -> None:
             f"expert_parallel_degree {d.ep} does not divide dp_shard {d.dp_shard} x cp {d.cp} x tp {d.tp} = "
             f"{borrowed}, the ranks it borrows; lower it, or change one of those"
         )
+    if (d.ep > 1 or d.tp > 1) and not compat.has_units_of_two_meshes:
+        for feature in ("zero-bubble schedule", "compiled blocks", "recompute by operation"):
+            if FEATURES[feature](c):
+                raise UserError(
+                    f"{feature} with experts that are sharded otherwise than the rest (ep or tp above 1) needs torch "
+                    f"2.13, and this is {torch.__version__}; choose another setting, or install it"
+                )
     size = 4 if c.training.mixed_precision_param == "float32" else 2
     for what, number in (("the hidden size", dim), ("the experts' hidden size", m.expert_dim)):
         if number * size % ALIGNMENT:

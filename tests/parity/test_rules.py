@@ -210,7 +210,7 @@ def sequence_counts_summed() -> Any:
 @contextlib.contextmanager
 def router_gradients_summed() -> Iterator[None]:
     """A router under tensor parallel as if every rank had the same tokens."""
-    with patch.object(expert, "SEQUENCE", Replicate()):
+    with patch.object(expert, "ROUTER_GRADIENT", Replicate()):
         yield
 
 
