@@ -89,8 +89,8 @@ def apply_data_parallel(
 
 
 def _prefetch_explicitly(blocks: list[nn.Module]) -> None:
-    """Gather a block's neighbour when the block begins: else the host's wait for the rows' split sizes would delay it."""
-    units = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+    """Gather a block's neighbour when the block begins: else the host's wait for the rows' split sizes delays it."""
+    units: list[list[FSDPModule]] = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
     for here, following in itertools.pairwise(units):
         here[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(here)
