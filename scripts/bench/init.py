@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 from dtron.config import load  # noqa: E402
 from dtron.mesh import Mesh  # noqa: E402
 from dtron.models import init  # noqa: E402
+from dtron.models.spec import experts_of  # noqa: E402
 from dtron.parallel import materialize  # noqa: E402
 from dtron.parallel.compose import parallelize  # noqa: E402
 from dtron.registry import cross_entropy  # noqa: E402
@@ -46,9 +47,8 @@ def main() -> None:
 
     materialize.initial_rows = counted  # this process measures and ends
     began = time.process_time()
-    model = parallelize(
-        setup.spec, setup.model_config, setup.config, Mesh(setup.degrees, "cpu"), torch.device("cpu"), cross_entropy, []
-    )
+    mesh = Mesh(setup.degrees, "cpu", experts_of(setup.model_config) is not None)
+    model = parallelize(setup.spec, setup.model_config, setup.config, mesh, torch.device("cpu"), cross_entropy, [])
     seconds = time.process_time() - began
     held = sum(p.to_local().numel() for _, p in model.named_parameters() if isinstance(p, DTensor))
     result = {
