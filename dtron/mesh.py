@@ -64,9 +64,9 @@ class Degrees:
             "dp_shard": self.dp_shard,
             "cp": self.cp,
             "tp": self.tp,
-            "ep": self.ep,
         }
-        return " x ".join(f"{name} {degree}" for name, degree in parts.items() if degree > 1) or "one rank"
+        factors = " x ".join(f"{name} {degree}" for name, degree in parts.items() if degree > 1) or "one rank"
+        return f"{factors} with ep {self.ep}" if self.ep > 1 else factors
 
 
 def resolve_degrees(p: Parallelism, world: int) -> Degrees:
