@@ -4,18 +4,18 @@
         [--bench.steps 5] [--bench.warmup 2] [--bench.out FILE] --job.config_file FILE.toml [--section.key value ...]
 
     # one node of 8 GPUs (not run yet)
-    torchrun --standalone --nproc-per-node 8 scripts/bench/moe.py --bench.routers softmax,sigmoid --bench.experts 32,64,128 \
-        --bench.out moe.json --job.config_file configs/qwen3-30b-a3b.toml --ep 8 --model.n_layers 12 --training.global_batch_size 16
+    torchrun --standalone --nproc-per-node 8 scripts/bench/moe.py --bench.experts 32,64,128 --bench.out moe.json
+        --job.config_file configs/qwen3-30b-a3b.toml --model.n_layers 12 --training.global_batch_size 16
 
 All but the --bench options is train.py's command line; its model is a mixture of experts, whose router and number of
-experts are replaced (the experts that a token takes stay, as far as there are so many). Two results, one JSON object:
+experts are replaced (a token takes as many as before, if there are). Two results, one JSON object:
 
-* `products`: a rank's experts, forward and backward, by one grouped product per matrix (dtron's own) and by a loop over
-  experts, of the same rows, spread unevenly, alternating; `loop_over_grouped` is the median of the rounds' ratios: above 1
-  the grouped product is faster. Here ep is 1: the rows of one local batch through all experts of each number.
+* `products`: the experts of a layer, forward and backward, by one grouped product per matrix (dtron's own) and by a loop
+  over experts, alternating, on the same rows: those of one local batch, spread unevenly, ep 1. `loop_over_grouped` is the
+  median of the rounds' ratios: above 1 the grouped product is faster.
 * `training`: the trainer's step on all ranks, as scripts/bench/step.py times it, and `dispatch_share`: the time in
   all-to-alls, waiting for other ranks included, over that of one profiled step, on rank 0. Leave pp and cp at 1: NCCL
-  names their messages as it names an all-to-all.
+  names their messages as it names an all-to-all. `--bench.routers none` leaves it out.
 """
 
 import argparse
@@ -148,7 +148,9 @@ def variant(config: Config, score: str, n_experts: int) -> Config:
     family = FAMILIES.get(config.model.name, {})
     base = family.get(config.model.flavor)
     if base is None or base.moe is None:
-        raise UserError(f"model {config.model.name} {config.model.flavor} has no experts; choose mixtral, qwen3_moe or olmoe")
+        raise UserError(
+            f"model {config.model.name} {config.model.flavor} has no experts; choose mixtral, qwen3_moe or olmoe"
+        )
     moe = dataclasses.replace(base.moe, score=score, n_experts=n_experts, top_k=min(base.moe.top_k, n_experts))
     flavor = f"{config.model.flavor}-{score}-{n_experts}"
     family[flavor] = dataclasses.replace(base, moe=moe)
@@ -163,9 +165,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     if "--help" in rest or "-h" in rest:
         raise HelpRequested((__doc__ or "").strip())
     options, config = step.parse(rest)
-    options.routers, experts = ours.routers.split(","), ours.experts.split(",")
+    options.routers = [] if ours.routers == "none" else ours.routers.split(",")
+    experts = ours.experts.split(",")
     if wrong := [name for name in options.routers if name not in ("softmax", "sigmoid")]:
-        raise UserError(f"--bench.routers: {wrong[0]!r} is none; expected softmax, sigmoid, or both with a comma between")
+        raise UserError(
+            f"--bench.routers: {wrong[0]!r} is no router; expected softmax, sigmoid, softmax,sigmoid or none"
+        )
     if wrong := [number for number in experts if not number.isdecimal() or number == "0"]:
         raise UserError(f"--bench.experts: {wrong[0]!r}; expected numbers of experts with commas between, as in 8,64")
     options.experts = [int(number) for number in experts]
@@ -190,7 +195,7 @@ def run(options: argparse.Namespace, setups: list[Setup], world: World) -> dict[
         "expert_dim": first.model_config.moe.expert_dim,
         "compute_dtype": c.training.mixed_precision_param,
         "products": products,
-        "training": [measure_training(setup, world, device, options) for setup in setups],
+        "training": [measure_training(setup, world, device, options) for setup in setups if options.routers],
     }
 
 
@@ -201,7 +206,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as outputs:
             config = dataclasses.replace(config, job=dataclasses.replace(config.job, dump_folder=outputs))
             size = int(os.environ.get("WORLD_SIZE", 1))
-            variants = [variant(config, score, n) for score in options.routers for n in options.experts]
+            variants = [variant(config, score, n) for score in options.routers or ["softmax"] for n in options.experts]
             setups = [resolve(each, size) for each in variants]
             world = step.start(setups[0])
             result = json.dumps(run(options, setups, world), indent=1)
