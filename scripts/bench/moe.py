@@ -10,9 +10,9 @@
 All but the --bench options is train.py's command line; its model is a mixture of experts, whose router and number of
 experts are replaced (a token takes as many as before, if there are). Two results, one JSON object:
 
-* `products`: the experts of a layer, forward and backward, by one grouped product per matrix (dtron's own) and by a loop
-  over experts, alternating, on the same rows: those of one local batch, spread unevenly, ep 1. `loop_over_grouped` is the
-  median of the rounds' ratios: above 1 the grouped product is faster.
+* `products`: the experts of a layer, forward and backward, by one grouped product per matrix (dtron's own) and by a
+  loop over experts, alternating, on the same rows: those of one local batch, spread unevenly, ep 1. `loop_over_grouped`
+  is the median of the rounds' ratios: above 1 the grouped product is faster.
 * `training`: the trainer's step on all ranks, as scripts/bench/step.py times it, and `dispatch_share`: the time in
   all-to-alls, waiting for other ranks included, over that of one profiled step, on rank 0. Leave pp and cp at 1: NCCL
   names their messages as it names an all-to-all. `--bench.routers none` leaves it out.
