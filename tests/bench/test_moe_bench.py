@@ -22,7 +22,7 @@ def test_routers_and_numbers_of_experts_on_two_ranks() -> None:
     done = bench(*variants, *TINY, "--model.name", "mixtral", "--ep", "2", launcher=launcher)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["ranks"], result["layout"]) == (2, "dp_shard 2 x ep 2")
+    assert result["ranks"] == 2 and "ep 2" in result["layout"]
     assert [(row["router"], row["experts"]) for row in result["training"]] == [
         ("softmax", 2), ("softmax", 4), ("sigmoid", 2), ("sigmoid", 4)
     ]  # fmt: skip

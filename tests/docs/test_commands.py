@@ -127,7 +127,7 @@ def check_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
     elif not script.endswith("sweep.py"):
         text = (ROOT / script).read_text()
         options = [word.split("=")[0] for word in arguments if re.match(r"--\w[\w-]*$", word.split("=")[0])]
-        short = [word for word in options if word not in ("--dp", "--tp", "--cp", "--pp")]
+        short = [word for word in options if word not in ("--dp", "--tp", "--cp", "--pp", "--ep")]
         assert [word for word in short if f'"{word}"' not in text and f'"{word[2:]}"' not in text] == []
         if "--job.config_file" in arguments:
             load(arguments[arguments.index("--job.config_file") :])
