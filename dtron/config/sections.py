@@ -24,6 +24,7 @@ from dtron.config.declare import (
     timeout_s,
     traces_prefix,
 )
+from dtron.config.quantize import Quantize
 
 __all__ = ["Config", "Dataset", "Source"]
 
@@ -385,27 +386,6 @@ class Compile:
         ["model", "loss"], "any of model (block by block, fullgraph) and loss"
     )
     backend: str = key("inductor", "torch.compile backend")
-
-
-@dataclass(frozen=True)
-class Float8:
-    enable_fsdp_float8_all_gather: bool = key(False, "", unsupported="float8 is not built yet")
-    precompute_float8_dynamic_scale_for_fsdp: bool = key(False, "", unsupported="float8 is not built yet")
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(
-        None, "", unsupported="float8 is not built yet"
-    )
-    filter_fqns: list[str] = key([], "", unsupported="float8 is not built yet")
-    emulate: bool = key(False, "", unsupported="float8 is not built yet")
-
-
-@dataclass(frozen=True)
-class QuantizeLinear:
-    float8: Float8 = field(default_factory=Float8)
-
-
-@dataclass(frozen=True)
-class Quantize:
-    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
 
 
 @dataclass(frozen=True)
