@@ -81,7 +81,9 @@ RENAMED = {
 }
 
 FLOAT8 = "float8 is not built yet"
-EXPERTS = "mixture-of-experts models are not built yet"
+EXPERTS = "this mixture of experts is not built yet (mixtral, qwen3_moe and olmoe are)"
+QWEN3_MOE = ' is unknown; as model.name "qwen3_moe" it is the flavor'
+BALANCED = "experts are balanced by training.expert_balance_loss, never by force"
 _CODE = "torchtitan's own code is not read; job.custom_import takes modules written for dtron"
 _SPLIT = "name the modules of every stage in parallelism.module_fqns_per_model_part"
 
@@ -103,13 +105,13 @@ ABSENT = {
     "metrics.rank_0_only": Absent((True,), "metrics are reduced over all ranks and written once"),
     "training.fp8_linear": Absent(("",), FLOAT8),
     "training.gc_debug": Absent((False,), "there is no such debugging mode"),
-    "training.debug_moe_force_load_balance": Absent((False,), EXPERTS),
-    "debug.moe_force_load_balance": Absent((False,), EXPERTS),
+    "training.debug_moe_force_load_balance": Absent((False,), BALANCED),
+    "debug.moe_force_load_balance": Absent((False,), BALANCED),
     "debug.deterministic_warn_only": Absent((False,), "debug.deterministic raises for an operation that is not"),
     "checkpoint.interval_type": Absent(("steps",), "checkpoint.interval counts steps"),
     "checkpoint.enable_ft_dataloader_checkpoints": Absent(None),  # of fault_tolerance
     "parallelism.pipeline_parallel_expert_parallel_overlap": Absent(None),  # of expert parallel
-    "parallelism.expert_parallel_comm_backend": Absent(None),
+    "parallelism.expert_parallel_comm_backend": Absent(("standard",), "rows travel by torch's own all-to-all"),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": Absent(
         (["moe.router.gate"], []), "recompute by operation saves every second matrix product, whatever its shape"
     ),
@@ -154,7 +156,8 @@ NAMES = {
         "llama": " is unknown; its generations are named, such as llama3",
     },
     "flavor": {
-        **dict.fromkeys(("debugmodel_moe", "30B-A3B", "235B-A22B"), f": {EXPERTS}"),
+        **{name: f"{QWEN3_MOE} {name}" for name in ("30B-A3B", "235B-A22B")},
+        "debugmodel_moe": f"{QWEN3_MOE} debugmodel",
         **dict.fromkeys(
             ("debugmodel_flex_attn", "debugmodel_varlen_attn", "8B_flex", "8B_varlen"),
             ' is unknown; the flavor without the suffix has their masks by training.attention_mask = "document"',
