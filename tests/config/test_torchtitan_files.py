@@ -161,7 +161,8 @@ def test_every_old_name_has_a_key_and_no_key_is_old(name: str) -> None:
             'dataset = "c4"\n[fault_tolerance]\nenable = true\n[debug]\nmoe_force_load_balance = true',
             [
                 "5 mistakes", "model.converters = 'float8': float8 is not built yet", "filter_fqns", "allenai/c4",
-                'dataset_subset = "en"', "fault_tolerance.enable = true is not supported", "balanced by training.expert_balance_loss",
+                'dataset_subset = "en"', "fault_tolerance.enable = true is not supported",
+                "balanced by training.expert_balance_loss",
             ],
         ),
         ('[training]\ndataset = "c4_test"', ["'c4_test' is unknown", "tests/assets/c4_test", "dataset_path"]),
