@@ -120,7 +120,8 @@ def _problem(text: Any) -> str:
     if isinstance(text, _Problem):
         return text
     if not isinstance(text, str):
-        return f"holds {type(text).__name__}, not a string: give it a text, or leave it out"
+        kind = "null" if text is None else type(text).__name__
+        return f"holds {kind}, not a string: give it a text, or leave it out"
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character

@@ -61,7 +61,7 @@ class OpenedModel:
 
 def folder_at(path: str) -> StoragePath:
     """A local path or an fsspec URL. UserError for the address of a model of the hub."""
-    if path.split("://")[0] in ("http", "https", "hf") or not path.rstrip("/"):
+    if path.startswith(("http://", "https://", "hf://")) or not path.rstrip("/"):
         raise UserError(f"{path!r} is no folder to read a model from; {DOWNLOAD}")
     return StoragePath.at(Path(folder_meant(path)).expanduser() if "://" not in path else path)
 

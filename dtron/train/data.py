@@ -268,7 +268,7 @@ def _check_equal(tokenizers: Sequence[tuple[Dataset, str | None]]) -> None:
             )
         raise UserError(
             f"{_named(section)} and {_named(first)} have different tokenizers, or only one of them has the tokenizer's "
-            f"special tokens around documents ({print_[:12]} and {first_print[:12]}): {hint}"
+            f"special tokens around documents: {hint}"
         )
 
 

@@ -80,6 +80,7 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
         return _named_run(config, model_config, Path(c.resume_run))
     family = f"{config.model.name}-{config.model.flavor}-"
     stem = family + run_identity(config, model_config)
+    gone = ""
     if c.enable:
         local = sorted(parent.glob(f"{family}*"), key=modified_s, reverse=True)
         local.sort(key=lambda p: not p.name.startswith(stem))
@@ -87,14 +88,13 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
         for folder in (*local, *(parent / name for name in remote if name.startswith(stem))):
             if holds_checkpoints(checkpoint_folder(c, folder)) and _is_same_training(config, folder, stem):
                 return _resumed(config, folder)
-        if not c.allow_restart:
-            _check_nothing_is_gone([folder for folder in local if _is_same_training(config, folder, stem)], c)
+        gone = _what_is_gone([folder for folder in local if _is_same_training(config, folder, stem)], c)
     if c.initial_load_path:  # a resume needs it no more
         check_source(StoragePath.at(c.initial_load_path))
     if c.enable:
         for folder in local:
             if folder.name.startswith(stem) and _has_saved_nothing(folder, c):
-                return RunFolder(folder, _attempt(folder), False, _not_resumed(config, folder))
+                return RunFolder(folder, _attempt(folder), False, gone or _not_resumed(config, folder))
         if c.load_step != -1:
             raise UserError(
                 f"no run of this model, data and optimizer in {parent} has a checkpoint of step {c.load_step} "
@@ -109,8 +109,8 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
         except FileExistsError:
             number += 1
             continue
-        message = _not_resumed(config, folder) or ("" if number == 1 else _beside(config, parent / stem, folder))
-        return RunFolder(folder, 1, False, message, made=made)
+        beside = "" if number == 1 else _beside(config, parent / stem, folder)
+        return RunFolder(folder, 1, False, gone or _not_resumed(config, folder) or beside, made=made)
 
 
 def _resumed(config: Config, folder: Path) -> RunFolder:
@@ -151,15 +151,24 @@ def _is_same_training(config: Config, folder: Path, stem: str) -> bool:
     return not differences(config, before, [kind for kind in ANOTHER_TRAINING if not named or kind != "dimensions"])
 
 
-def _check_nothing_is_gone(folders: Sequence[Path], c: Checkpoint) -> None:
-    """UserError if this run has saved before, as its metrics say: it would start over, and its user wants a resume."""
+def _what_is_gone(folders: Sequence[Path], c: Checkpoint) -> str:
+    """A line about the checkpoints that this run has saved, as its metrics say, and that are gone; empty where none is.
+
+    UserError unless checkpoint.allow_restart: the run would start over, and its user wants a resume.
+    """
     for folder in folders:
         if saved := last_row(folder / "metrics.jsonl", "checkpoint_save_s"):
-            raise UserError(
+            gone = (
                 f"{folder} has saved checkpoints, the last one of step {saved['step']}, and none is left in "
-                f"{checkpoint_folder(c, folder)}: bring them back, or name where they are in checkpoint.folder; to "
-                "begin again at step 1, set checkpoint.allow_restart = true"
+                f"{checkpoint_folder(c, folder)}"
             )
+            if c.allow_restart:
+                return f"beginning again at step 1, as checkpoint.allow_restart allows: {gone}"
+            raise UserError(
+                f"{gone}: bring them back, or name where they are in checkpoint.folder; to begin again at step 1, set "
+                "checkpoint.allow_restart = true"
+            )
+    return ""
 
 
 def _attempt(folder: Path) -> int:

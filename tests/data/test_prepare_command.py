@@ -197,7 +197,7 @@ def test_bad_documents_are_skipped_and_counted(source, tmp_path, capsys, monkeyp
     source.write_text("\n".join(lines))
     resumable = [source, out, capsys, "--tokenizer", str(tmp_path / "tokenizer"), "--shard-tokens", "500"]
     code, said = prepared(*resumable)
-    assert code == 1 and f"error: {source}, line 151 holds NoneType" in said.err and "--on-error skip" in said.err
+    assert code == 1 and f"error: {source}, line 151 holds null" in said.err and "--on-error skip" in said.err
     first = (out / "shard-00000.tokens").stat().st_ino
     code, said = prepared(*resumable, "--on-error", "skip")
     assert code == 0 and "resuming after shard" in said.out

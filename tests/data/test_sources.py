@@ -301,7 +301,7 @@ BROKEN = {
     "json.jsonl": (GOOD + b'{"text": "a"\n', "line 42 is not JSON .*expected one object per line"),
     "deep.jsonl": (GOOD + b"[" * 100_000 + b"\n", "line 42 is not JSON"),
     "list.jsonl": (GOOD + b'"a"\n', 'line 42 holds "a": expected an object'),
-    "null.jsonl": (GOOD + b'{"text": null}\n', "line 42 holds NoneType, not a string"),
+    "null.jsonl": (GOOD + b'{"text": null}\n', "line 42 holds null, not a string"),
     "column.jsonl": (GOOD + b'{"content": "a", "id": 1}\n', "line 42 has no column 'text'; there are: 'content', 'id'"),
     "array.json": (b'[{"text": "a"}, {"text": "b"}', "cannot be read"),
     "cut.jsonl.gz": (gzip.compress(GOOD)[:-30], "cannot be read .*download it again"),

@@ -407,7 +407,7 @@ def test_bad_documents_are_left_out_alike_everywhere(tmp_path, dp, workers):
     source, named = streamed(open_source(SourceSpec(str(tmp_path / "data")), ""), skip_bad=True), []
     batches, states = take(loaders_of([source], on_bad=named.append), 12)
     assert torch.equal(batches, whole)
-    assert len(named) == 10 == len(set(named)) and named[0].startswith(f"{path}, line 8 holds NoneType")
+    assert len(named) == 10 == len(set(named)) and named[0].startswith(f"{path}, line 8 holds null")
     named.clear()
     done = 9
     where = {"dp": dp, "workers": workers, "consumed": 16 * done, "state": states[done - 1], "on_bad": named.append}
@@ -416,7 +416,7 @@ def test_bad_documents_are_left_out_alike_everywhere(tmp_path, dp, workers):
     again, again_states = take(loaders, 12 - done)
     assert torch.equal(again, whole[done:]) and again_states == states[done:]
     assert 15 * loaders[0].epochs[0] <= loaders[0].skipped <= 15 * (loaders[0].epochs[0] + 2)
-    with pytest.raises(UserError, match="line 8 holds NoneType"):
+    with pytest.raises(UserError, match="line 8 holds null"):
         steps([streamed(source.source)], 12)
 
 

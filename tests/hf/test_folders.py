@@ -114,6 +114,15 @@ def test_names_and_files_are_read_as_they_are_meant(
     torch.testing.assert_close(ours(tmp_path / "here"), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["hf", "http"])
+def test_a_local_folder_with_the_name_of_a_protocol(
+    name: str, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).symlink_to(tied)
+    monkeypatch.chdir(tmp_path)
+    assert open_model(name, torch.device("cpu"), torch.float32).name == name
+
+
 def test_a_tied_matrix_is_read_under_either_name(tied: Path, tmp_path: Path) -> None:
     weights = weights_of(tied)
     assert EMBEDDING in weights and HEAD not in weights

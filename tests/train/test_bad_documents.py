@@ -56,7 +56,7 @@ def test_a_bad_document_costs_no_step_and_may_be_mended(ranks: Ranks, folder: Pa
     """Saved before it ends, on all ranks; mended it goes on in the order of a source that was never bad."""
     errors = ranks.run(2, train, str(folder), "run", "--checkpoint.interval 1000")
     for error, _ in errors:
-        assert f"{folder}/data.jsonl, line {BAD + 1} holds NoneType" in error and "on_bad_document" in error
+        assert f"{folder}/data.jsonl, line {BAD + 1} holds null" in error and "on_bad_document" in error
         assert "is saved, and when that is put right the same command resumes from there" in error
     before = losses(folder, "run")
     assert list((folder / "run").glob(f"*/checkpoint/step-{len(before)}")) and 3 < len(before) < 40
@@ -79,7 +79,7 @@ def test_bad_documents_are_skipped_named_once_and_counted(ranks: Ranks, folder: 
     assert error == ""
     skipped = [line for line in said + other if "skipped: " in line]
     assert skipped == [
-        f"warning: skipped: {folder}/data.jsonl, line {BAD + 1} holds NoneType, not a string: give it a "
+        f"warning: skipped: {folder}/data.jsonl, line {BAD + 1} holds null, not a string: give it a "
         "text, or leave it out"
     ]
     rows = read_metrics(next((folder / "run").glob("*/metrics.jsonl")))

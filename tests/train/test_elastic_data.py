@@ -268,7 +268,11 @@ def test_data_that_does_not_fit_is_refused(run: Runner, folder: Path) -> None:
     cache = ["--job.cache_folder", str(folder / "cache"), "--model.vocab_size", "4096"]
     assert "different tokenizers" in refusal("--training.mixture", json.dumps(stdlib), *cache)
     stdlib_beside = refusal(*prepared, "--validation.enable", *cache)
-    assert "different tokenizers" in stdlib_beside and "--validation.no_enable" in stdlib_beside
+    assert (
+        "different tokenizers" in stdlib_beside
+        and "around documents: validate on text" in stdlib_beside
+        and "--validation.no_enable" in stdlib_beside
+    )
     assert "validation.dataset = ..., as `dtron prepare --held-out 1%` makes" in stdlib_beside
     assert not (folder / "cache").exists()  # nothing was tokenized for it
     text_beside = ["--validation.enable", "--validation.dataset", str(folder / "web")]

@@ -416,6 +416,9 @@ def test_a_run_whose_checkpoints_are_gone_asks_before_it_starts_over(tmp_path: P
     with pytest.raises(UserError, match=r"has saved checkpoints, the last one of step 20, .* checkpoint.allow_restart"):
         choose(tmp_path, arguments)
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [name], "no other folder is begun"
+    config = config_of(tmp_path, f"{arguments} --checkpoint.allow_restart")
+    said = choose_run_folder(config, resolve(config, 1).model_config).message
+    assert said.startswith("beginning again at step 1, as checkpoint.allow_restart allows: ") and "of step 20" in said
     again = choose(tmp_path, f"{arguments} --checkpoint.allow_restart")
     assert again[1:] == (None, 1 if arguments else 2), "the old folder is kept for what it may still hold"
     assert choose(tmp_path, "--debug.seed 1")[1:] == (None, 1), "another run is not concerned"
