@@ -170,7 +170,7 @@ def _show(store: TokenStore) -> None:
     _say(f"{store.folder}: {store.source['name']}")
     _say(f"{store.n_documents:,} documents, {store.n_tokens:,} tokens ({store.dtype}, vocabulary {store.vocab_size:,})")
     if store.skipped:
-        _say(f"{store.skipped:,} bad documents were skipped")
+        _say(f"bad documents that were skipped: {store.skipped:,}")
     _say(f"{len(store.shards)} shards, verified: the checksum of every block matches\n")
     _say("tokens per document    documents")
     for power, count in enumerate(_histogram(store)):

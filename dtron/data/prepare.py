@@ -78,7 +78,8 @@ def prepare(
     else:
         log(f"prepared {source.name}: {journal.documents:,} documents, {journal.tokens:,} tokens")
         if skipped:
-            log(f"skipped {skipped.count:,} bad documents{skipped.first and f', the first: {skipped.first}'}")
+            what = "document" if skipped.count == 1 else "documents"
+            log(f"skipped {skipped.count:,} bad {what}{skipped.first and f', the first: {skipped.first}'}")
     return open_store(out)
 
 

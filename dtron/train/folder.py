@@ -41,7 +41,9 @@ class InUseError(UserError):
 
 LOCK = "run.lock"
 DRAFT = "config.toml.partial"  # becomes an attempt's config.toml when it is whole
-LEFT_BY_START = {LOCK, DRAFT, "HEARTBEAT", "FAILED", "SAVED", "STOP"}  # all that is there before the configuration
+# All that is there before the first row of metrics.
+LEFT_BY_START = {LOCK, DRAFT, "HEARTBEAT", "FAILED", "SAVED", "STOP"}
+OPENED = {"config.toml", "metrics.jsonl"}
 # What a resume logs and records when it has changed.
 BEARING: tuple[Changes, ...] = ("speed", "losses", *ANOTHER_TRAINING)
 
@@ -215,7 +217,9 @@ def remove_unused(made: Sequence[Path], own: Checkpoint) -> None:
         if checkpoints and checkpoints.is_dir() and "://" not in own.folder:
             for folder in (checkpoints, *checkpoints.parents[: own.folder.count("/")]):
                 folder.rmdir()
-        if set(os.listdir(made[0])) <= LEFT_BY_START:
+        rows = made[0] / "metrics.jsonl"
+        begun = rows.exists() and rows.stat().st_size > 0
+        if set(os.listdir(made[0])) <= LEFT_BY_START | (set() if begun else OPENED):
             for name in os.listdir(made[0]):
                 (made[0] / name).unlink()
             for folder in made:

@@ -31,6 +31,8 @@ __all__ = ["Report", "StepClock", "start_report"]
 
 log = logging.getLogger(__name__)
 
+ONCE = ("checkpoint.allow_restart", "checkpoint.allow_changed_data")  # permissions of one start, not of the next
+
 
 class StepClock:
     """Seconds per step and seconds waiting for data, as means over the steps since the last reading; and their sums.
@@ -185,11 +187,12 @@ class Report:
         """The command line of this run; run again it resumes from the newest checkpoint."""
         if not self._config.checkpoint.enable:
             return "nothing: checkpoint.enable is false"
+        words = [word for word in sys.argv if word.replace("-", "_").lstrip("_") not in ONCE]
         if "LOCAL_WORLD_SIZE" not in os.environ:
-            return f"python {shlex.join(sys.argv)}"
+            return f"python {shlex.join(words)}"
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
         where = "--standalone" if nodes == "1" else f"--nnodes {nodes} RENDEZVOUS_OPTIONS"
-        return f"torchrun {where} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(sys.argv)}"
+        return f"torchrun {where} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(words)}"
 
 
 def start_report(

@@ -210,7 +210,7 @@ def test_bad_documents_are_skipped_and_counted(source, tmp_path, capsys, monkeyp
     assert code == 0 and said.out.count(f"skipped: {source}, line ") == 10 and "line 13 holds int" in said.out
     assert f"skipped 15 bad documents, the first: {source}, line 4 is not JSON" in said.out
     assert main(["prepare", "--show", str(tmp_path / "all")]) == 0
-    assert "15 bad documents were skipped" in capsys.readouterr().out
+    assert "bad documents that were skipped: 15" in capsys.readouterr().out
     source.write_text('{"body": 1}\n' * 3)
     command = ["prepare", str(source), "--tokenizer", str(out), "--out", str(tmp_path / "none"), "--on-error", "skip"]
     assert main(command) == 1 and "and 3 bad ones, the first" in capsys.readouterr().err

@@ -301,7 +301,7 @@ def refused(folder: Path, error: Exception, *foreign: str) -> RunFolder:
     check_writable(checkpoint_folder(config.checkpoint, run.path), 0)
     control.heartbeat("loading", 1.0)
     for name in foreign:
-        (run.path / name).touch()
+        (run.path / name).write_text("content")
     control.failed(error)
     lock.close()
     return run
@@ -312,12 +312,17 @@ def test_a_refused_start_leaves_nothing(tmp_path: Path) -> None:
     assert run.path.parent == tmp_path / "outputs" and list(tmp_path.iterdir()) == []
     (tmp_path / "outputs").mkdir()
     refused(tmp_path, UserError("again"))
+    refused(tmp_path, UserError("of its first batch"), "config.toml")
     assert list(tmp_path.iterdir()) == [tmp_path / "outputs"] and list((tmp_path / "outputs").iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("error", "foreign"),
-    [(RuntimeError("a fault"), []), (UserError("at step 7"), ["config.toml"]), (UserError("at start"), ["mine.txt"])],
+    [
+        (RuntimeError("a fault"), []),
+        (UserError("at step 7"), ["config.toml", "metrics.jsonl"]),
+        (UserError("at start"), ["mine.txt"]),
+    ],
 )
 def test_a_run_folder_with_anything_else_in_it_stays(tmp_path: Path, error: Exception, foreign: list[str]) -> None:
     run = refused(tmp_path, error, *foreign)

@@ -95,7 +95,10 @@ def test_rates_of_a_row(time: Time, tmp_path: Path) -> None:
 
 
 def test_resume_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(report.sys, "argv", ["train.py", "--job.description", "two words", "--checkpoint.enable"])
+    once = ["--checkpoint.allow-restart", "--checkpoint.allow_changed_data"]
+    monkeypatch.setattr(
+        report.sys, "argv", ["train.py", "--job.description", "two words", *once, "--checkpoint.enable"]
+    )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     told = Report(
         World(0, 0, 4, dist.HashStore()),
