@@ -1,9 +1,14 @@
 """What each recompute policy keeps, found by watching which operations the backward runs once more."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from parity.layout import Case, build, build_config, local_batches
+from parity.single import MODELS
+from parity.table import EP2, FULL, OP
+from ranks import Ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -11,10 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from dtron import compat
 from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama, LlamaConfig
+from dtron.models.moe import Experts, MoEConfig
 from dtron.parallel import recompute
 from dtron.parallel.recompute import apply_recompute
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Forwards(TorchDispatchMode):
@@ -22,8 +26,10 @@ class Forwards(TorchDispatchMode):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        linears = [(name.rpartition(".")[2], m) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
-        self._names = {m.weight.data_ptr(): name for name, m in linears}
+        linears = [(name.rpartition(".")[2], m) for name, m in block.named_modules()]
+        self._names = {m.weight.data_ptr(): name for name, m in linears if isinstance(m, nn.Linear)}
+        experts = [m for m in block.modules() if isinstance(m, Experts)]
+        self._names |= {p.data_ptr(): f"experts.{name}" for m in experts for name, p in m.named_parameters()}
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,6 +41,8 @@ class Forwards(TorchDispatchMode):
             weight = args[-1]
             if weight.data_ptr() in self._names and weight.stride(0) == 1:
                 self.seen.append(self._names[weight.data_ptr()])
+        if func is torch.ops.dtron.grouped_product.default:  # the backward's have names of their own
+            self.seen.append(self._names[args[1].data_ptr()])
         return func(*args, **(kwargs or {}))
 
 
@@ -52,27 +60,46 @@ def watch(config: LlamaConfig, index: int, mode: str, option: str) -> tuple[list
     return forward.seen, backward.seen
 
 
-ALL = [*PROJECTIONS[:3], "attention", *PROJECTIONS[3:]]
-# The last product of a block, of which only the sum with the residual is needed, is never computed again.
+ATTENTION = ["q_proj", "k_proj", "v_proj", "attention", "o_proj"]
+DENSE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+MIXTURE = [*ATTENTION, "gate", "experts.gate_proj", "experts.up_proj", "experts.down_proj"]
+SHARED = [*MIXTURE, "gate_proj", "up_proj", "down_proj"]
+
+# (mode, option, index) -> what is computed again.
+# The last product of a block, of which only the sum with the residual is needed, is never computed again; the experts'
+# is, since what it gives is multiplied by the router's weight.
 EXPECTED = {
-    ("none", "2", 0): [],
-    ("full", "2", 0): ALL[:-1],
-    ("full", "2", 1): ALL[:-1],
-    ("selective", "2", 0): ALL[:-1],
-    ("selective", "2", 1): [],
-    ("selective", "op", 0): ["o_proj"],
-    ("selective", "op", 1): ["o_proj"],
+    ("none", "2", 0): "none",
+    ("full", "2", 0): "all",
+    ("full", "2", 1): "all",
+    ("selective", "2", 0): "all",
+    ("selective", "2", 1): "none",
+    ("selective", "op", 0): "o",
+    ("selective", "op", 1): "o",
 }
+_WITH_SHARED = replace(
+    FAMILIES["qwen3_moe"]["debugmodel"], moe=MoEConfig(16, 4, 128, shared_dim=128, n_dense_layers=1, score="sigmoid")
+)
+CONFIGS = {name: flavors["debugmodel"] for name, flavors in FAMILIES.items()} | {"shared expert": _WITH_SHARED}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def products(config: LlamaConfig, index: int) -> list[str]:
+    if config.moe is None or index < config.moe.n_dense_layers:
+        return DENSE
+    return SHARED if config.moe.shared_dim else MIXTURE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("mode", "option", "index"), EXPECTED)
-def test_each_policy_recomputes_what_it_does_not_keep(family: str, mode: str, option: str, index: int):
-    assert watch(FAMILIES[family]["debugmodel"], index, mode, option) == (ALL, EXPECTED[mode, option, index])
+def test_each_policy_recomputes_what_it_does_not_keep(name: str, mode: str, option: str, index: int):
+    forward = products(CONFIGS[name], index)
+    every = forward if forward is MIXTURE else forward[:-1]
+    again = {"none": [], "all": every, "o": ["o_proj"]}[EXPECTED[mode, option, index]]
+    assert watch(CONFIGS[name], index, mode, option) == (forward, again)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_by_operation_keeps_five_products_and_the_attention(family: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_by_operation_keeps_the_products_but_o_and_down_and_the_attention(name: str, monkeypatch: pytest.MonkeyPatch):
     kept: list[str] = []
 
     def contexts(policy: Any) -> Any:
@@ -85,6 +112,42 @@ def test_by_operation_keeps_five_products_and_the_attention(family: str, monkeyp
         return create_selective_checkpoint_contexts(recorded)
 
     monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
-    watch(FAMILIES[family]["debugmodel"], 0, "selective", "op")
-    qkv = "addmm" if FAMILIES[family]["debugmodel"].qkv_bias else "mm"
-    assert kept == [qkv, qkv, qkv, "attention", "mm", "mm"]  # without o and down
+    qkv = ["addmm" if CONFIGS[name].qkv_bias else "mm"] * 3
+    after = {  # without o, and without down but of the experts
+        id(DENSE): ["mm", "mm"],
+        id(MIXTURE): ["mm", *["grouped_product"] * 3],
+        id(SHARED): ["mm", *["grouped_product"] * 3, "mm", "mm"],
+    }
+    for index in (0, 1):
+        kept.clear()
+        watch(CONFIGS[name], index, "selective", "op")
+        assert kept == [*qkv, "attention", *after[id(products(CONFIGS[name], index))]]
+
+
+class AllToAlls(TorchDispatchMode):
+    """How many all-to-alls run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += func is torch.ops._c10d_functional.all_to_all_single.default
+        return func(*args, **(kwargs or {}))
+
+
+def all_to_alls(keys: dict[str, Any]) -> int:
+    """Of a step on ep 2, per layer."""
+    case = Case("ep2", EP2, keys, "moe", optimizers=("SGD",))
+    mesh, model = build(case, config := build_config(case))
+    valid, parts = local_batches(0, case, mesh, bool(config.parallelism.context_parallel_load_balancer))
+    model.loss.valid_tokens = valid
+    with AllToAlls() as mode:
+        model.forward_backward(*parts[0], last=True)
+    return mode.seen // MODELS["moe"].n_layers
+
+
+def test_by_operation_repeats_no_all_to_all(ranks: Ranks):
+    """Counts, rows and rows back, then two in the backward; full recomputation repeats the first three."""
+    for keys, expected in (({}, 5), (OP, 5), (FULL, 8)):
+        assert ranks.run(2, all_to_alls, keys) == [expected, expected]
