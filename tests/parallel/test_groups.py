@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,38 @@ def test_a_rank_of_the_four_dimensional_layout_is_in_few_groups_and_they_are_the
         for dim, group in zip((3, 2, 0), members, strict=True):  # tp, cp, pp
             same = [r for r, other in place.items() if all(other[i] == where[i] for i in range(4) if i != dim)]
             assert sorted(group) == sorted(same), (rank, dim)
+
+
+def _expert_groups(degrees: Degrees, experts: bool) -> tuple[int, int, tuple[int, ...], list[list[int]]]:
+    """Groups this rank is in, its world rank, its coordinates, and the ranks of its ep and expert_fsdp groups."""
+    mesh = Mesh(degrees, "cpu", experts)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    place = mesh.pp_rank, mesh.dp_rank, mesh.cp_rank, mesh.tp_rank
+    if mesh.ep is None or mesh.expert_fsdp is None:
+        return groups, dist.get_rank(), place, []
+    members = [mesh.ep.get_group(), mesh.expert_fsdp.get_group("expert_fsdp")]
+    return groups, dist.get_rank(), place, [dist.get_process_group_ranks(group) for group in members]
+
+
+def test_experts_cost_a_dense_model_no_group_and_others_at_most_four(ranks: Ranks):
+    five = Degrees(pp=2, dp_replicate=2, dp_shard=1, cp=2, tp=2, ep=4)
+    dense = ranks.run(16, _coordinates, replace(five, ep=1))
+    without = ranks.run(16, _expert_groups, replace(five, ep=1), False)
+    assert [groups for groups, *_ in without] == [groups for groups, *_ in dense]
+    assert all(members == [] for *_, members in without)
+    sharded = ranks.run(4, _expert_groups, Degrees(dp_shard=2, cp=2), True)  # as everything else is
+    assert [g for g, *_ in sharded] == [g for g, *_ in ranks.run(4, _coordinates, Degrees(dp_shard=2, cp=2))]
+    answers = ranks.run(16, _expert_groups, five, True)
+    assert max(groups for groups, *_ in answers) <= max(groups for groups, *_ in dense) + 4
+    place = {rank: where for _, rank, where, _ in answers}
+    for _, rank, where, (ep, expert_fsdp) in answers:
+        # All four ranks of cp and tp, of one stage and replica; nobody is left to share an expert's shards.
+        assert ep == [r for r, other in place.items() if other[:2] == where[:2]] and expert_fsdp == [rank]
+
+
+def test_ep_is_the_innermost_of_the_ranks_that_it_borrows(ranks: Ranks):
+    for _, rank, _, (ep, expert_fsdp) in ranks.run(8, _expert_groups, Degrees(dp_shard=4, tp=2, ep=4), True):
+        assert ep == list(range(rank // 4 * 4, rank // 4 * 4 + 4)) and expert_fsdp == [rank % 4, rank % 4 + 4]
 
 
 def _groups_of_a_run_that_saves(folder: str) -> int:
