@@ -1,8 +1,10 @@
 """A user's mistake is one message: what was given, what was expected, how to mend it; before any training."""
 
+import json
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ from warm import Warm, without_times
 
 from dtron.config import load, read
 from dtron.errors import UserError
+from dtron.models.hf import from_hf_config
+from dtron.models.moe import MoEConfig
 from dtron.train.resolve import resolve
 
 # llama3 debugmodel: 6 layers, 8 heads, 4 key/value heads, vocabulary 4096.
 TINY = '[training]\ndevice = "cpu"\nseq_len = 64\n'
 PP = "--pp 2 --parallelism.pipeline_parallel_schedule"
+EP = "--parallelism.expert_parallel_degree"
 
 # What it is about: (ranks, arguments, what the message must say).
 REFUSED = {
@@ -124,6 +129,40 @@ REFUSED = {
         f"{PP} InterleavedZeroBubble --compile.enable",
         ["zero-bubble", "compile.enable false"],
     ),
+    # qwen3_moe debugmodel: 16 experts of size 128, 4 per token.
+    "ep and experts": (
+        32,
+        f"{EP} 32 --model.name qwen3_moe",
+        ["expert_parallel_degree 32", "16 experts", "divisor"],
+    ),
+    "ep and the ranks it borrows": (
+        4,
+        f"{EP} 4 --model.name qwen3_moe --dp-replicate 2",
+        ["expert_parallel_degree 4", "dp_shard 2 x cp 1 x tp 1 = 2", "lower it"],
+    ),
+    "ep and stages": (4, f"{EP} 4 --model.name mixtral --pp 2", ["dp_shard 2 x cp 1 x tp 1 = 2"]),
+    "ep of a dense model": (2, f"{EP} 2", ["expert_parallel_degree is 2", "llama3 has no experts", "mixtral"]),
+    "ep of none": (1, f"{EP} 0 --model.name mixtral", ["expert_parallel_degree = 0", "1"]),
+    "hidden size of experts": (
+        1,
+        "--model.name mixtral --model.dim 244 --model.n_heads 2 --model.n_kv_heads 2",
+        ["hidden size 244 in bfloat16", "16 bytes", "multiple of 8"],
+    ),
+    "few experts and many ranks": (
+        96,
+        "--model.name mixtral --dp 96 --training.global_batch_size -1",
+        ["8 experts", "96 ranks", "256", "raise expert_parallel_degree"],
+    ),
+    "expert tensor parallel": (
+        2,
+        "--model.name mixtral --tp 2 --parallelism.expert_tensor_parallel_degree 2",
+        ["parallelism.expert_tensor_parallel_degree", "not supported", "different tokens"],
+    ),
+    "balance loss below zero": (
+        1,
+        "--model.name mixtral --training.expert_balance_loss -0.1",
+        ["training.expert_balance_loss = -0.1", "0"],
+    ),
     "missing file": (1, "--job.config_file no.toml", ["no.toml"]),
     "wrong type": (1, "--training.steps ten", ["training.steps", '"ten"', "an integer"]),
     "unknown key": (1, "--training.sequence_len 8", ['"training.sequence_len"', "did you mean", "training.seq_len"]),
@@ -144,6 +183,61 @@ def test_mistake_is_explained(about: str, tmp_path: Path) -> None:
     message = refusal(tmp_path, world, arguments)
     assert [part for part in says if part not in message] == [], message
     assert "\n" not in message
+
+
+# A tiny Qwen3-MoE's config.json, and what is wrong with it when a field is another.
+EXPERTS = {
+    "model_type": "qwen3_moe", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 8,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+UNFIT = {
+    "every second layer": ({"decoder_sparse_step": 2}, ["decoder_sparse_step = 2", "expected 1"]),
+    "a dense layer between": ({"mlp_only_layers": [1]}, ["mlp_only_layers = [1]", "the first layers only"]),
+    "dense layers only": ({"mlp_only_layers": [0, 1, 2, 3]}, ["mlp_only_layers = [0, 1, 2, 3]"]),
+    "dense layers, not a list": ({"mlp_only_layers": 2}, ["mlp_only_layers = 2", "the first layers only"]),
+    "top-k above the experts": ({"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "8 experts"]),
+    "no experts": ({"num_experts": 0}, ["num_experts missing or not a whole number above 0"]),
+    "no number of experts": ({"num_experts": None}, ["num_experts missing"]),
+    "no top-k": ({"num_experts_per_tok": "2"}, ["num_experts_per_tok missing or not"]),
+    "size of an expert": ({"moe_intermediate_size": 12.5}, ["intermediate size missing or not"]),
+    "clipped queries": ({"model_type": "olmoe", "clip_qkv": 8.0}, ["clip_qkv = 8.0", "expected None"]),
+    "a shared expert": ({"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size = 64"]),
+    "router noise": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1"]),
+    "a window": ({"model_type": "mixtral", "sliding_window": 4096}, ["sliding_window = 4096"]),
+    "a size that no product takes": ({"moe_intermediate_size": 20}, ["20 in bfloat16", "multiple of 8"]),
+}
+
+
+def dimensions(folder: Path, **fields: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps(EXPERTS | fields))
+    config = load(["--job.config_file", str(folder / "x.toml"), "--model.hf_config_path", str(folder)])
+    return resolve(config, 1).model_config
+
+
+@pytest.mark.parametrize("about", UNFIT)
+def test_experts_that_cannot_be_represented_are_named(about: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(TINY)
+    fields, says = UNFIT[about]
+    with pytest.raises(UserError) as caught:
+        dimensions(tmp_path, **fields)
+    message = str(caught.value)
+    assert [part for part in says if part not in message] == [], message
+    assert "\n" not in message
+
+
+def test_experts_are_read_in_both_spellings(tmp_path: Path) -> None:
+    """And the same without the mistakes is accepted."""
+    (tmp_path / "x.toml").write_text(TINY)
+    hub = dimensions(tmp_path)
+    assert hub.moe == MoEConfig(8, 2, 16)
+    own = {name: value for name, value in EXPERTS.items() if name != "num_experts"}
+    (tmp_path / "config.json").write_text(json.dumps(own | {"num_local_experts": 8}))
+    assert from_hf_config(tmp_path) == hub
+    mixtral = dimensions(tmp_path, model_type="mixtral", num_local_experts=8, moe_intermediate_size=None)
+    assert mixtral.moe == MoEConfig(8, 2, 64)
+    assert dimensions(tmp_path, mlp_only_layers=[0, 1]).moe.n_dense_layers == 2
+    assert not dimensions(tmp_path, norm_topk_prob=False).moe.normalize_top_k
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
