@@ -87,10 +87,12 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
         if hf.get(name) is not None and not _is_count(hf[name]):
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected a whole number above 0")
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
-    head_size = hf.get("head_dim") or (128 if kind in ("qwen3", "qwen3_moe") else dim // heads)
+    head_size = hf.get("head_dim") or (128 if kind == "qwen3" else dim // heads)
+    eps = _positive(hf, "rms_norm_eps", 1e-5 if kind in ("mixtral", "olmoe") else 1e-6, file)
+    hf = {"rope_theta": 1e6 if kind == "mixtral" else 10000.0} | hf  # what transformers takes
     return LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
-        head_dim=None if head_size * heads == dim else head_size, norm_eps=_positive(hf, "rms_norm_eps", 1e-6, file),
+        head_dim=None if head_size * heads == dim else head_size, norm_eps=eps,
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)), **TYPES[kind], **_rope(hf, file),
         moe=_experts(hf, kind, layers, file) if kind in EXPERTS else None,
     )  # fmt: skip
@@ -98,10 +100,11 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
 
 def _experts(hf: dict[str, Any], kind: str, layers: int, file: Path | str) -> MoEConfig:
     """The mixture of experts. The number of experts has two names, in files of one model_type even."""
+    size_name = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
     values = {
-        "num_experts": hf.get("num_experts", hf.get("num_local_experts")),
+        "num_experts": hf.get("num_local_experts") if hf.get("num_experts") is None else hf["num_experts"],
         "num_experts_per_tok": hf.get("num_experts_per_tok"),
-        "an expert's intermediate size": hf.get("moe_intermediate_size", hf["intermediate_size"]),
+        size_name: hf.get(size_name),
     }
     if missing := [name for name, value in values.items() if not _is_count(value)]:
         raise UserError(f"{file}: {', '.join(missing)} missing or not a whole number above 0")
@@ -109,7 +112,7 @@ def _experts(hf: dict[str, Any], kind: str, layers: int, file: Path | str) -> Mo
     if top_k > n_experts:
         raise UserError(f"{file}: num_experts_per_tok = {top_k}, more than the {n_experts} experts")
     dense = hf.get("mlp_only_layers") or []
-    if dense != list(range(len(dense))) or len(dense) >= layers:
+    if not isinstance(dense, list) or dense != list(range(len(dense))) or len(dense) >= layers:
         raise UserError(
             f"{file}: mlp_only_layers = {dense!r} cannot be represented; expected none, or the first layers only"
         )
@@ -145,7 +148,7 @@ def _rope(hf: dict[str, Any], file: Path | str) -> dict[str, Any]:
         if not isinstance(hf.get(name) or {}, dict):
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected an object, or null")
         rope |= _of_full_attention(hf.get(name) or {}, name, file)
-    theta = float(_positive({"rope_theta": hf.get("rope_theta", 10000.0)} | rope, "rope_theta", 10000.0, file))
+    theta = float(_positive({"rope_theta": hf["rope_theta"]} | rope, "rope_theta", 10000.0, file))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (1, None):
         raise UserError(f"{file}: a partial_rotary_factor cannot be represented; expected 1")

@@ -200,7 +200,8 @@ UNFIT = {
     "no experts": ({"num_experts": 0}, ["num_experts missing or not a whole number above 0"]),
     "no number of experts": ({"num_experts": None}, ["num_experts missing"]),
     "no top-k": ({"num_experts_per_tok": "2"}, ["num_experts_per_tok missing or not"]),
-    "size of an expert": ({"moe_intermediate_size": 12.5}, ["intermediate size missing or not"]),
+    "size of an expert": ({"moe_intermediate_size": 12.5}, ["moe_intermediate_size missing or not"]),
+    "no size of an expert": ({"moe_intermediate_size": None}, ["moe_intermediate_size missing"]),
     "clipped queries": ({"model_type": "olmoe", "clip_qkv": 8.0}, ["clip_qkv = 8.0", "expected None"]),
     "a shared expert": ({"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size = 64"]),
     "router noise": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1"]),
@@ -232,8 +233,9 @@ def test_experts_are_read_in_both_spellings(tmp_path: Path) -> None:
     hub = dimensions(tmp_path)
     assert hub.moe == MoEConfig(8, 2, 16)
     own = {name: value for name, value in EXPERTS.items() if name != "num_experts"}
-    (tmp_path / "config.json").write_text(json.dumps(own | {"num_local_experts": 8}))
-    assert from_hf_config(tmp_path) == hub
+    for spelling in ({"num_local_experts": 8}, {"num_local_experts": 8, "num_experts": None}):
+        (tmp_path / "config.json").write_text(json.dumps(own | spelling))
+        assert from_hf_config(tmp_path) == hub
     mixtral = dimensions(tmp_path, model_type="mixtral", num_local_experts=8, moe_intermediate_size=None)
     assert mixtral.moe == MoEConfig(8, 2, 64)
     assert dimensions(tmp_path, mlp_only_layers=[0, 1]).moe.n_dense_layers == 2

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
 
 from dtron.models import moe as moe_module
 from dtron.models.families import FAMILIES
 from dtron.models.flops import active_parameters, attention_flops_per_token, flops_per_token, matmul_parameters
+from dtron.models.hf import hf_dimensions
 from dtron.models.llama import FeedForward, Llama
 from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, choose_experts
 
@@ -273,6 +275,20 @@ def test_parameters_in_all_and_per_token_are_the_published_ones(family: str, fla
     attention = attention_flops_per_token(config, 4096)
     expected = 6 * matmul_parameters(model) + config.n_layers * attention
     assert flops_per_token(model, config.n_layers, attention) == expected
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_fields_that_a_config_json_leaves_out_have_the_values_of_transformers(kind: str) -> None:
+    given = {
+        "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 32, "num_experts_per_tok": 2,
+        "num_local_experts" if kind == "mixtral" else "num_experts": 8,
+    }  # fmt: skip
+    given |= {"moe_intermediate_size": 16} if kind == "qwen3_moe" else {}
+    whole = AutoConfig.for_model(kind, **given).to_dict()
+    expected = hf_dimensions(whole, "saved by transformers")
+    assert hf_dimensions(given | {"model_type": kind}, "config.json") == expected
+    assert expected.moe is not None and expected.moe.n_experts == 8
 
 
 def test_a_dense_model_has_nothing_of_experts() -> None:
