@@ -101,7 +101,7 @@ def hf_dimensions(hf: dict[str, Any], file: Path | str) -> LlamaConfig:
 def _experts(hf: dict[str, Any], kind: str, layers: int, file: Path | str) -> MoEConfig:
     """The mixture of experts. The number of experts has two names, in files of one model_type even."""
     size_name = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
-    values = {
+    values: dict[str, Any] = {
         "num_experts": hf.get("num_local_experts") if hf.get("num_experts") is None else hf["num_experts"],
         "num_experts_per_tok": hf.get("num_experts_per_tok"),
         size_name: hf.get(size_name),

@@ -1,4 +1,4 @@
-"""The router and the experts against loops over tokens, the balance loss against autograd, counts, and published sizes."""
+"""Router and experts against loops over tokens, the balance loss against autograd, exact counts, published sizes."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -126,7 +126,11 @@ def test_metrics_and_the_picture_are_of_the_counts_since_the_last_row(ranks: Ran
 
 def norms_and_bias(folder: str, arguments: str) -> tuple[list[float], list[float], float]:
     rows, _, biases = run(folder, 2, arguments)
-    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows], torch.tensor(biases[-1]).abs().max().item()
+    return (
+        [row["loss"] for row in rows],
+        [row["grad_norm"] for row in rows],
+        torch.tensor(biases[-1]).abs().max().item(),
+    )
 
 
 def test_the_keys_of_balance_take_effect(ranks: Ranks, tmp_path: Path) -> None:
