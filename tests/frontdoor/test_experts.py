@@ -36,9 +36,9 @@ LONG = {
 def config_of(folder: Path, more: str = "") -> str:
     """The text of a run's configuration file, of the tiny Qwen3-MoE whose config.json it writes."""
     (folder / "config.json").write_text(json.dumps(DIMENSIONS))
-    other = CONFIG.replace("n_layers = 4\ndim = 32\nn_heads = 4\nn_kv_heads = 2\nffn_dim = 64\nvocab_size = 64\n", "")
-    assert other != CONFIG
-    return other.replace("[model]\n", f'[model]\nname = "qwen3_moe"\nhf_config_path = "{folder / "config.json"}"\n') + more
+    before, _, after = CONFIG.partition("[model]\n")
+    model = f'[model]\nname = "qwen3_moe"\nhf_config_path = "{folder / "config.json"}"\n'
+    return before + model + after[after.index("[optimizer]") :] + more
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
