@@ -11,10 +11,12 @@ import torch
 from frontdoor import CONFIG, ROOT, TIMEOUT_S, environment, torchrun
 from warm import Warm, without_times
 
-from dtron.config import load, read
+from dtron.config import Config, load, read
 from dtron.errors import UserError
+from dtron.mesh import Degrees
 from dtron.models.hf import from_hf_config
 from dtron.models.moe import MoEConfig
+from dtron.parallel.expert import check_experts
 from dtron.train.resolve import resolve
 
 # llama3 debugmodel: 6 layers, 8 heads, 4 key/value heads, vocabulary 4096.
@@ -225,6 +227,12 @@ def test_experts_that_cannot_be_represented_are_named(about: str, tmp_path: Path
     message = str(caught.value)
     assert [part for part in says if part not in message] == [], message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("top_k", [0, 9])
+def test_experts_per_token_of_a_registered_family(top_k: int) -> None:
+    with pytest.raises(UserError, match=f"{top_k} experts per token of 8; expected 1 to 8"):
+        check_experts(Config(), MoEConfig(8, top_k, 16), 32, Degrees())
 
 
 def test_experts_are_read_in_both_spellings(tmp_path: Path) -> None:
