@@ -289,6 +289,7 @@ def test_fields_that_a_config_json_leaves_out_have_the_values_of_transformers(ki
     expected = hf_dimensions(whole, "saved by transformers")
     assert hf_dimensions(given | {"model_type": kind}, "config.json") == expected
     assert expected.moe is not None and expected.moe.n_experts == 8
+    assert expected.head_size == 64 // 4  # which transformers leaves out, of Qwen3-MoE too
 
 
 def test_a_dense_model_has_nothing_of_experts() -> None:
