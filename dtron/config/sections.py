@@ -78,7 +78,8 @@ class Model:
 
     name: str = key(
         "llama3",
-        "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, or a registered one",
+        "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, mixtral, qwen3_moe, olmoe, or a "
+        "registered one",
         changes="training",
     )
     flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
