@@ -191,11 +191,9 @@ def collate(rows: Sequence[Row]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
-def with_sources(batch: Batch, mixture: Mixture, first: int) -> Batch:
-    """The batch, and of a mixture the source of every row. first: the global sample in its first row."""
-    if len(mixture.counts) == 1:
-        return batch
-    return batch._replace(sources=torch.from_numpy(mixture(first, len(batch.tokens))[0]))
+def with_sources(batch: Batch, mixture: Mixture, sources: np.ndarray) -> Batch:
+    """The batch, and of a mixture the source of every row."""
+    return batch if len(mixture.counts) == 1 else batch._replace(sources=torch.from_numpy(sources))
 
 
 def _collate(rows: list[Row] | UserError) -> Batch | UserError:
@@ -386,7 +384,7 @@ class StepLoader:
             raise batch
         first = self._consumed + sampler.rows.start
         self._consumed += sampler.global_batch_size
-        return with_sources(batch, sampler.mixture, first)
+        return with_sources(batch, sampler.mixture, sampler.mixture(first, len(sampler.rows))[0])
 
 
 class ValidationLoader:

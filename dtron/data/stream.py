@@ -2,7 +2,8 @@
 
 A run has V virtual shards: virtual shard v gives rows [v G/V, (v+1) G/V) of every global batch of G, whichever ranks
 and worker processes read it. `router` deals the documents of a source out to them in turn; each is tokenized and packed
-into sequences here.
+into sequences here. In a mixture the rows are in the order of `Mixture.spread`, so that the virtual shards go through a
+source together.
 
 The state of a virtual shard is the position where the block with its next document begins, the document's number and
 the tokens used of it. It says nothing of ranks or workers, so a run resumes on any others: at most a block is read
@@ -144,6 +145,11 @@ class _StepRows(torch.utils.data.IterableDataset[Any]):
         size = self.global_batch_size // self.n_shards
         return range(shard * size, (shard + 1) * size)
 
+    def samples(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, number within it) of every row of the global batch whose first global sample is `start`."""
+        streamed = any(isinstance(source, StreamedSource) for source in self.sources)
+        return (self.mixture.spread if streamed else self.mixture)(start, self.global_batch_size)
+
     def __iter__(self) -> Iterator[Part | UserError]:
         info = torch.utils.data.get_worker_info()
         shards = self.shards(info.id, info.num_workers) if info else self.shards(0, 1)
@@ -156,7 +162,8 @@ class _StepRows(torch.utils.data.IterableDataset[Any]):
                 for shard in shards
             }
             for start in count(self.start, self.global_batch_size):
-                batch = collate([row for shard in shards for row in self._shard_rows(shard, start, streams)])
+                samples = self.samples(start)
+                batch = collate([row for shard in shards for row in self._shard_rows(shard, *samples, streams)])
                 positions = {f"{source}/{shard}": stream.state() for (source, shard), stream in streams.items()}
                 yield Part(batch, positions, bad[:], {s: router.skipped for s, router in routers.items()})
                 bad.clear()
@@ -173,11 +180,12 @@ class _StepRows(torch.utils.data.IterableDataset[Any]):
                 routers[s] = Router(source, self.n_shards, wanted, on_bad)
         return routers
 
-    def _shard_rows(self, shard: int, start: int, streams: dict[tuple[int, int], _VirtualShard]) -> Iterator[Row]:
-        """This rank's rows of one virtual shard, in the step whose first global sample is `start`."""
-        rows = self.rows_of_shard(shard)
-        sources, numbers = self.mixture(start + rows.start, len(rows))
-        for row, s, number in zip(rows, sources.tolist(), numbers.tolist(), strict=True):
+    def _shard_rows(
+        self, shard: int, sources: np.ndarray, numbers: np.ndarray, streams: dict[tuple[int, int], _VirtualShard]
+    ) -> Iterator[Row]:
+        """This rank's rows of one virtual shard, in the step of these samples."""
+        for row in self.rows_of_shard(shard):
+            s, number = int(sources[row]), int(numbers[row])
             source = self.sources[s]
             if isinstance(source, StreamedSource):
                 sequence = streams[s, shard].next_sequence()  # also where another rank has the row
@@ -312,9 +320,10 @@ class StreamLoader:
             if what not in self._named and len(self._named) < SHOWN:
                 self._named.add(what)
                 self._on_bad(what)
-        first = self._consumed + self._data.rows.start
+        rows = self._data.rows
+        sources = self._data.samples(self._consumed)[0][rows.start : rows.stop]
         self._consumed += self._data.global_batch_size
-        return with_sources(item.batch, self._data.mixture, first)
+        return with_sources(item.batch, self._data.mixture, sources)
 
     @property
     def problem(self) -> str:

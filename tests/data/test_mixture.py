@@ -46,3 +46,17 @@ def test_any_position_is_reached_at_once(start):
 def test_weights_that_come_to_nothing_are_refused(weights):
     with pytest.raises(UserError, match="mixture weights"):
         Mixture(weights)
+
+
+@pytest.mark.parametrize("size", [4, 16, 96])
+@pytest.mark.parametrize("weights", WEIGHTS + [[3, 1], [2, 1], [16, 1], [3863, 6137]], ids=str)
+def test_rows_of_a_batch_are_spread_over_the_sources(weights, size):
+    """Every batch has the same samples as without, and every row its share of each source."""
+    mixture, rows = Mixture(weights), np.zeros((len(weights), size))
+    for step in range(1000):
+        source, number = mixture.spread(step * size, size)
+        assert sorted(zip(source, number, strict=True)) == sorted(zip(*mixture(step * size, size), strict=True))
+        rows[source, np.arange(size)] += 1
+        assert np.abs(rows - rows.mean(1, keepdims=True)).max() < 24
+    if len(weights) == 1:
+        assert (number == np.arange(999 * size, 1000 * size)).all()

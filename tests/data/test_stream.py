@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import signal
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -251,10 +252,43 @@ def test_a_mixture_of_streamed_and_numbered_sources(tmp_path, dp, workers, done)
     assert {key.split("/")[0] for key in states[0]["places"]} == {"0", "2"}
     loader = loaders_of(sources, weights=weights)[0]
     taken = torch.cat([next(loader).sources for _ in range(9)])
-    assert torch.equal(taken, torch.from_numpy(Mixture(weights)(0, 144)[0]))
+    shares = torch.from_numpy(Mixture(weights)(0, 144)[0])
+    assert torch.equal(taken.view(9, 16).sort().values, shares.view(9, 16).sort().values)
     numbered = batches.flatten(0, 1)[taken == 1][:, 0, 0] - 500
     assert numbered.min() >= 0 and len(set(numbered.tolist())) == 36  # of 37 sequences, 36 taken
     assert batches.flatten(0, 1)[taken != 1].max() <= EOS
+
+
+def test_ranks_may_share_virtual_shards_of_a_mixture(tmp_path):
+    sources = [Numbered(), streamed(write(tmp_path / "a", "jsonl", texts_of(4)))]
+    batches, states = steps(sources, 4, gbs=96, weights=[3, 1])
+    again, again_states = steps(sources, 2, gbs=96, weights=[3, 1], dp=12, consumed=2 * 96, state=states[1])
+    assert torch.equal(again, batches[2:]) and again_states == states[2:]
+
+
+@pytest.mark.parametrize("gbs", [4, 8, 16, 32])
+@pytest.mark.parametrize("weights", [[3, 1], [2, 1], [7, 1], [1, 1, 2]], ids=str)
+def test_every_virtual_shard_has_its_share_of_a_source(weights, gbs, tmp_path):
+    """So that no document comes again while others wait: a document here is just one row."""
+    n_documents, slack = 160, 4  # rows that a virtual shard may be off its share
+    texts = [[f"{s}:{i:0{S - 3}}" for i in range(n_documents)] for s in range(len(weights))]
+    sources = [Numbered(), *(streamed(write(tmp_path / f"s{s}", "jsonl", [texts[s]])) for s in range(1, len(weights)))]
+    [loader] = loaders_of(sources, gbs=gbs, weights=weights)
+    last, total = len(weights) - 1, sum(weights)
+    rows, seen = np.zeros((len(weights), gbs), int), Counter()
+    for _ in range(-(-n_documents * total // (gbs * weights[last]))):  # an epoch of the last source
+        batch = next(loader)
+        for row, (s, tokens) in enumerate(zip(batch.sources.tolist(), batch.tokens.tolist(), strict=True)):
+            rows[s, row] += 1
+            if s == last:
+                seen[bytes(tokens[:-1]).decode()] += 1
+        assert np.abs(rows - rows.mean(1, keepdims=True)).max() < slack
+    assert set(seen) <= set(texts[last]) and max(seen.values()) <= 2
+    again = sum(n == 2 for n in seen.values())
+    untouched = n_documents - len(seen)
+    assert max(again, untouched) <= n_documents // 8
+    epochs = {p["block"]["epoch"] for key, p in loader.state()["places"].items() if key.startswith(f"{last}/")}
+    assert epochs <= {0, 1}
 
 
 def test_numbered_sources_alone_are_those_of_the_step_loader():
