@@ -9,6 +9,7 @@ and a checkpoint needs to hold `consumed` only.
 import dataclasses
 import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -313,7 +314,8 @@ class Ahead(Iterator[T]):
         return str(item) if isinstance(item, UserError) else ""
 
     def __del__(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        if not sys.is_finalizing():
+            self._thread.shutdown(cancel_futures=True)
 
 
 class StepLoader:
