@@ -155,7 +155,10 @@ def test_a_gpu_sweep_can_be_listed_without_gpus(write: Any) -> None:
         (HEAD + "[axes]\ntraining.steps = [1]\n", "which a sweep sets itself: write steps = N at the top"),
         (HEAD + 'layouts = "some"\n', 'expected "all", or a list'),
         (HEAD + 'layouts = "all"\n[limits]\ndp = 1\ntp = 1\npp = 1\ncp = 1\ndp_replicate = 1\n', "raise a limit"),
-        (HEAD + 'layouts = "all"\n[limits]\nep = 1\n', 'unknown key "ep"'),
+        (
+            HEAD + 'layouts = "all"\n[limits]\nep = 1\n',
+            "limits has parallelism.expert_parallel_degree = 1; expected dp, dp_replicate, tp, cp, pp of",
+        ),
         (HEAD + "[limits]\ntp = 1\n[axes]\ntp = [1]\n", "[limits] has no effect"),
         (HEAD + 'layouts = "all"\n[axes]\ntp = [1]\n', "is given, but layouts set every degree"),
         (HEAD + "[axes]\ntp = [3, 5]\n", "no point can run with 4 ranks"),

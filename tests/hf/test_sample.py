@@ -473,7 +473,6 @@ def test_the_commands_start_fast_and_need_no_transformers(encoder: TextEncoder, 
 import sys
 sys.modules["transformers"] = None
 from dtron.__main__ import main
-from dtron.checkpoint import hf as hf_weights
 for name in ("prepare", "sample"):
     try:
         main([name, "--help"])

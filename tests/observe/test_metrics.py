@@ -20,6 +20,7 @@ from dtron.observe.goodput import PARTS, Ledger
 from dtron.observe.metrics import LAYOUT, TAGS, MetricsWriter, last_row, read_metrics, tag_of
 
 ROW: dict[str, Any] = {
+    "expert_dropped_rows": 0,
     "step": 1,
     "loss": 10.5,
     "grad_norm": 1.25,

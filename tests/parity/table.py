@@ -283,7 +283,7 @@ EXPERTS = [
         for mode, keys in (("full", FULL), ("every second", SECOND), ("op", OP))
     ],
     Case("ep2 compiled", EP2, compiled(), "moe", batches=2),
-    Case("fsdp2 tp2 ep4 compiled op", FSDP2_TP2_EP4, {**compiled(), **OP}, "moe all"),
+    Case("fsdp2 tp2 ep4 compiled op", FSDP2_TP2_EP4, {**compiled(), **OP}, "moe all", long=True),
     Case("ep2 compiled full", EP2, {**compiled(), **FULL}, "moe", long=True),
     Case("ep2 inductor", EP2, compiled("inductor"), "moe", long=True),
     Case("ep2 offload", EP2, OFFLOAD, "moe"),

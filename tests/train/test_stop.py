@@ -162,7 +162,8 @@ def test_the_file_stop_ends_a_run_before_its_first_step(ranks: Ranks, tmp_path: 
 def _busy(pid: Any, child: bool) -> None:
     """A process whose main thread, or a child's, runs no Python for minutes, as in a tokenizer."""
     setup_logging(0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # nohup, or a shell's background, leaves some ignored
     exit_on_signals(0, hint=": there was nothing to save")
     if child and (forked := os.fork()):
         pid.value = forked

@@ -232,7 +232,7 @@ def _degrees(path: Path, table: dict[str, Any], where: str) -> dict[str, int]:
     found = _settings(path, table, where)
     for name, degree in found.items():
         if name not in DEGREES or degree < 1:
-            short = ", ".join(SHORT_FORMS)
+            short = ", ".join(short for short, key in SHORT_FORMS.items() if key in DEGREES)
             raise UserError(f"{path}: {where} has {name} = {toml_value(degree)}; expected {short} of at least 1")
     return found
 

@@ -23,11 +23,11 @@ DIMENSIONS = {
 BALANCE = "--training.expert_balance_loss 0.1"
 STEPS = "--training.steps 10"
 EP = "--parallelism.expert_parallel_degree"
-LAYOUTS = {"dp2 x tp2 x pp2, ep4": (8, f"--dp 2 --tp 2 --pp 2 {EP} 4 --training.local_batch_size 4")}
+LAYOUTS = {"tp2, ep2": (2, f"--tp 2 {EP} 2")}
 # Each process costs seconds to start; the pool's ranks train on the same layouts below.
 LONG = {
     "ep2": (2, f"{EP} 2 --training.local_batch_size 2"),
-    "tp2, ep2": (2, f"--tp 2 {EP} 2"),
+    "dp2 x tp2 x pp2, ep4": (8, f"--dp 2 --tp 2 --pp 2 {EP} 4 --training.local_batch_size 4"),
     "pp2 x ep2": (4, f"--pp 2 {EP} 2 --training.local_batch_size 4"),
     "cp2 x tp2 x dp2, ep8": (8, f"--cp 2 --tp 2 {EP} 8 --training.local_batch_size 4"),
 }
