@@ -245,7 +245,7 @@ class _Board:
         # purge_step hides what an earlier attempt drew from here on, so that no replayed step is drawn twice.
         self._writer = self._make(str(self._folder), purge_step=row["step"])
         more = SOURCE_CHARTS if any(key.startswith("source_") for key in row) else {}
-        more = more | (EXPERT_CHARTS if any(key.startswith("expert_") for key in row) else {})
+        more = more | (EXPERT_CHARTS if any(key.startswith("expert_busiest/") for key in row) else {})
         self._writer.add_custom_scalars({name: charts | more for name, charts in LAYOUT.items()})
         self._writer.add_text("config", f"```toml\n{self._config_text}\n```")
         # What SummaryWriter.add_hparams(run_name=".") does, but in this file: it would open a second one in
