@@ -243,9 +243,13 @@ class _Loader(torch.utils.data.DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before = signal.getsignal(signal.SIGCHLD)
         items = super().__iter__()
-        if signal.getsignal(signal.SIGCHLD) is not before:
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        if _is_torchs(signal.getsignal(signal.SIGCHLD)):  # set once in a process, perhaps by another loader
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_torchs(before) else before or signal.SIG_DFL)
         return _Watched(items, multiprocessing.active_children()) if self.num_workers else items
+
+
+def _is_torchs(handler: Any) -> bool:
+    return getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
 
 
 class _Watched:
