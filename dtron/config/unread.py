@@ -33,7 +33,7 @@ RULES = [
     Rule(
         ("checkpoint.folder", "checkpoint.load_step", "checkpoint.load_only", "checkpoint.interval",
          "checkpoint.last_save_model_only", "checkpoint.async_mode", "checkpoint.keep_*",
-         "checkpoint.enable_first_step_checkpoint"),
+         "checkpoint.enable_first_step_checkpoint", "checkpoint.allow_*"),
         "checkpoint.enable = true", lambda c: c.checkpoint.enable, "checkpoint.enable",
     ),
     Rule(

@@ -19,13 +19,22 @@ from torch import Tensor, nn
 
 from dtron import compat
 from dtron.config import Config
+from dtron.config.sections import Training
 from dtron.models.moe import MixtureOfExperts, MoEConfig
 from dtron.parallel.compose import ParallelModel
 from dtron.ranks.agree import warn_on_rank_0
 
-__all__ = ["Balance"]
+__all__ = ["Balance", "unread_keys"]
 
 IDLE_STEPS = 100  # an expert without a row for this long is named in a warning
+
+
+def unread_keys(c: Training, experts: MoEConfig | None) -> list[str]:
+    """A line for each key of the balance that was changed and that this model does not read."""
+    read = {"expert_balance_loss": experts is not None, "expert_bias_rate": bool(experts and experts.balancing_bias)}
+    needs = {"expert_balance_loss": "experts", "expert_bias_rate": "experts with a bias that balances them"}
+    changed = [name for name, is_read in read.items() if not is_read and getattr(c, name) != getattr(Training(), name)]
+    return [f"training.{name} has no effect: the model has no {needs[name]}" for name in changed]
 
 
 class Balance:

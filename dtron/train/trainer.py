@@ -17,11 +17,11 @@ from dtron.models.spec import experts_of, meta_model
 from dtron.observe.device import max_memory_bytes
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import parallelize
-from dtron.ranks.agree import from_rank_0
+from dtron.ranks.agree import from_rank_0, warn_on_rank_0
 from dtron.ranks.control import LONG_S, StopBeforeStartError
 from dtron.ranks.watchdog import Watchdog
 from dtron.ranks.world import World
-from dtron.train.balance import Balance
+from dtron.train.balance import Balance, unread_keys
 from dtron.train.data import HeldOut, open_data
 from dtron.train.forward import StopCheck, mean_loss
 from dtron.train.guard import UNLABELLED, StepGuard
@@ -238,7 +238,10 @@ class Trainer:
         flops = self._flops_per_token() if c.attention_mask == "document" else None
         tally = Tally(self.device, self.data.sources, self.data.mixture, c.seq_len, flops)
         m, balance = self.setup.model_config, None
-        if experts := experts_of(m):
+        experts = experts_of(m)
+        for line in unread_keys(c, experts):
+            warn_on_rank_0(line)
+        if experts:
             balance = Balance(self.model, self.config, experts, m.n_layers, self.device)
         return Step(
             self.config, self.mesh, self.device, self.model, self.optimizers, guard, self.progress, tally, balance,

@@ -21,12 +21,9 @@ experts are replaced (a token takes as many as before, if there are). Two result
 import argparse
 import dataclasses
 import datetime
-import json
-import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,14 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import step  # noqa: E402 - this also finds the checkout's dtron
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from dtron import registry  # noqa: E402
 from dtron.config import Config, HelpRequested  # noqa: E402
-from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
+from dtron.errors import UserError  # noqa: E402
 from dtron.models.families import FAMILIES  # noqa: E402
 from dtron.models.flops import active_parameters  # noqa: E402
 from dtron.models.moe import MoEConfig, swiglu_of_experts  # noqa: E402
@@ -199,30 +194,11 @@ def run(options: argparse.Namespace, setups: list[Setup], world: World) -> dict[
     }
 
 
-def main() -> None:
-    registry.register("dataset", "random_tokens", lambda config, section, split, s, v, log: step.RandomTokens(s, v))
-    try:
-        options, config = parse(sys.argv[1:])
-        with tempfile.TemporaryDirectory() as outputs:
-            config = dataclasses.replace(config, job=dataclasses.replace(config.job, dump_folder=outputs))
-            size = int(os.environ.get("WORLD_SIZE", 1))
-            variants = [variant(config, score, n) for score in options.routers or ["softmax"] for n in options.experts]
-            setups = [resolve(each, size) for each in variants]
-            world = step.start(setups[0])
-            result = json.dumps(run(options, setups, world), indent=1)
-            dist.barrier()
-    except HelpRequested as text:
-        with quiet_broken_pipe():
-            print(text)
-        return
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if world.rank == 0:
-        print(result)
-        if options.out:
-            options.out.write_text(result + "\n")
-    dist.destroy_process_group()
+def setups_of(options: argparse.Namespace, config: Config, size: int) -> list[Setup]:
+    """Of every variant; of none the products alone are measured."""
+    variants = [variant(config, score, n) for score in options.routers or ["softmax"] for n in options.experts]
+    return [resolve(each, size) for each in variants]
 
 
 if __name__ == "__main__":
-    main()
+    step.command(parse, setups_of, run)

@@ -315,15 +315,20 @@ def _cpu_name() -> str:
     return f"CPU {names[0] if names else 'of unknown name'}, {torch.get_num_threads()} thread(s)"
 
 
-def main() -> None:
+def command(
+    parse: Callable[[list[str]], tuple[argparse.Namespace, Config]],
+    setups_of: Callable[[argparse.Namespace, Config, int], list[Setup]],
+    run: Callable[[argparse.Namespace, list[Setup], World], dict[str, Any]],
+) -> None:
+    """A benchmark on every rank: arguments -> the setups for the world's size -> a result, printed by rank 0."""
     registry.register("dataset", "random_tokens", lambda config, section, split, s, v, log: RandomTokens(s, v))
     try:
         options, config = parse(sys.argv[1:])
         with tempfile.TemporaryDirectory() as outputs:
             config = dataclasses.replace(config, job=dataclasses.replace(config.job, dump_folder=outputs))
-            setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
-            world = start(setup)
-            result = json.dumps(run(options, setup, world), indent=1)
+            setups = setups_of(options, config, int(os.environ.get("WORLD_SIZE", 1)))
+            world = start(setups[0])
+            result = json.dumps(run(options, setups, world), indent=1)
             dist.barrier()
     except HelpRequested as text:
         with quiet_broken_pipe():
@@ -336,6 +341,10 @@ def main() -> None:
         if options.out:
             options.out.write_text(result + "\n")
     dist.destroy_process_group()
+
+
+def main() -> None:
+    command(parse, lambda _, config, size: [resolve(config, size)], lambda o, setups, world: run(o, setups[0], world))
 
 
 if __name__ == "__main__":

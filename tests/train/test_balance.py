@@ -18,11 +18,12 @@ from torch import Tensor
 from dtron import registry
 from dtron.config import Config
 from dtron.config import replace as with_key
+from dtron.config.sections import Training
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import MixtureOfExperts, MoEConfig
 from dtron.observe.metrics import HEAT_MAP, read_metrics
 from dtron.registry import cross_entropy
-from dtron.train.balance import IDLE_STEPS, Balance
+from dtron.train.balance import IDLE_STEPS, Balance, unread_keys
 
 # A dense layer, then mixtures with the bias that balances; tinyrun gives the other sizes.
 EXPERTS = MoEConfig(8, 2, 16, score="sigmoid", balancing_bias=True, n_dense_layers=1)
@@ -186,3 +187,12 @@ def test_an_idle_expert_is_named_once_each_time_it_becomes_so(ranks: Ranks) -> N
         (line,) = lines
         assert line.startswith(f"warning: layer 2: expert 5 has had no token for {IDLE_STEPS} steps; raise training.")
     assert dropped == 6, "rows that are counted by no expert would be seen"
+
+
+def test_keys_that_the_model_does_not_read_are_told() -> None:
+    loss, rate = Training(expert_balance_loss=0.5), Training(expert_bias_rate=0.5)
+    plain = replace(EXPERTS, balancing_bias=False)
+    assert unread_keys(loss, None) == ["training.expert_balance_loss has no effect: the model has no experts"]
+    assert unread_keys(rate, None) == unread_keys(rate, plain)
+    assert "no experts with a bias that balances them" in unread_keys(rate, plain)[0]
+    assert unread_keys(Training(), None) == unread_keys(loss, plain) == unread_keys(rate, EXPERTS) == []
