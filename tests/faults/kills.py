@@ -5,6 +5,7 @@ process, which soon after kills one rank or all of them; as torchrun would, it t
 so that they may go on writing for a while. After every kill the folder is looked through.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -252,6 +253,7 @@ class _Attempt:
         self._text = b""
         self._due: dict[int, float] = {}  # rank -> when it is to be killed
         self._dead: set[int] = set()
+        self._killing = False  # from the first kill on, ranks that lost another may fail
         self._failed: dict[int, str] = {}
         self._ended: set[int] = set()
         context = mp.get_context("fork")
@@ -298,6 +300,7 @@ class _Attempt:
     def _kill(self, rank: int) -> None:
         self._due.pop(rank)
         if rank not in self._dead and rank not in self._ended:
+            self._killing = True
             self._ranks[rank].kill()
 
     def _died(self, rank: int) -> None:
@@ -345,7 +348,7 @@ class _Attempt:
             self._ended.add(rank)
         elif what == "failed":
             self._failed[rank] = text
-            assert seen.killed_s is not None or seen.as_planned or self._due, self._story("failed by itself")
+            assert seen.killed_s is not None or seen.as_planned or self._killing, self._story("failed by itself")
 
     def _plan_kill(self, from_s: float) -> None:
         self._seen.as_planned |= self._plan.phase == "anywhere"
@@ -353,7 +356,14 @@ class _Attempt:
             self._due.setdefault(victim, from_s + (self._plan.delay_s or 0.0))
 
     def _story(self, what: str) -> str:
-        return f"attempt {self._seen.number} {what}: {self._seen}\n" + "\n".join(self._failed.values())
+        """What was seen, what the ranks said of it, and the end of their logs: a rank that aborts says why only there."""
+        logs = [_log(self._run, self._seen.number, rank) for rank in range(self._world)]
+        ends = [f"{log.name}: ...{log.read_text()[-2000:]}" for log in logs if log.exists()]
+        return "\n".join([f"attempt {self._seen.number} {what}: {self._seen}", *self._failed.values(), *ends])
+
+
+def _log(run: Run, number: int, rank: int) -> Path:
+    return run.folder / f"attempt-{number}-rank-{rank}.log"
 
 
 # --- one attempt, from inside a rank
@@ -362,7 +372,8 @@ class _Attempt:
 def _be_rank(rank: int, run: Run, plan: Plan, number: int, pipe: int) -> NoReturn:
     """What a forked rank does: train as train.py would; a rank that lost the others waits to be killed."""
     world = LAYOUTS[plan.layout][0]
-    log = (run.folder / f"attempt-{number}-rank-{rank}.log").open("w", buffering=1)
+    log = _log(run, number, rank).open("w", buffering=1)
+    faulthandler.enable(log)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
