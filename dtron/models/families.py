@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from dtron.models.llama import LlamaConfig, RopeScaling
+from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
+from dtron.models.rope import RopeScaling
 
 __all__ = ["FAMILIES"]
 

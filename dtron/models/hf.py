@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
-from dtron.models.llama import LlamaConfig, RopeScaling
+from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
+from dtron.models.rope import RopeScaling
 
 __all__ = ["from_hf_config", "hf_dimensions", "read_hf_config", "to_hf_config"]
 

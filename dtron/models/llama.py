@@ -11,40 +11,17 @@ team 2024 (Qwen2, arXiv 2407.10671) and 2025 (Qwen3, arXiv 2505.09388).
 Shape letters: B sequences, S tokens, E hidden size, H query heads, K key/value heads, D head size.
 """
 
-import math
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from dtron.models.attention import AttentionMask, CausalAttention, document_mask
 from dtron.models.moe import MixtureOfExperts, MoEConfig
+from dtron.models.rope import Rope, RopeScaling, rope_table, rotate
 
-__all__ = [
-    "AttentionMask",
-    "CausalAttention",
-    "Llama",
-    "LlamaConfig",
-    "NormOfHeads",
-    "RopeScaling",
-    "document_mask",
-    "rope_frequencies",
-]
-
-AttentionMask = Tensor | BlockMask  # from document_mask
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies (arXiv 2407.21783, HF `rope_type = "llama3"`)."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+__all__ = ["Llama", "LlamaConfig", "NormOfHeads"]
 
 
 @dataclass(frozen=True)
@@ -72,65 +49,9 @@ class LlamaConfig:
     def head_size(self) -> int:
         return self.head_dim or self.dim // self.n_heads
 
-
-def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
-    """Rotary angular frequencies, in radians per token: [D/2] in fp32."""
-    d = config.head_size
-    freq = config.rope_theta ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)  # [D/2]
-    if (s := config.rope_scaling) is None:
-        return freq
-    # Wavelengths beyond the trained context are stretched by `factor`, short ones kept, those between blended.
-    turns = s.original_max_position * freq / (2 * math.pi)
-    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return freq * (blend + (1 - blend) / s.factor)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, S, heads, D] by cos, sin [B, S, 1, D/2]; in fp32, back in x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
-
-@cache
-def _compiled(function: Any) -> Any:
-    """FlexAttention and its masks are fast, and use little memory, only when compiled."""
-    return torch.compile(function)
-
-
-def document_mask(document_start: Tensor, positions: Tensor, keys: Tensor) -> AttentionMask:
-    """Who may attend to whom: a token to those of its own document, up to itself.
-
-    document_start, positions: [B, Sq] of the queries' tokens; keys: [B, 2, Sk], the same two of the keys' tokens.
-    Returns, on CPU, bool [B, 1, Sq, Sk] for scaled_dot_product_attention; on CUDA FlexAttention's block-sparse
-    mask, with which blocks between different documents are not computed (Dong et al. 2024, arXiv 2412.05496).
-    """
-    key_start, key_positions = keys.unbind(1)  # [B, Sk] each
-    if not document_start.is_cuda:
-        same_document = document_start[:, :, None] == key_start[:, None]  # [B, Sq, Sk]
-        return (same_document & (positions[:, :, None] >= key_positions[:, None]))[:, None]  # [B, 1, Sq, Sk]
-
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (document_start[b, q] == key_start[b, k]) & (positions[b, q] >= key_positions[b, k])
-
-    sizes = document_start.size(0), None, document_start.size(1), keys.size(2)
-    block_mask: BlockMask = _compiled(create_block_mask)(allowed, *sizes, document_start.device)
-    return block_mask
-
-
-class CausalAttention(nn.Module):
-    """softmax(QK^T / sqrt(D)) V with a causal mask, or a document mask.
-
-    A module, so that context parallel can wrap just this.
-    """
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None = None) -> Tensor:
-        """q [B, H, S, D], k and v [B, K, S, D], mask from document_mask -> [B, H, S, D]."""
-        grouped = q.size(1) != k.size(1)
-        if isinstance(mask, BlockMask):
-            attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
-            out: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=grouped)
-            return out
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    def rope(self, layer: int) -> Rope | None:
+        """Rotary embedding of a layer; None: it has no positions."""
+        return Rope(self.rope_theta, self.head_size, self.rope_scaling)
 
 
 class NormOfHeads(nn.RMSNorm):
@@ -153,7 +74,9 @@ class Attention(nn.Module):
             self.k_norm = NormOfHeads(c.n_kv_heads * c.head_size, eps=c.norm_eps)
         self.core = CausalAttention()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None) -> Tensor:  # x [B, S, E]
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: AttentionMask | None
+    ) -> Tensor:  # x [B, S, E]
         # The number of heads is read from the projection: under tensor parallel it is this rank's number.
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, S, H * D], twice [B, S, K * D]
         if isinstance(self.q_norm, NormOfHeads) and self.k_norm is not None:
@@ -194,7 +117,7 @@ class Block(nn.Module):
             shared = FeedForward(c.dim, c.moe.shared_dim) if c.moe.shared_dim else None
             self.mlp = MixtureOfExperts(c.dim, c.moe, shared)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: AttentionMask | None = None) -> Tensor:
         """x [B, S, E], cos and sin [B, S, 1, D/2], mask from document_mask -> [B, S, E]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -232,11 +155,11 @@ class Llama(nn.Module):
             keys = torch.stack((document_start, positions), 1) if keys is None else keys
             mask = document_mask(document_start, positions, keys)
             positions = positions - document_start
-        angle = positions[..., None, None].float() * rope_frequencies(self.config, positions.device)  # [B, S, 1, D/2]
-        cos, sin = angle.cos(), angle.sin()
+        ropes = {name: self.config.rope(int(name)) for name in self.layers}
+        tables = {rope: rope_table(rope, positions) for rope in set(ropes.values())}  # of layers alike, once
         h: Tensor = x if self.embed_tokens is None else self.embed_tokens(x)  # [B, S, E]
-        for block in self.layers.values():
-            h = block(h, cos, sin, mask)
+        for name, block in self.layers.items():
+            h = block(h, *tables[ropes[name]], mask)
         h = h if self.norm is None else self.norm(h)
         h = h if self.lm_head is None else self.lm_head(h)  # [B, S, V]
         return h

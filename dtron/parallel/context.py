@@ -27,7 +27,7 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
-from dtron.models.llama import AttentionMask, CausalAttention
+from dtron.models.attention import AttentionMask, CausalAttention
 
 __all__ = [
     "apply_context_parallel",

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel
 
+from dtron.models.attention import CausalAttention
 from dtron.models.flops import attention_flops_per_token
-from dtron.models.llama import CausalAttention
 from dtron.models.spec import ModelSpec
 from dtron.parallel.tensor import VocabParallelEmbedding
 from dtron.registry import register

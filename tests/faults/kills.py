@@ -356,7 +356,7 @@ class _Attempt:
             self._due.setdefault(victim, from_s + (self._plan.delay_s or 0.0))
 
     def _story(self, what: str) -> str:
-        """What was seen, what the ranks said of it, and the end of their logs: a rank that aborts says why only there."""
+        """What was seen, what the ranks said, and the ends of their logs: why a rank aborted stands only there."""
         logs = [_log(self._run, self._seen.number, rank) for rank in range(self._world)]
         ends = [f"{log.name}: ...{log.read_text()[-2000:]}" for log in logs if log.exists()]
         return "\n".join([f"attempt {self._seen.number} {what}: {self._seen}", *self._failed.values(), *ends])

@@ -16,7 +16,8 @@ from dtron.__main__ import main
 from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.storage import StoragePath
 from dtron.models.hf import to_hf_config
-from dtron.models.llama import LlamaConfig, RopeScaling
+from dtron.models.llama import LlamaConfig
+from dtron.models.rope import RopeScaling
 from dtron.observe.metrics import read_metrics
 
 SAVING = CONFIG + "[checkpoint]\nenable = true\ninterval = 4\n[debug]\ndeterministic = true\n"

@@ -25,8 +25,10 @@ from dtron.hf.generate import CachedAttention, CachedModel, SampleOptions, filte
 from dtron.hf.prompts import Prompt
 from dtron.hf.read import OpenedModel
 from dtron.hf.sample import sample, stream_text
+from dtron.models.attention import CausalAttention
 from dtron.models.hf import from_hf_config
-from dtron.models.llama import CausalAttention, Llama, LlamaConfig, RopeScaling
+from dtron.models.llama import Llama, LlamaConfig
+from dtron.models.rope import RopeScaling
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = LlamaConfig(

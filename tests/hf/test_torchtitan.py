@@ -35,7 +35,8 @@ from dtron.errors import UserError
 from dtron.hf import torchtitan
 from dtron.mesh import Degrees, Mesh
 from dtron.models.hf import to_hf_config
-from dtron.models.llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from dtron.models.llama import Llama, LlamaConfig
+from dtron.models.rope import RopeScaling, rope_frequencies
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.train.optimizer import build_optimizers
 
@@ -181,7 +182,7 @@ def test_every_tensor_of_the_file_is_converted(whole: Weights, checkpoint: Path)
 
 def interleaved_logits(p: dict[str, Tensor], tokens: Tensor, c: LlamaConfig = CONFIG) -> Tensor:
     """torchtitan's Llama under its own names: rotary pairs are neighbours, turned as complex numbers."""
-    angle = torch.arange(tokens.size(1))[:, None] * rope_frequencies(c)
+    angle = torch.arange(tokens.size(1))[:, None] * rope_frequencies(c.rope(0))
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # [S, 1, D/2]
 
     def heads(x: Tensor, weight: Tensor, rotary: bool) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from parity.single import MODELS, SEQ, document_starts, plain_model
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from dtron.models import llama
-from dtron.models.llama import document_mask
+from dtron.models import attention, rope
+from dtron.models.attention import document_mask
 
 
 def cuts(document_start: torch.Tensor) -> list[slice]:
@@ -37,7 +37,7 @@ def test_positions_restart_with_every_document() -> None:
     model.layers["0"].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))  # cos [B, S, 1, D/2]
     starts = document_starts(0)
     model(torch.zeros(8, SEQ, dtype=torch.int64), document_start=starts)
-    angles = (torch.arange(SEQ) - starts)[..., None, None] * llama.rope_frequencies(model.config)
+    angles = (torch.arange(SEQ) - starts)[..., None, None] * rope.rope_frequencies(model.config.rope(0))
     torch.testing.assert_close(seen[0], angles.cos())
 
 
@@ -59,7 +59,7 @@ def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.Monkey
     dense = document_mask(starts, positions, keys)
     assert dense.shape == (4, 1, 256, 256) and 0 < dense.float().mean() < 0.5
     q, k, v = torch.randn(3, 4, 4, 256, 16, generator=torch.Generator().manual_seed(3))
-    expected = llama.CausalAttention()(q, k[:, :2, order], v[:, :2, order], dense)
+    expected = attention.CausalAttention()(q, k[:, :2, order], v[:, :2, order], dense)
 
     def allowed(b, h, i, j):  # type: ignore[no-untyped-def]
         return dense[b, 0, i, j]
@@ -67,11 +67,13 @@ def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.Monkey
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    monkeypatch.setattr(llama, "_compiled", {create_block_mask: create_block_mask, flex_attention: flex_attention}.get)
+    monkeypatch.setattr(
+        attention, "_compiled", {create_block_mask: create_block_mask, flex_attention: flex_attention}.get
+    )
     block = document_mask(starts.as_subclass(OnGpu), positions, keys)
-    got = llama.CausalAttention()(q, k[:, :2, order], v[:, :2, order], block)
+    got = attention.CausalAttention()(q, k[:, :2, order], v[:, :2, order], block)
     torch.testing.assert_close(torch.Tensor(got), expected, rtol=1e-4, atol=1e-5)
-    compiled = llama.CausalAttention()
+    compiled = attention.CausalAttention()
     compiled.compile(fullgraph=True, backend="aot_eager")  # as a compiled block has it; the backward needs a GPU
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -91,11 +93,11 @@ def test_mask_and_attention_of_gpus_are_compiled_once_for_all_batches() -> None:
         def allowed(b, h, i, j, starts=starts, positions=positions):  # type: ignore[no-untyped-def]
             return (starts[b, i] == starts[b, j]) & (positions[b, i] >= positions[b, j])
 
-        mask = llama._compiled(create_block_mask)(allowed, 8, None, 256, 256, starts.device)
+        mask = attention._compiled(create_block_mask)(allowed, 8, None, 256, 256, starts.device)
         dense = document_mask(starts, positions, torch.stack((starts, positions), 1))
         q = torch.randn(8, 4, 256, 16, generator=torch.Generator().manual_seed(step))
         with torch.no_grad():
-            got, expected = (llama.CausalAttention()(q, q, q, m) for m in (mask, dense))
+            got, expected = (attention.CausalAttention()(q, q, q, m) for m in (mask, dense))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and len(set(graphs)) == 1

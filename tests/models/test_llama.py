@@ -13,7 +13,8 @@ from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token, flops_per_token
 from dtron.models.hf import from_hf_config, to_hf_config
-from dtron.models.llama import Llama, LlamaConfig, RopeScaling
+from dtron.models.llama import Llama, LlamaConfig
+from dtron.models.rope import RopeScaling
 
 BASE = LlamaConfig(
     vocab_size=96, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, rope_theta=500.0, init_std=0.1

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtron.models.init import initial_rows, llama_init_std
-from dtron.models.llama import Llama, LlamaConfig, RopeScaling
+from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import MoEConfig, Router, choose_experts
+from dtron.models.rope import RopeScaling
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
