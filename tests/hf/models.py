@@ -87,8 +87,12 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, SHRUNK["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(1))
 
 
+def load_random(folder: Path | str) -> PreTrainedModel:
+    """transformers' own model, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
 @torch.no_grad()
 def logits_of(folder: Path | str) -> torch.Tensor:
     """transformers' logits in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return model.eval()(tokens()).logits
+    return load_random(folder)(tokens()).logits
