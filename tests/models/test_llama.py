@@ -230,6 +230,11 @@ def test_what_cannot_be_represented_is_refused_by_name(change: dict, said: str, 
     assert said in str(error.value) and "config.json" in str(error.value)
 
 
+def test_a_model_like_no_type_is_not_written():
+    with pytest.raises(ValueError, match="the nearest has no qk_norm = True"):
+        to_hf_config(replace(BASE, qkv_bias=True, qk_norm=True))
+
+
 def test_files_that_are_missing_or_no_json(tmp_path: Path):
     with pytest.raises(UserError, match="there is no file"):
         from_hf_config(str(tmp_path))

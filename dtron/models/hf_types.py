@@ -1,0 +1,111 @@
+"""The model types of Hugging Face that are read and written, as a table: what makes each another than Llama."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtron.models.hf_fields import Fields, read_experts, write_experts
+from dtron.models.llama import LlamaConfig
+
+__all__ = ["DEFAULTS", "LEGAL", "TYPES", "HFType"]
+
+# What transformers takes for fields that a config.json does not have. num_key_value_heads is not here: it has another
+# default in each type.
+DEFAULTS: Fields = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+# Fields that change the architecture, and the values that our model has for each; the first is named in messages.
+LEGAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "attention_dropout": (0, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+    "clip_qkv": (None,),
+    "decoder_sparse_step": (1, None),
+    "router_jitter_noise": (0, None),
+    "shared_expert_intermediate_size": (None,),
+}
+
+
+@dataclass(frozen=True)
+class HFType:
+    """How a model_type is read and written.
+
+    architecture: the class of transformers, as config.json names it; None: never written, an earlier type says the
+        same.
+    flags: of LlamaConfig, which a model of this type always has.
+    defaults: what transformers takes for missing fields, where it is not in DEFAULTS.
+    legal: values of fields that change the architecture, where they are not in LEGAL.
+    read: (config.json with the defaults, file) -> further fields of LlamaConfig.
+    write: LlamaConfig -> further fields of config.json.
+    experts: whether it is a mixture of experts, which `read` gives then, and `write` needs.
+    """
+
+    architecture: str | None
+    flags: Fields = field(default_factory=dict)
+    defaults: Fields = field(default_factory=dict)
+    legal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    read: Callable[[Fields, Path | str], Fields] = lambda hf, file: {}
+    write: Callable[[LlamaConfig], Fields] = lambda c: {}
+    experts: bool = False
+
+
+NO_WINDOW = {"sliding_window": (None,)}  # Qwen's files name one that is not used
+
+
+def _without_bias(c: LlamaConfig) -> Fields:
+    return {"attention_bias": False}
+
+
+def _read_mixtral(hf: Fields, file: Path | str) -> Fields:
+    return {"moe": read_experts(hf, "intermediate_size", True, file)}
+
+
+def _write_mixtral(c: LlamaConfig) -> Fields:
+    fields = write_experts(c, "intermediate_size")
+    fields["num_local_experts"] = fields.pop("num_experts")
+    del fields["attention_bias"]
+    return fields
+
+
+def _read_qwen3_moe(hf: Fields, file: Path | str) -> Fields:
+    return {"moe": read_experts(hf, "moe_intermediate_size", bool(hf.get("norm_topk_prob")), file)}
+
+
+def _write_qwen3_moe(c: LlamaConfig) -> Fields:
+    assert c.moe is not None
+    fields = write_experts(c, "moe_intermediate_size") | {"norm_topk_prob": c.moe.normalize_top_k}
+    return fields | {"decoder_sparse_step": 1, "mlp_only_layers": list(range(c.moe.n_dense_layers))}
+
+
+def _read_olmoe(hf: Fields, file: Path | str) -> Fields:
+    return {"moe": read_experts(hf, "intermediate_size", bool(hf.get("norm_topk_prob")), file)}
+
+
+def _write_olmoe(c: LlamaConfig) -> Fields:
+    assert c.moe is not None
+    return write_experts(c, "intermediate_size") | {"norm_topk_prob": c.moe.normalize_top_k}
+
+
+# In the order in which the types are tried for a model that is written.
+TYPES: dict[str, HFType] = {
+    "llama": HFType("LlamaForCausalLM", defaults={"num_key_value_heads": None}, legal=NO_WINDOW, write=_without_bias),
+    "mistral": HFType(None, defaults={"sliding_window": 4096}, legal=NO_WINDOW),
+    "qwen2": HFType("Qwen2ForCausalLM", flags={"qkv_bias": True}),
+    "qwen3": HFType(
+        "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128}, write=_without_bias
+    ),
+    "mixtral": HFType(
+        "MixtralForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6}, legal=NO_WINDOW, experts=True,
+        read=_read_mixtral, write=_write_mixtral,
+    ),
+    "qwen3_moe": HFType(
+        "Qwen3MoeForCausalLM", flags={"qk_norm": True}, experts=True, read=_read_qwen3_moe, write=_write_qwen3_moe
+    ),
+    "olmoe": HFType(
+        "OlmoeForCausalLM", flags={"qk_norm_whole": True}, defaults={"rms_norm_eps": 1e-5}, experts=True,
+        read=_read_olmoe, write=_write_olmoe,
+    ),
+}  # fmt: skip
