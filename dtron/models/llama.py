@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtron.models.attention import AttentionMask, CausalAttention, document_mask
+from dtron.models.attention import AttentionMask, AttentionSinks, CausalAttention, attention_mask
 from dtron.models.moe import MixtureOfExperts, MoEConfig
 from dtron.models.rope import Rope, RopeScaling, rope_table, rotate
 
@@ -42,6 +42,10 @@ class LlamaConfig:
     qkv_bias: bool = False  # Qwen2's
     qk_norm: bool = False  # Qwen3's: queries and keys normalised per head
     qk_norm_whole: bool = False  # OLMoE's: over all heads together
+    windows: tuple[int | None, ...] = ()  # a pattern that repeats over the layers: see `window`; (): none anywhere
+    attention_scale: float | None = None  # of the scores; 1 / sqrt(head size) by default
+    attention_softcap: float | None = None  # Gemma 2's: scores x become cap * tanh(x / cap)
+    attention_sinks: bool = False  # gpt-oss's: a learned logit per head beside those of the keys
     moe: MoEConfig | None = None  # a mixture of experts in place of the feed-forwards
     init_std: float = 0.02
 
@@ -52,6 +56,15 @@ class LlamaConfig:
     def rope(self, layer: int) -> Rope | None:
         """Rotary embedding of a layer; None: it has no positions."""
         return Rope(self.rope_theta, self.head_size, self.rope_scaling)
+
+    def window(self, layer: int) -> int | None:
+        """To how many of the last tokens a layer attends, the token itself among them; None: to all before it."""
+        return self.windows[layer % len(self.windows)] if self.windows else None
+
+    def needs_masks(self, seq_len: int) -> bool:
+        """Whether attention is more than causal at this length: windows are shorter, or scores are changed."""
+        short = any((self.window(i) or seq_len) < seq_len for i in range(self.n_layers))
+        return short or self.attention_softcap is not None or self.attention_sinks
 
 
 class NormOfHeads(nn.RMSNorm):
@@ -72,7 +85,8 @@ class Attention(nn.Module):
         if c.qk_norm_whole:
             self.q_norm = NormOfHeads(c.n_heads * c.head_size, eps=c.norm_eps)
             self.k_norm = NormOfHeads(c.n_kv_heads * c.head_size, eps=c.norm_eps)
-        self.core = CausalAttention()
+        self.sinks = AttentionSinks(c.n_heads) if c.attention_sinks else None
+        self.core = CausalAttention(c.attention_scale, c.attention_softcap)
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: AttentionMask | None
@@ -85,7 +99,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and not isinstance(self.q_norm, NormOfHeads):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, S, D]
+        sinks = None if self.sinks is None else self.sinks()
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, sinks)  # [B, H, S, D]
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))  # [B, S, E]
         return projected
 
@@ -118,7 +133,7 @@ class Block(nn.Module):
             self.mlp = MixtureOfExperts(c.dim, c.moe, shared)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: AttentionMask | None = None) -> Tensor:
-        """x [B, S, E], cos and sin [B, S, 1, D/2], mask from document_mask -> [B, S, E]."""
+        """x [B, S, E], cos and sin [B, S, 1, D/2], mask from attention_mask -> [B, S, E]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
@@ -150,16 +165,17 @@ class Llama(nn.Module):
         """
         if positions is None:
             positions = torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)
-        mask = None
+        windows = {name: self.config.window(int(name)) for name in self.layers}
+        if document_start is None and self.config.needs_masks(0):  # at any length
+            document_start = torch.zeros_like(positions)
+        masks = {w: attention_mask(w, positions, document_start, keys) for w in set(windows.values())}
         if document_start is not None:
-            keys = torch.stack((document_start, positions), 1) if keys is None else keys
-            mask = document_mask(document_start, positions, keys)
             positions = positions - document_start
         ropes = {name: self.config.rope(int(name)) for name in self.layers}
         tables = {rope: rope_table(rope, positions) for rope in set(ropes.values())}  # of layers alike, once
         h: Tensor = x if self.embed_tokens is None else self.embed_tokens(x)  # [B, S, E]
         for name, block in self.layers.items():
-            h = block(h, *tables[ropes[name]], mask)
+            h = block(h, *tables[ropes[name]], masks[windows[name]])
         h = h if self.norm is None else self.norm(h)
         h = h if self.lm_head is None else self.lm_head(h)  # [B, S, V]
         return h

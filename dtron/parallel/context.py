@@ -56,10 +56,11 @@ def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
 
 
 def _attend_to_all(
-    attend: Callable[..., Tensor], cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask
-) -> Tensor:
+    attend: Callable[..., Tensor], cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     k, v = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()  # [B, K, S, D] each, of the sequence
-    return attend(q, k, v, mask)
+    return attend(q, k, v, mask, sinks)
 
 
 def gathered_positions(seq_len: int, size: int, head_tail: bool) -> Tensor:

@@ -89,6 +89,16 @@ class QueryKeyNorm(ParallelStyle):
         return normal * cast(DTensor, module.weight).to_local()
 
 
+class SinksOfHeads(ParallelStyle):
+    """Attention sinks, sharded as the heads are."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None)  # type: ignore[arg-type]
+        module.weight = nn.Parameter(weight)
+        module.forward = lambda: cast(DTensor, module.weight).to_local()
+        return module
+
+
 def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
     """Module names (with wildcards) -> styles for dtron.models.llama; those that match nothing are ignored."""
     gather = partial(PrepareModuleInput, input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
@@ -104,6 +114,7 @@ def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
         "layers.*.self_attn.v_proj": ColwiseParallel(),
         "layers.*.self_attn.q_norm": QueryKeyNorm(),
         "layers.*.self_attn.k_norm": QueryKeyNorm(),
+        "layers.*.self_attn.sinks": SinksOfHeads(),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),
         "layers.*.post_attention_layernorm": SequenceParallel(),
         "layers.*.mlp": FeedForwardInput(),

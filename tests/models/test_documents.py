@@ -8,7 +8,7 @@ from parity.single import MODELS, SEQ, document_starts, plain_model
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dtron.models import attention, rope
-from dtron.models.attention import document_mask
+from dtron.models.attention import attention_mask
 
 
 def cuts(document_start: torch.Tensor) -> list[slice]:
@@ -56,7 +56,7 @@ def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.Monkey
     positions = torch.arange(256).expand(4, -1)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(2))  # keys in another order, as under cp
     keys = torch.stack((starts[:, order], positions[:, order]), 1)
-    dense = document_mask(starts, positions, keys)
+    dense = attention_mask(None, positions, starts, keys)
     assert dense.shape == (4, 1, 256, 256) and 0 < dense.float().mean() < 0.5
     q, k, v = torch.randn(3, 4, 4, 256, 16, generator=torch.Generator().manual_seed(3))
     expected = attention.CausalAttention()(q, k[:, :2, order], v[:, :2, order], dense)
@@ -70,7 +70,7 @@ def test_the_block_mask_of_gpus_allows_the_same_pairs(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         attention, "_compiled", {create_block_mask: create_block_mask, flex_attention: flex_attention}.get
     )
-    block = document_mask(starts.as_subclass(OnGpu), positions, keys)
+    block = attention_mask(None, positions, starts.as_subclass(OnGpu), keys)
     got = attention.CausalAttention()(q, k[:, :2, order], v[:, :2, order], block)
     torch.testing.assert_close(torch.Tensor(got), expected, rtol=1e-4, atol=1e-5)
     compiled = attention.CausalAttention()
@@ -94,7 +94,7 @@ def test_mask_and_attention_of_gpus_are_compiled_once_for_all_batches() -> None:
             return (starts[b, i] == starts[b, j]) & (positions[b, i] >= positions[b, j])
 
         mask = attention._compiled(create_block_mask)(allowed, 8, None, 256, 256, starts.device)
-        dense = document_mask(starts, positions, torch.stack((starts, positions), 1))
+        dense = attention_mask(None, positions, starts)
         q = torch.randn(8, 4, 256, 16, generator=torch.Generator().manual_seed(step))
         with torch.no_grad():
             got, expected = (attention.CausalAttention()(q, q, q, m) for m in (mask, dense))
