@@ -5,7 +5,7 @@ from typing import Any
 
 from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
-from dtron.models.rope import RopeScaling
+from dtron.models.rope import Llama3Scaling
 
 __all__ = ["FAMILIES"]
 
@@ -23,7 +23,8 @@ _LLAMA3 = {
 }
 _QWEN2: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
 _QWEN3: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, "head_dim": 128}
-_SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=32.0), "tie_embeddings": True}
+_SCALED = {factor: Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)}
+_SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": _SCALED[32.0], "tie_embeddings": True}
 
 _MIXTRAL: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-5}
 _OLMOE: dict[str, Any] = {"qk_norm_whole": True, "norm_eps": 1e-5}
@@ -37,9 +38,9 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "70B": _model(32000, 8192, 80, 64, 8, 28672),
     },
     "llama3": _LLAMA3,
-    "llama3.1": {name: replace(c, rope_scaling=RopeScaling()) for name, c in _LLAMA3.items()},
+    "llama3.1": {name: replace(c, rope_scaling=_SCALED[8.0]) for name, c in _LLAMA3.items()},
     "llama3.2": {
-        "debugmodel": replace(_LLAMA3["debugmodel"], rope_scaling=RopeScaling(factor=32.0), tie_embeddings=True),
+        "debugmodel": replace(_LLAMA3["debugmodel"], rope_scaling=_SCALED[32.0], tie_embeddings=True),
         "1B": _model(128256, 2048, 16, 32, 8, 8192, **_SCALED_32),
         "3B": _model(128256, 3072, 28, 24, 8, 8192, **_SCALED_32),
     },

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
-from dtron.models.hf_fields import Fields, check_counts, check_windows, is_count, positive, read_rope, write_rope
+from dtron.models.hf_fields import Fields, check_counts, check_windows, is_count, positive
+from dtron.models.hf_rope import read_rope, write_rope
 from dtron.models.hf_types import DEFAULTS, LEGAL, TYPES, HFType
 from dtron.models.llama import LlamaConfig
 
@@ -56,7 +57,7 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected a whole number above 0")
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
     head_size = hf.get("head_dim") or dim // heads
-    flags = of_type.flags | read_rope(hf, file) | of_type.read(hf, file)
+    flags = of_type.flags | read_rope(hf, file, partial=of_type.partial_rotary) | of_type.read(hf, file)
     return LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
         head_dim=None if head_size * heads == dim else head_size, norm_eps=positive(hf, "rms_norm_eps", file),
@@ -107,4 +108,4 @@ def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
     }
-    return hf | write_rope(c) | of_type.write(c)
+    return hf | write_rope(c, partial=of_type.partial_rotary) | of_type.write(c)

@@ -18,7 +18,6 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, None),
     "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
@@ -41,6 +40,7 @@ class HFType:
     read: (config.json with the defaults, file) -> further fields of LlamaConfig.
     write: LlamaConfig -> further fields of config.json.
     experts: whether it is a mixture of experts, which `read` gives then, and `write` needs.
+    partial_rotary: whether its models may rotate a part of each head; for others transformers ignores the field.
     """
 
     architecture: str | None
@@ -50,6 +50,7 @@ class HFType:
     read: Callable[[Fields, Path | str], Fields] = lambda hf, file: {}
     write: Callable[[LlamaConfig], Fields] = lambda c: {}
     experts: bool = False
+    partial_rotary: bool = False
 
 
 NO_WINDOW = {"sliding_window": (None,)}  # Qwen's files name one that is not used

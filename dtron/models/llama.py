@@ -37,6 +37,9 @@ class LlamaConfig:
     head_dim: int | None = None  # dim / n_heads by default
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # share of a head's values that are rotated
+    ropes: tuple[str, ...] = ()  # repeating pattern over the layers of "global", "local", "none"; (): global
+    local_rope_theta: float = 10000.0  # of "local" layers, which are not scaled (Gemma 3)
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2's
@@ -55,7 +58,11 @@ class LlamaConfig:
 
     def rope(self, layer: int) -> Rope | None:
         """Rotary embedding of a layer; None: it has no positions."""
-        return Rope(self.rope_theta, self.head_size, self.rope_scaling)
+        kind = self.ropes[layer % len(self.ropes)] if self.ropes else "global"
+        size = int(self.head_size * self.partial_rotary_factor)
+        if kind == "local":
+            return Rope(self.local_rope_theta, size)
+        return None if kind == "none" else Rope(self.rope_theta, size, self.rope_scaling)
 
     def window(self, layer: int) -> int | None:
         """To how many of the last tokens a layer attends, the token itself among them; None: to all before it."""

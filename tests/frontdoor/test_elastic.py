@@ -17,7 +17,7 @@ from dtron.checkpoint.files import find_damage, read_manifest
 from dtron.checkpoint.storage import StoragePath
 from dtron.models.hf import to_hf_config
 from dtron.models.llama import LlamaConfig
-from dtron.models.rope import RopeScaling
+from dtron.models.rope import Llama3Scaling
 from dtron.observe.metrics import read_metrics
 
 SAVING = CONFIG + "[checkpoint]\nenable = true\ninterval = 4\n[debug]\ndeterministic = true\n"
@@ -331,7 +331,7 @@ initial_load_path = "{TORCHTITAN}"
 
 
 def convert_from_torchtitan(folder: Path) -> Path:
-    config = LlamaConfig(2048, 64, 2, 4, 2, 256, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    config = LlamaConfig(2048, 64, 2, 4, 2, 256, rope_theta=500000.0, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     command = f"convert {TORCHTITAN} {folder / 'converted'} --config {folder / 'config.json'}"
     assert main(command.split()) == 0

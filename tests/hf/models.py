@@ -24,6 +24,7 @@ QWEN3 = {
     "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
     "max_position_embeddings": 40960,
 }  # fmt: skip
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
 MIXTRAL = {
     "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
     "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
@@ -50,6 +51,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True},
     "Qwen2-0.5B": QWEN2 | {"tie_word_embeddings": True},
     "Qwen2-7B": QWEN2 | {"tie_word_embeddings": False},
+    "Qwen2.5-7B-Instruct, 128k": QWEN2 | {"rope_scaling": YARN, "max_position_embeddings": 131072},
+    "Qwen3-8B, 128k": QWEN3
+    | {"rope_scaling": YARN | {"rope_type": "yarn"}, "max_position_embeddings": 131072},
+    "deepseek-coder-6.7b-base": LLAMA
+    | {
+        "num_key_value_heads": 8, "rope_theta": 100000, "rope_scaling": {"factor": 4.0, "type": "linear"},
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 16384,
+    },
+    "deepseek-llm-7b-base": LLAMA
+    | {"num_key_value_heads": 8, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+    "Yi-6B": LLAMA
+    | {"rope_theta": 5000000.0, "max_position_embeddings": 4096, "pretraining_tp": 1, "rope_scaling": None},
+    "dynamic NTK, trained with 16": LLAMA
+    | {"rope_theta": 10000.0, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "max_position_embeddings": 16},
     "Qwen3-0.6B": QWEN3 | {"tie_word_embeddings": True},
     "Qwen3-8B": QWEN3 | {"tie_word_embeddings": False},
     "Mixtral-8x7B-v0.1": MIXTRAL,

@@ -171,7 +171,7 @@ def test_a_wrong_shape_is_named(broken: Path, tmp_path: Path, capsys: pytest.Cap
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' cannot be represented"),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 4.0}}, "'mrope' cannot be represented"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types = ['sliding_attention', "),
     ],
 )

@@ -312,7 +312,7 @@ def test_rotary_settings_that_are_ambiguous_or_of_another_type_are_refused() -> 
             {"full_attention": FULL, "rope_theta": 1e4},
             r"by kind of layer \(full_attention\) and others beside \(rope_theta",
         ),
-        ({"full_attention": FULL | {"rope_type": "yarn"}}, "'yarn' cannot be represented"),
+        ({"full_attention": FULL | {"rope_type": "proportional"}}, "'proportional' cannot be represented"),
         ({"full_attention": FULL | {"rope_theta": -1}}, "rope_theta = -1"),
     ):
         with pytest.raises(UserError, match=said):

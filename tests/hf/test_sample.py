@@ -25,7 +25,7 @@ from dtron.hf.read import OpenedModel
 from dtron.hf.sample import sample, stream_text
 from dtron.models.attention import CausalAttention
 from dtron.models.llama import Llama, LlamaConfig
-from dtron.models.rope import RopeScaling
+from dtron.models.rope import Llama3Scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = LlamaConfig(
@@ -34,7 +34,7 @@ BASE = LlamaConfig(
 VARIANTS = {
     "gqa": BASE,
     "mha, tied": replace(BASE, n_kv_heads=4, tie_embeddings=True),
-    "rope scaling": replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "rope scaling": replace(BASE, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16)),
     "one kv head, head size of its own": replace(BASE, n_kv_heads=1, head_dim=16),
 }
 GREEDY = {"max_new_tokens": 40, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "stop_ids": []}
@@ -45,8 +45,7 @@ TEXT = "naïve Æsop 🐍 says:  two spaces\n\n日本語のテキスト, and “
 def hf_model(c: LlamaConfig) -> transformers.LlamaForCausalLM:
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if s := c.rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor}
-        rope |= {"high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_max_position}
+        rope |= {"rope_type": s.rope_type, **vars(s)}
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, head_dim=c.head_size, rms_norm_eps=c.norm_eps,

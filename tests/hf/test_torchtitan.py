@@ -36,7 +36,7 @@ from dtron.hf import torchtitan
 from dtron.mesh import Degrees, Mesh
 from dtron.models.hf import to_hf_config
 from dtron.models.llama import Llama, LlamaConfig
-from dtron.models.rope import RopeScaling, rope_frequencies
+from dtron.models.rope import Llama3Scaling, rope_frequencies
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.train.optimizer import build_optimizers
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 FOLDER = Path(__file__).parent / "torchtitan"
 SAVED = str(FOLDER / "step-5")
-CONFIG = LlamaConfig(2048, 64, 2, 4, 2, 256, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+CONFIG = LlamaConfig(2048, 64, 2, 4, 2, 256, rope_theta=500000.0, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
 LAYOUTS = {
     "fsdp2 x tp2": Degrees(dp_shard=2, tp=2),  # a shard of wk is half a head
     "fsdp3": Degrees(dp_shard=3),  # and here heads are cut unevenly

@@ -14,7 +14,7 @@ from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token, flops_per_token
 from dtron.models.hf import from_hf_config, to_hf_config
 from dtron.models.llama import Llama, LlamaConfig
-from dtron.models.rope import RopeScaling
+from dtron.models.rope import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
 BASE = LlamaConfig(
     vocab_size=96, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, rope_theta=500.0, init_std=0.1
@@ -23,7 +23,12 @@ VARIANTS = {
     "gqa": BASE,
     "mha": replace(BASE, n_kv_heads=4),
     "tied": replace(BASE, tie_embeddings=True),
-    "rope scaling": replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "rope scaling": replace(BASE, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16)),
+    "linear": replace(BASE, rope_scaling=LinearScaling(4.0)),
+    "yarn": replace(BASE, rope_scaling=YarnScaling(4.0, 16, truncate=False)),
+    "dynamic": replace(BASE, rope_scaling=DynamicScaling(4.0, 32)),
+    "longrope": replace(BASE, rope_scaling=LongRopeScaling(4.0, 32, (1.0, 1.5, 2.0, 3.0), (2.0, 4.0, 6.0, 9.0))),
+    "longrope, short": replace(BASE, rope_scaling=LongRopeScaling(4.0, 64, (1.0, 1.5, 2.0, 3.0), (2.0,) * 4)),
     "head size of its own": replace(BASE, head_dim=16),
     "norm eps": replace(BASE, norm_eps=0.1),
     "qwen2": replace(BASE, qkv_bias=True),
@@ -33,19 +38,16 @@ VARIANTS = {
 
 def hf_config(c: LlamaConfig) -> PretrainedConfig:
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    longest = 131072
     if s := c.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position,
-        }
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(s).items()}
+        rope |= {"rope_type": s.rope_type} | {n: value for n, value in fields.items() if n != "length"}
+        longest = rope.pop("original_max_position_embeddings") if s.rope_type == "dynamic" else longest
     kind = "qwen2" if c.qkv_bias else "qwen3" if c.qk_norm else "llama"
     return AutoConfig.for_model(
         kind, vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings, rope_parameters=rope, max_position_embeddings=131072,
+        tie_word_embeddings=c.tie_embeddings, rope_parameters=rope, max_position_embeddings=longest,
         attn_implementation="sdpa",
     )  # fmt: skip
 
@@ -101,7 +103,9 @@ def test_each_variant_changes_the_logits():
     tokens = torch.randint(0, 96, (2, 48))
     weights = hf_model(BASE)
     base = with_weights_of(weights, BASE)(tokens)
-    for change in ({"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}, {"norm_eps": 0.1}, {"rope_theta": 10000.0}):
+    scalings = [c.rope_scaling for c in VARIANTS.values() if c.rope_scaling]
+    changes = [{"norm_eps": 0.1}, {"rope_theta": 10000.0}, {"partial_rotary_factor": 0.5}, {"ropes": ("none",)}]
+    for change in changes + [{"rope_scaling": scaling} for scaling in scalings]:
         assert (with_weights_of(weights, replace(BASE, **change))(tokens) - base).abs().max() > 1e-2
 
 
@@ -189,7 +193,7 @@ def test_older_files_and_absent_fields(tmp_path: Path):
     assert read(tmp_path, rope_theta=500000.0, num_key_value_heads=2).rope_theta == 500000.0
     old = {"type": "llama3", "factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4}
     old["original_max_position_embeddings"] = 8192
-    assert read(tmp_path, rope_scaling=old).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert read(tmp_path, rope_scaling=old).rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
     assert read(tmp_path, model_type="mistral", sliding_window=None, num_key_value_heads=2).dim == 32
     assert read(tmp_path, model_type="qwen3", num_key_value_heads=2).head_size == 128  # what transformers takes
 
@@ -218,8 +222,10 @@ def test_older_files_and_absent_fields(tmp_path: Path):
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' cannot be represented"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "missing or invalid field: 'low_freq_factor'"),
+        ({"rope_scaling": {"type": "yarm", "factor": 4}}, "'yarm' cannot be represented (did you mean 'yarn'?)"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor = '4'; expected a positive number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "has no original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "the llama3 rope scaling has no low_freq_factor"),
         ({"hidden_size": "absent"}, "hidden_size missing"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers missing or not a whole number above 0"),
     ],

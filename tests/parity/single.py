@@ -10,7 +10,7 @@ from torch import Tensor
 from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import MoEConfig, Router, choose_experts
-from dtron.models.rope import RopeScaling
+from dtron.models.rope import Llama3Scaling
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -45,7 +45,7 @@ MODELS = {
             balancing_bias=True,
         ),
     ),
-    "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
+    "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 16)),
 }
 # Tolerances of a weight, from one process against itself with 4 microbatches in place of 1 (test_noise measures it):
 # the clipped gradients then differ by at most 1.7e-8, 7e-10 in the mean square. AdamW divides by sqrt(v) + eps, so an
