@@ -3,8 +3,11 @@
 PaLM's convention (arXiv 2204.02311, appendix B): forward and backward cost 6 operations per matmul
 parameter (the head once, the embedding look-up none) plus 12 * n_layers * n_heads * head_size *
 seq_len for attention, counted in full although half of it is masked; recomputation is not counted.
-Under document masks seq_len is the mean length of the document a token is in: what is done, by the same convention.
+A layer with a window counts min(window, seq_len) in place of seq_len; under document masks the length of the document a
+token is in takes the place of seq_len, in the mean: what is done, by the same convention.
 """
+
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -34,14 +37,14 @@ def _active(experts: Experts) -> int:
     return sum(p.numel() // p.size(0) for p in experts.parameters()) * experts.top_k
 
 
-def attention_flops_per_token(config: LlamaConfig, seq_len: float) -> float:
-    """One block's attention scores and values, forward and backward."""
-    return 12 * config.n_heads * config.head_size * seq_len
+def attention_flops_per_token(config: LlamaConfig, attended: float) -> float:
+    """One block's attention scores and values for `attended` tokens, forward and backward."""
+    return 12 * config.n_heads * config.head_size * attended
 
 
-def flops_per_token(model: nn.Module, n_layers: int, attention: float) -> float:
-    """Forward and backward of the whole model, which may be on meta; attention: one layer's FLOPs per token."""
-    return 6 * matmul_parameters(model) + n_layers * attention
+def flops_per_token(model: nn.Module, attention: Sequence[float]) -> float:
+    """Forward and backward of the whole model, which may be on meta; attention: every layer's FLOPs per token."""
+    return 6 * matmul_parameters(model) + sum(attention)
 
 
 def flops_formula(length: str = "seq_len") -> str:

@@ -18,7 +18,9 @@ from dtron.models.moe import MoEConfig
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel.style import ParallelStyle
 
-__all__ = ["ModelConfig", "ModelSpec", "experts_of", "layers_of", "meta_model"]
+__all__ = [
+    "ModelConfig", "ModelSpec", "attended_tokens", "experts_of", "layers_of", "meta_model", "needs_masks",
+]  # fmt: skip
 
 
 class ModelConfig(Protocol):
@@ -46,9 +48,11 @@ class ModelSpec:
         None and takes token ids or, on a later pipeline stage, hidden states. A child's weights are gathered when it is
         called, so no other may use them, except as the same nn.Parameter. No buffers: they would not survive meta.
     init_std: (parameter name, config) -> standard deviation of its initial values; None: ones.
-    attention_flops: (config, seq_len) -> FLOPs per token of one layer's attention, forward and backward.
+    attention_flops: (config, n) -> FLOPs per token of one layer's attention to n tokens, forward and backward; n is
+        seq_len, or less of a layer with a window and of documents.
     tensor_plan: (loss_parallel) -> {module name with wildcards: ParallelStyle}; None: no tensor parallel.
-    document_masks: whether forward also takes document_start and keys, as Llama's does.
+    document_masks: whether forward also takes document_start and keys, as Llama's does. Under context parallel a config
+        whose `needs_masks` is true needs them too.
     hf_config: config -> the object of a Hugging Face config.json; None: such a model cannot be exported. Its
         parameters then have the names of Hugging Face's, without `model.` before those of the body.
     standard_hidden_states: whether a layer's output on a rank is [B, S / cp / tp, dim] in mixed_precision_param.
@@ -81,6 +85,20 @@ def experts_of(model_config: ModelConfig) -> MoEConfig | None:
     """The mixture of experts of a model of any family; None: it has none."""
     experts: MoEConfig | None = getattr(model_config, "moe", None)
     return experts
+
+
+def attended_tokens(model_config: ModelConfig, seq_len: int) -> list[int]:
+    """To how many tokens each layer attends at most: its `window(layer)`, if the config has such a method, or all."""
+    window = getattr(model_config, "window", lambda layer: None)
+    return [min(window(i) or seq_len, seq_len) for i in range(model_config.n_layers)]
+
+
+def needs_masks(model_config: ModelConfig, seq_len: int) -> bool:
+    """Whether a model of any family, at this length, needs more than the causal mask, so that the ring will not do.
+
+    By the config's method of this name; without one it does not.
+    """
+    return bool(getattr(model_config, "needs_masks", lambda seq_len: False)(seq_len))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleDict:

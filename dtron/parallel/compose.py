@@ -30,8 +30,8 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
-from dtron.models.spec import ModelConfig, ModelSpec, layers_of, meta_model
-from dtron.parallel.context import apply_context_parallel, apply_gathered_attention
+from dtron.models.spec import ModelConfig, ModelSpec, attended_tokens, layers_of, meta_model
+from dtron.parallel.context import apply_context_parallel, apply_gathered_attention, uses_masks
 from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
 from dtron.parallel.expert import apply_expert_parallel
 from dtron.parallel.materialize import initialize
@@ -70,7 +70,8 @@ class ParallelModel:
     """This rank's part of the model, ready to train.
 
     parts: one module without pipeline parallel, one per stage with it. aliases: names of second copies
-    of tied parameters -> the first name, by which they are initialised and saved.
+    of tied parameters -> the first name, by which they are initialised and saved. gathered_keys: attention is to the
+    gathered keys of all context ranks, so that every forward needs document_start and keys.
     """
 
     parts: list[nn.Module]
@@ -79,6 +80,7 @@ class ParallelModel:
     aliases: dict[str, str]
     every_microbatch: bool
     sharded_loss: bool
+    gathered_keys: bool = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under their names in the plain model; the second copy of a tied one under its own name."""
@@ -90,7 +92,8 @@ class ParallelModel:
     def forward_backward(self, tokens: Tensor, labels: Tensor, *extra_inputs: Tensor, last: bool) -> Tensor:
         """Add the gradients of tokens [B, S / cp]; returns this rank's share of the loss.
 
-        extra_inputs: positions, and under document masks document_start and keys, as `Llama.forward` takes them.
+        extra_inputs: positions, and where `local_batches` gives them document_start and keys, as `Llama.forward` takes
+        them.
         last: the step's last batch.
         """
         with self._loss_context():
@@ -138,9 +141,10 @@ def stage_plan(spec: ModelSpec, model_config: ModelConfig, config: Config) -> St
     """The pipeline split of a whole model by FLOPs per token; the look-up costs none."""
     model = meta_model(spec, model_config)
     blocks = [6 * matmul_parameters(block) for block in layers_of(model).values()]
-    attention = spec.attention_flops(model_config, config.training.seq_len)
+    attended = attended_tokens(model_config, config.training.seq_len)
+    costs = [cost + spec.attention_flops(model_config, n) for cost, n in zip(blocks, attended, strict=True)]
     head = 6 * matmul_parameters(model) - sum(blocks)
-    return plan_stages(config.parallelism, model, [cost + attention for cost in blocks], head, 0.0)
+    return plan_stages(config.parallelism, model, costs, head, 0.0)
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,11 @@ class MetaParts:
     def sharded_loss(self) -> bool:
         """Whether the logits stay sharded over the vocabulary."""
         return self.mesh.degrees.tp > 1 and not self.config.parallelism.disable_loss_parallel
+
+    @property
+    def gathered_keys(self) -> bool:
+        """Whether context parallel gathers keys and values in place of the ring."""
+        return self.mesh.degrees.cp > 1 and uses_masks(self.config, self.model_config)
 
 
 def parallelize(
@@ -188,7 +197,7 @@ def wrap_on_meta(
             part = keep_modules(part, plan.modules[stage])
         for converter in converters:
             part = converter(part, config)
-        parts.append(_parallelize_part(part, spec, config, mesh, meta.sharded_loss))
+        parts.append(_parallelize_part(part, meta))
     return meta
 
 
@@ -209,7 +218,9 @@ def materialize(meta: MetaParts, device: torch.device, token_loss: Callable[[Ten
         hidden = _hidden_states(meta.spec, meta.model_config, config, mesh)
         pipeline = Pipeline(meta.parts, meta.plan, p, mesh.pp, microbatches, device, loss, hidden)
     every_microbatch = p.gradient_reduce == "every_microbatch"
-    return ParallelModel(meta.parts, pipeline, loss, meta.aliases, every_microbatch, meta.sharded_loss)
+    return ParallelModel(
+        meta.parts, pipeline, loss, meta.aliases, every_microbatch, meta.sharded_loss, meta.gathered_keys
+    )
 
 
 def _hidden_states(
@@ -225,15 +236,16 @@ def _hidden_states(
     return train, evaluate
 
 
-def _parallelize_part(part: nn.Module, spec: ModelSpec, config: Config, mesh: Mesh, sharded_loss: bool) -> nn.Module:
+def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
     """Everything between the split and the initial values, on meta."""
+    spec, config, mesh = meta.spec, meta.config, meta.mesh
     p, recompute = config.parallelism, config.activation_checkpoint
     apply_expert_parallel(part, mesh)
     if mesh.degrees.tp > 1:
         assert spec.tensor_plan is not None
-        apply_tensor_parallel(part, mesh.tp, spec.tensor_plan(sharded_loss))
+        apply_tensor_parallel(part, mesh.tp, spec.tensor_plan(meta.sharded_loss))
     if mesh.cp is not None:
-        if config.training.attention_mask == "document":
+        if meta.gathered_keys:
             apply_gathered_attention(part, mesh.cp)
         else:
             head_tail = bool(p.context_parallel_load_balancer)

@@ -11,8 +11,11 @@ one process in loss, gradients and weights under fullgraph compile, selective re
 parallel, with either rotation; torch's has tested handlers for the CUDA flash, efficient and cudnn
 kernels, and is 40 lines here instead of 160, so it stays.
 
-It knows the causal mask only. With document masks the keys and values are gathered once per layer, in rank order, and
-the rank's queries attend to them under their part of the mask; the gradients are reduce-scattered back.
+It knows the causal mask only. With document masks, windows shorter than the sequence, a soft cap or sinks, the keys and
+values are gathered once per layer, in rank order, and the rank's queries attend to them under their part of the mask;
+the gradients are reduce-scattered back. This is so for all layers of a model, those without a window too: one path per
+run. Keys outside of every window are gathered as well: with head-tail chunks a rank would need different chunks from
+every other one, which is no collective. FlexAttention does not compute them.
 """
 
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.models.attention import AttentionMask, CausalAttention
+from dtron.models.spec import ModelConfig, needs_masks
 
 __all__ = [
     "apply_context_parallel",
@@ -35,9 +39,16 @@ __all__ = [
     "check_sequence",
     "gathered_positions",
     "local_positions",
+    "uses_masks",
 ]
 
 _SEQUENCE = 2  # dimension of q, k, v [B, heads, S, D]
+
+
+def uses_masks(c: Config, m: ModelConfig) -> bool:
+    """Whether every forward of a run has masks, of documents or of the model; without, context parallel is a ring."""
+    longest = max(c.training.seq_len, (c.validation.enable and c.validation.seq_len) or 0)
+    return c.training.attention_mask == "document" or needs_masks(m, longest)
 
 
 def apply_context_parallel(model: nn.Module, cp: DeviceMesh, rotate_method: str, head_tail: bool) -> None:

@@ -20,16 +20,19 @@ LOOK_S = 1.0  # from one look for a requested stop to the next
 
 
 def local_batches(
-    batch: Batch, size: int, p: Parallelism, mesh: Mesh, device: torch.device
+    batch: Batch, size: int, p: Parallelism, mesh: Mesh, device: torch.device, gathered_keys: bool = False
 ) -> list[tuple[Tensor, ...]]:
     """The arguments of each forward, on the device: tokens, labels, positions [size, S / cp].
 
-    Under document masks also document_start [size, S / cp] and, under context parallel, keys [size, 2, S].
+    Under document masks also document_start [size, S / cp] and, with gathered_keys (see `ParallelModel`), keys
+    [size, 2, S]; with these document_start is always given, all 0 without document masks.
     """
     cp, (tokens, labels, document_start, _) = mesh.degrees.cp, batch
     rows, length = tokens.shape
     head_tail = bool(p.context_parallel_load_balancer)
     positions = local_positions(length, mesh.cp_rank, cp, head_tail)
+    if gathered_keys and document_start is None:
+        document_start = torch.zeros_like(tokens)
     arguments = [tokens, labels] if document_start is None else [tokens, labels, document_start]
     if cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
         arguments = [t[:, positions] for t in arguments]
@@ -55,7 +58,8 @@ def mean_loss(
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         total[1] += (batch.labels != IGNORE_INDEX).sum().double() / (d.world // d.dp)
-        for arguments in local_batches(batch, config.validation.local_batch_size, config.parallelism, mesh, device):
+        size, p = config.validation.local_batch_size, config.parallelism
+        for arguments in local_batches(batch, size, p, mesh, device, model.gathered_keys):
             total[0] += model.evaluate(*arguments) / d.tp
         if after_batch(total):
             return None

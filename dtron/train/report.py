@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from dtron.checkpoint.save import Saved
 from dtron.config import Config, flatten, to_toml
+from dtron.models.spec import attended_tokens
 from dtron.observe.console import EtaClock, format_step, format_summary, human_bytes, human_seconds, use_color
 from dtron.observe.device import device_name, peak_flops_per_s
 from dtron.observe.goodput import Ledger, process_start_s
@@ -197,10 +198,11 @@ class Report:
 
 def start_report(
     world: World, setup: Setup, config: Config, start: ResumePoint, data: RunData, device: torch.device,
-    flops_per_token: Callable[[float], float],
+    flops_per_token: Callable[[Sequence[float]], float],
 ) -> Report:  # fmt: skip
     """Say what is about to be trained, on what and where, and open the report."""
-    c, name, flops = config.training, device_name(device), flops_per_token(config.training.seq_len)
+    c, name = config.training, device_name(device)
+    flops = flops_per_token(attended_tokens(setup.model_config, c.seq_len))
     forwards = c.global_batch_size // (c.local_batch_size * setup.degrees.dp)
     log.info(
         f"{describe(setup, device)}, {flops / 1e9:.3g} GFLOPs per token\n"

@@ -19,7 +19,7 @@ from dtron.data.loader import check_dataloader
 from dtron.errors import Mistakes, UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
-from dtron.models.spec import ModelSpec, experts_of, meta_model
+from dtron.models.spec import ModelSpec, experts_of, meta_model, needs_masks
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.context import check_sequence
 from dtron.parallel.expert import check_experts
@@ -186,6 +186,11 @@ def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, fo
             check()
     if degrees is None:
         return
+    if degrees.cp > 1 and needs_masks(m, c.training.seq_len) and not spec.document_masks:
+        found.append(
+            f"model.name {c.model.name} needs attention masks at training.seq_len {c.training.seq_len}, and takes none "
+            "under context parallel; set context_parallel_degree 1"
+        )
     with found.collect():
         check_experts(c, experts_of(m), m.dim, degrees)
     with found.collect():

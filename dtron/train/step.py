@@ -59,7 +59,8 @@ class Step:
         loss.valid_tokens = valid
         loss.rows = None if batch.sources is None else []
         local_loss = torch.zeros((), device=self.device)
-        forwards = local_batches(batch, c.training.local_batch_size, c.parallelism, self.mesh, self.device)
+        size, gathered_keys = c.training.local_batch_size, self.model.gathered_keys
+        forwards = local_batches(batch, size, c.parallelism, self.mesh, self.device, gathered_keys)
         for i, arguments in enumerate(forwards):
             local_loss += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
         self.model.finish_gradients()

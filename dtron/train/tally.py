@@ -17,7 +17,8 @@ class Tally:
     """Sums on every rank, reduced when a row of metrics is due.
 
     sources: names of a mixture's sources, none without one; mixture: their shares. seq_len: tokens per sequence.
-    flops_per_token: of the model, given how many tokens a token's attention counts; None: without document masks.
+    attended: to how many tokens each layer attends at most. flops_per_token: of the model, given to how many tokens
+    each layer attends in the mean; None: where these are seq_len.
     """
 
     def __init__(
@@ -26,20 +27,26 @@ class Tally:
         sources: Sequence[str] = (),
         mixture: Mixture | None = None,
         seq_len: int = 0,
-        flops_per_token: Callable[[float], float] | None = None,
+        attended: Sequence[int] = (),
+        flops_per_token: Callable[[Sequence[float]], float] | None = None,
     ) -> None:
         self._device, self._sources, self._mixture, self._seq_len = device, sources, mixture, seq_len
-        self._flops_per_token = flops_per_token
+        self._attended, self._flops_per_token = attended, flops_per_token
         self._by_source = torch.zeros(2, len(sources), dtype=torch.float64, device=device)  # loss, tokens
-        self._documents = torch.zeros(2, dtype=torch.float64)  # tokens, and squares of the documents' lengths
+        # Tokens, and summed over them, to how many each kind of layer attends.
+        self._kinds = {n: i + 1 for i, n in enumerate(sorted(set(attended)))}
+        self._documents = torch.zeros(1 + len(self._kinds), dtype=torch.float64)
 
     def accumulate(self, batch: Batch, labels: list[Tensor], row_losses: list[Tensor] | None) -> None:
         """Add one step. labels: on the device, of each forward; row_losses: see `TokenMean.rows`."""
-        if batch.document_start is not None:
-            ones = torch.ones_like(batch.document_start)
+        if self._flops_per_token is not None:
+            starts = torch.zeros_like(batch.tokens) if batch.document_start is None else batch.document_start
+            ones = torch.ones_like(starts)
             # A document's length where it begins, else 0.
-            lengths = torch.zeros_like(ones).scatter_add_(1, batch.document_start, ones)
-            self._documents += torch.stack((lengths.sum(), lengths.square().sum()))
+            lengths = torch.zeros_like(ones).scatter_add_(1, starts, ones)
+            self._documents[0] += lengths.sum()
+            for n, i in self._kinds.items():
+                self._documents[i] += (lengths * lengths.clamp(max=n)).sum()
         if row_losses and batch.sources is not None:  # on ranks with the last pipeline stage
             sources = batch.sources.to(self._device, non_blocking=True)
             # The last ones: in its first step torch's pipeline also calls the loss once to learn its shape.
@@ -53,9 +60,10 @@ class Tally:
         if self._flops_per_token is not None:
             documents = self._documents.to(self._device)
             dist.all_reduce(documents)
-            tokens, squares = documents.tolist()
-            row["attended_tokens"] = squares / tokens
-            row["flops_per_token"] = self._flops_per_token(squares / tokens)
+            tokens, *sums = (documents / documents[0]).tolist()
+            attended = [sums[self._kinds[n] - 1] for n in self._attended]  # by each layer
+            row["attended_tokens"] = sum(attended) / len(attended)
+            row["flops_per_token"] = self._flops_per_token(attended)
             self._documents.zero_()
         if self._mixture is not None and self._sources:
             dist.all_reduce(self._by_source)

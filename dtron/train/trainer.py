@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from dtron import compat, registry
 from dtron.data.loader import Batch
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
-from dtron.models.spec import experts_of, meta_model
+from dtron.models.spec import attended_tokens, experts_of, meta_model
 from dtron.observe.device import max_memory_bytes
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import parallelize
@@ -226,17 +226,19 @@ class Trainer:
         """The beginning of a phase that has no time limit of its own."""
         self.world.control.heartbeat(phase, LONG_S, self.progress.step)
 
-    def _flops_per_token(self) -> Callable[[float], float]:
-        """Forward and backward, given the tokens that a token's attention counts."""
+    def _flops_per_token(self) -> Callable[[Sequence[float]], float]:
+        """Forward and backward, given to how many tokens each layer attends."""
         spec, m = self.setup.spec, self.setup.model_config
         whole = meta_model(spec, m)
-        return lambda attended: flops_per_token(whole, m.n_layers, spec.attention_flops(m, attended))
+        return lambda attended: flops_per_token(whole, [spec.attention_flops(m, n) for n in attended])
 
     def _build_step(self) -> Step:
         c = self.config.training
         guard = StepGuard(c, self.optimizers, self.progress, self.device)
-        flops = self._flops_per_token() if c.attention_mask == "document" else None
-        tally = Tally(self.device, self.data.sources, self.data.mixture, c.seq_len, flops)
+        attended = attended_tokens(self.setup.model_config, c.seq_len)
+        shorter = c.attention_mask == "document" or min(attended) < c.seq_len
+        flops = self._flops_per_token() if shorter else None
+        tally = Tally(self.device, self.data.sources, self.data.mixture, c.seq_len, attended, flops)
         m, balance = self.setup.model_config, None
         experts = experts_of(m)
         for line in unread_keys(c, experts):

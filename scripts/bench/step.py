@@ -41,7 +41,7 @@ from dtron.data.order import Mixture  # noqa: E402
 from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
 from dtron.models.flops import flops_per_token  # noqa: E402
 from dtron.models.init import initial_rows  # noqa: E402
-from dtron.models.spec import meta_model  # noqa: E402
+from dtron.models.spec import attended_tokens, meta_model  # noqa: E402
 from dtron.observe.device import max_memory_bytes, peak_flops_per_s, reset_max_memory  # noqa: E402
 from dtron.parallel.recompute import apply_recompute  # noqa: E402
 from dtron.ranks.world import World  # noqa: E402
@@ -217,8 +217,9 @@ def summary(figures: Figures, setup: Setup, peak: float | None) -> dict[str, Any
 
 
 def _flops_per_token(setup: Setup) -> float:
-    attention = setup.spec.attention_flops(setup.model_config, setup.config.training.seq_len)
-    return flops_per_token(meta_model(setup.spec, setup.model_config), setup.model_config.n_layers, attention)
+    spec, m = setup.spec, setup.model_config
+    attention = [spec.attention_flops(m, n) for n in attended_tokens(m, setup.config.training.seq_len)]
+    return flops_per_token(meta_model(spec, m), attention)
 
 
 # --- the program

@@ -167,7 +167,7 @@ def test_parameter_counts_equal_transformers_and_the_published_ones(family: str,
 def flops(config: LlamaConfig, seq_len: int) -> float:
     with torch.device("meta"):
         model = Llama(config)
-    return flops_per_token(model, config.n_layers, attention_flops_per_token(config, seq_len))
+    return flops_per_token(model, [attention_flops_per_token(config, seq_len)] * config.n_layers)
 
 
 def test_flops_per_token():

@@ -274,7 +274,7 @@ def test_parameters_in_all_and_per_token_are_the_published_ones(family: str, fla
     assert matmul_parameters(model) == active_parameters(model) - norms - config.vocab_size * config.dim
     attention = attention_flops_per_token(config, 4096)
     expected = 6 * matmul_parameters(model) + config.n_layers * attention
-    assert flops_per_token(model, config.n_layers, attention) == expected
+    assert flops_per_token(model, [attention] * config.n_layers) == expected
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])

@@ -177,7 +177,7 @@ def test_the_formula_of_mfu_is_what_the_code_computes() -> None:
     for name, size in sizes.items():
         text = text.replace(name, str(size))
     assert eval(text.replace(" x ", " * ")) == flops_per_token(
-        model, config.n_layers, attention_flops_per_token(config, 4096)
+        model, [attention_flops_per_token(config, 4096)] * config.n_layers
     )
     assert flops_formula() in (ROOT / "docs" / "dashboard.md").read_text()
 

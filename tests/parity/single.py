@@ -46,6 +46,10 @@ MODELS = {
         ),
     ),
     "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 16)),
+    # Every second layer attends to the 6 last tokens.
+    "windows": replace(SMALL, windows=(6, None)),
+    "scores": replace(SMALL, windows=(None, 9), attention_scale=0.6, attention_softcap=1.5, attention_sinks=True),
+    "scale": replace(SMALL, attention_scale=0.6),
 }
 # Tolerances of a weight, from one process against itself with 4 microbatches in place of 1 (test_noise measures it):
 # the clipped gradients then differ by at most 1.7e-8, 7e-10 in the mean square. AdamW divides by sqrt(v) + eps, so an

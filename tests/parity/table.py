@@ -235,6 +235,24 @@ MASKED = [
     )
 ]
 
+# Windows, as masks; a scale of the scores, with which the ring remains; a soft cap and sinks.
+WINDOWS = [
+    Case("windows one", ONE, model="windows", batches=2),
+    Case("windows tp2", TP2, model="windows"),
+    Case("windows cp2", CP2, model="windows", evaluate=True),
+    Case("windows cp4 contiguous", CP4, CONTIGUOUS, "windows", long=True),
+    Case("windows pp2", PP2, PAIRS, "windows", evaluate=True),
+    Case("windows documents tp2 cp2", TP2_CP2, DOCUMENTS, "windows"),
+    Case("windows compiled cp2 op", CP2, {**compiled(), **OP}, "windows"),
+    Case("windows pp2 fsdp2 cp2 tp2 documents", FOUR_D, {**DOCUMENTS, **PAIRS}, "windows", long=True),
+    Case("windows inductor tp2 cp2", TP2_CP2, compiled("inductor"), "windows", long=True),
+    Case("scores tp2 cp2", TP2_CP2, model="scores"),
+    Case("scores pp2 fsdp2 documents", PP2_FSDP2, {**DOCUMENTS, **PAIRS}, "scores", long=True),
+    Case("scores compiled fsdp2 tp2 op", FSDP2_TP2, {**compiled(), **OP}, "scores"),
+    Case("scale cp2", CP2, model="scale"),
+    Case("scale compiled tp2 cp2 alltoall", TP2_CP2, {**compiled(), **ALLTOALL}, "scale", long=True),
+]
+
 # Models with experts, all with the balance loss; "moe all" has every part: groups, a shared expert, a dense layer, the
 # bias.
 EP2, FSDP2_EP2, HSDP_EP2 = Degrees(dp_shard=2, ep=2), Degrees(dp_shard=4, ep=2), Degrees(1, 2, 2, ep=2)
@@ -289,7 +307,7 @@ EXPERTS = [
     Case("ep2 offload", EP2, OFFLOAD, "moe"),
 ]
 
-CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *EXPERTS]
+CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *WINDOWS, *EXPERTS]
 
 # --- what must be in the table
 
@@ -365,5 +383,10 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "experts compiled": _model("moe", compiled(), ep=2),
     "experts in four dimensions": _model("moe", pp=2, dp_shard=2, tp=2, ep=4),
     **{f"every part of a router {dim}": _model("moe all", **{dim: 2}, ep=2) for dim in ("dp_shard", "tp", "cp", "pp")},
+    **{f"windows {dim}": _model("windows", **{dim: 2}) for dim in ("tp", "cp", "pp")},
+    **{f"windows and documents {dim}": _model("windows", DOCUMENTS, **{dim: 2}) for dim in ("tp", "cp")},
+    "windows compiled": _model("windows", {**compiled(), **OP}, cp=2),
+    **{f"soft cap and sinks {dim}": _model("scores", **{dim: 2}) for dim in ("tp", "cp", "dp_shard")},
+    "scale on the ring": _model("scale", cp=2),
     "documents everywhere": _is(DOCUMENTS, pp=2, dp_shard=2, cp=2, tp=2),
 }
