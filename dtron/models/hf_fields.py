@@ -57,8 +57,13 @@ def read_experts(hf: Fields, size_name: str, normalize: bool, file: Path | str) 
 
     The number of experts has two names, in files of one model_type even.
     """
+    numbers = [hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None]
+    if numbers[1:] and numbers[0] != numbers[1]:
+        raise UserError(
+            f"{file}: num_experts = {numbers[0]!r}, but num_local_experts = {numbers[1]!r}; keep one of them"
+        )
     values: Fields = {
-        "num_experts": hf.get("num_local_experts") if hf.get("num_experts") is None else hf["num_experts"],
+        "num_experts": numbers[0] if numbers else None,
         "num_experts_per_tok": hf.get("num_experts_per_tok"),
         size_name: hf.get(size_name),
     }
