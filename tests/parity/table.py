@@ -384,7 +384,7 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "experts in four dimensions": _model("moe", pp=2, dp_shard=2, tp=2, ep=4),
     **{f"every part of a router {dim}": _model("moe all", **{dim: 2}, ep=2) for dim in ("dp_shard", "tp", "cp", "pp")},
     **{f"windows {dim}": _model("windows", **{dim: 2}) for dim in ("tp", "cp", "pp")},
-    **{f"windows and documents {dim}": _model("windows", DOCUMENTS, **{dim: 2}) for dim in ("tp", "cp")},
+    **{f"documents and windows {dim}": _model("windows", DOCUMENTS, **{dim: 2}) for dim in ("tp", "cp")},
     "windows compiled": _model("windows", {**compiled(), **OP}, cp=2),
     **{f"soft cap and sinks {dim}": _model("scores", **{dim: 2}) for dim in ("tp", "cp", "dp_shard")},
     "scale on the ring": _model("scale", cp=2),
