@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint import hf, hf_folder
 from dtron.checkpoint.files import ASSETS, WRITTEN
+from dtron.checkpoint.hf_form import Form, form_of
 from dtron.checkpoint.reader import reader_of
 from dtron.checkpoint.save import first_error, reason
 from dtron.checkpoint.storage import StoragePath
@@ -120,23 +121,24 @@ def export(
     rank, world = dist.get_rank(), dist.get_world_size()
     with contextlib.ExitStack() as stack:  # on rank 0 the folder is deleted if anything goes wrong, on any rank
 
-        def begin() -> tuple[Path, Plan, bool]:
+        def begin() -> tuple[Path, Plan, Form]:
             plan = _plan(checkpoint, out, shapes, dtype, force, file_bytes)
-            mixtral = json.loads((checkpoint / "config.json").read()).get("model_type") == "mixtral"
-            return stack.enter_context(replacing(out, force)), plan, mixtral
+            file = checkpoint / "config.json"
+            form = form_of(json.loads(file.read()), str(file))
+            return stack.enter_context(replacing(out, force)), plan, form
 
-        partial, plan, mixtral = from_rank_0(begin)
+        partial, plan, form = from_rank_0(begin)
         problem = ""
         for number in range(rank, len(plan), world):
             try:
-                _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number], mixtral)
+                _write_file(checkpoint, partial / _file_name(number, len(plan)), plan[number], form)
                 say(f"{number + 1} of {len(plan)} files written")
             except (Exception, CheckpointException) as error:  # safetensors' errors derive from nothing else
                 known = isinstance(first_error(error), UserError)
                 problem = reason(error) + ("" if known else "; make room, or name another disk")
                 break
         raise_first_problem(problem, lambda found: f"{checkpoint} could not be written to {out}: {found}")
-        from_rank_0(lambda: _finish(checkpoint, partial, plan, mixtral))
+        from_rank_0(lambda: _finish(checkpoint, partial, plan, form))
 
 
 Plan = list[dict[str, tuple[tuple[int, ...], torch.dtype]]]  # of each file: name of ours -> shape, dtype
@@ -174,7 +176,7 @@ def _file_name(number: int, of: int) -> str:
 
 
 def _write_file(
-    checkpoint: StoragePath, file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], mixtral: bool
+    checkpoint: StoragePath, file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], form: Form
 ) -> None:
     from safetensors.torch import save_file
 
@@ -187,13 +189,14 @@ def _write_file(
             raise UserError(f"{name} has values that float16 does not hold (above 65504, or not finite); use bfloat16")
     written: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        names = hf.their_names(name, tensor.shape, mixtral)
+        names, order = form.their_names(name, tensor.shape), form.order(name, tensor.dim())
+        tensor = order.written(tensor) if order else tensor
         written |= {names[0]: tensor} if len(names) == 1 else dict(zip(names, tensor.unbind(), strict=True))
     save_file({name: tensor.contiguous() for name, tensor in written.items()}, file, metadata={"format": "pt"})
 
 
-def _finish(checkpoint: StoragePath, partial: Path, plan: Plan, mixtral: bool) -> None:
-    """On rank 0, when all files are written: the files beside the weights. mixtral: whose names the weights have."""
+def _finish(checkpoint: StoragePath, partial: Path, plan: Plan, form: Form) -> None:
+    """On rank 0, when all files are written: the files beside the weights, whose names are those of `form`."""
     for name, content in assets_of(checkpoint).items():
         (partial / name).write_bytes(content)
     config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
@@ -207,7 +210,7 @@ def _finish(checkpoint: StoragePath, partial: Path, plan: Plan, mixtral: bool) -
             (theirs, i)
             for i, tensors in enumerate(plan)
             for name, (shape, _) in tensors.items()
-            for theirs in hf.their_names(name, shape, mixtral)
+            for theirs in form.their_names(name, shape)
         ]
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(sizes)},

@@ -1,13 +1,13 @@
 """Weights of a Hugging Face folder: in one file or in several with an index, of safetensors or else of torch.save.
 
-Names and the order of rows are ours already, but for what `our_name` says. A rank reads the slices of its own shards,
+Names and the order of rows are ours already, but for what `hf_form` says. A rank reads the slices of its own shards,
 through a memory map, and converts them to the dtype of its parameters one slice at a time.
 """
 
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.futures import Future
 
 from dtron.checkpoint.hf_folder import MERGE, files_of
+from dtron.checkpoint.hf_form import HEAD, HeadOrder, form_of_folder, stack_of, their_name
 from dtron.checkpoint.reader import load_tensors
 from dtron.errors import UserError
 
 __all__ = [
-    "HEAD",
     "Entry",
     "Reader",
     "check_fits",
@@ -36,35 +36,24 @@ __all__ = [
     "entries_of",
     "grown_shapes",
     "tensors_of",
-    "their_name",
-    "their_names",
 ]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 IGNORED = re.compile(r".*\brotary_emb\.\w+")  # computed, not learnt
-HEAD, EMBEDDING = "model.lm_head.weight", "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
 HEADLESS = (
     "it may be a base model that was saved without its head: save it with the head, set tie_word_embeddings where the "
     'two are one matrix, or let a training make a new one: checkpoint.exclude_from_loading = ["lm_head.*"]'
 )
 ROWS = 1 << 12  # of two matrices compared at a time
-# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
-WRAPPERS = re.compile(
-    r"^((module|_orig_mod)\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-
-
-# One expert's matrix, as all but Mixtral's folders name it; ours is the stack of all experts'.
-EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.((?:gate|up|down)_proj)\.weight")
-STACK = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.((?:gate|up|down)_proj)")
-MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a folder: its file's name, its own name in it, dtype and shape.
 
-    parts: of a stack of experts, which is no tensor there, those of each; file and stored are then the first one's.
+    parts: of a stack, which is no tensor there, its own; file and stored are then the first one's. order: of its rows,
+    where it is not ours.
     """
 
     file: str
@@ -72,36 +61,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: tuple["Entry", ...] = ()
-
-
-def our_name(stored: str) -> str:
-    """`model.` and the name in the plain model.
-
-    As transformers does, it takes names without `model.`, as a base model saved alone has them; and what wrappers of
-    torch have put into names is left out.
-    """
-    name = "model." + re.sub(r"^(model\.)+", "", WRAPPERS.sub("", stored))
-    if ".block_sparse_moe." in name:  # Mixtral's
-        name = name.replace(".block_sparse_moe.", ".mlp.")
-        for ours, theirs in MIXTRAL.items():
-            name = name.replace(f".{theirs}.weight", f".{ours}.weight")
-    return name
-
-
-def their_name(ours: str) -> str:
-    return ours.removeprefix("model.") if ours == HEAD else ours
-
-
-def their_names(ours: str, shape: Sequence[int], mixtral: bool) -> list[str]:
-    """The names under which our tensor is written: of a stack [N, out, in] one per expert. mixtral: in its form."""
-    if not mixtral or ".mlp." not in ours:
-        stack = STACK.fullmatch(ours)
-        if not stack:
-            return [their_name(ours)]
-        return [f"{stack[1]}mlp.experts.{i}.{stack[2]}.weight" for i in range(shape[0])]
-    if stack := STACK.fullmatch(ours):
-        return [f"{stack[1]}block_sparse_moe.experts.{i}.{MIXTRAL[stack[2]]}.weight" for i in range(shape[0])]
-    return [ours.replace(".mlp.", ".block_sparse_moe.")]
+    order: HeadOrder | None = None
 
 
 def entries_of(folder: Path) -> dict[str, Entry]:
@@ -118,13 +78,16 @@ def entries_of(folder: Path) -> dict[str, Entry]:
     found = {entry.stored: entry for name in files for entry in _entries(folder / name)}
     if lost := sorted(name for name, file in weight_map.items() if name not in found or found[name].file != file):
         raise UserError(f"{folder}: {index} says that {lost[0]} is in {weight_map[lost[0]]}, which does not have it")
+    form = form_of_folder(folder)
     entries: dict[str, Entry] = {}
     for stored, entry in found.items():
         if IGNORED.fullmatch(stored):
             continue
         if "lora_" in stored:
             raise UserError(f"{folder} holds a LoRA adapter ({stored}) that is not merged; {MERGE}")
-        if (other := entries.setdefault(our_name(stored), entry)) is not entry:
+        name = form.our_name(stored)
+        entry = replace(entry, order=form.order(name, len(entry.shape)))
+        if (other := entries.setdefault(name, entry)) is not entry:
             raise UserError(f"{folder} has both {other.stored} and {stored}, which are one tensor; remove one of them")
     return _stacked(folder, entries)
 
@@ -133,9 +96,9 @@ def _stacked(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
     """The same with one entry for all experts of a layer's matrix. UserError where some are missing, or not alike."""
     stacks: dict[str, dict[int, Entry]] = {}
     for name, entry in entries.items():
-        if expert := EXPERT.fullmatch(name):
-            stacks.setdefault(expert[1] + expert[3], {})[int(expert[2])] = entry
-    plain = {name: entry for name, entry in entries.items() if not EXPERT.fullmatch(name)}
+        if part := stack_of(name):
+            stacks.setdefault(part[0], {})[part[1]] = entry
+    plain = {name: entry for name, entry in entries.items() if not stack_of(name)}
     for name, parts in stacks.items():
         first = parts[min(parts)]
         if missing := [i for i in range(max(parts) + 1) if i not in parts]:
@@ -263,7 +226,7 @@ def tensors_of(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         if entry.parts:  # read at once
             return torch.stack([tensor(part) for part in entry.parts])
         whole: Tensor = opened[entry.file].get_tensor(entry.stored)
-        return whole
+        return entry.order.read(whole, tuple(slice(0, n) for n in entry.shape)) if entry.order else whole
 
     return {name: tensor(entry) for name, entry in entries.items()}
 
@@ -321,7 +284,8 @@ class Reader(dcp.StorageReader):
                 return
             if entry.file not in opened:
                 opened = {entry.file: _open(self._folder, entry.file)}
-            target.copy_(opened[entry.file].get_slice(entry.stored)[part])
+            stored = opened[entry.file].get_slice(entry.stored)
+            target.copy_(entry.order.read(stored, part) if entry.order else stored[part])
 
         for item in sorted(plan.items, key=lambda item: self._entries[item.storage_index.fqn].file):
             of_ours = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dtron.checkpoint import hf, hf_folder
+from dtron.checkpoint import hf, hf_folder, hf_form
 from dtron.checkpoint.files import (
     ASSETS,
     MANIFEST,
@@ -154,14 +154,16 @@ def fitting_entries(
     folder = hf_folder.local(checkpoint)
     entries = hf.entries_of(folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
-    tied = hf.HEAD not in expected
-    if tied and hf.EMBEDDING not in entries and hf.HEAD in entries:  # some save the one matrix under the other name
-        entries[hf.EMBEDDING] = entries.pop(hf.HEAD)
+    tied = hf_form.HEAD not in expected
+    if (
+        tied and hf.EMBEDDING not in entries and hf_form.HEAD in entries
+    ):  # some save the one matrix under the other name
+        entries[hf.EMBEDDING] = entries.pop(hf_form.HEAD)
     shapes = {name: entry.shape for name, entry in entries.items()}
     grown = {name: s for name, s in hf.grown_shapes(shapes, expected).items() if grow and not excluded(name)}
 
     def shown(name: str) -> str:
-        return entries[name].stored if name in entries else hf.their_name(name)
+        return entries[name].stored if name in entries else hf_form.their_name(name)
 
     hf.check_fits(checkpoint, shapes | grown, expected, excluded, hint, shown)
     hf.check_tied(folder, entries, tied)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dtron.checkpoint.export import assets_of
-from dtron.checkpoint.hf import EMBEDDING, HEAD, check_fits
+from dtron.checkpoint.hf import EMBEDDING, check_fits
+from dtron.checkpoint.hf_form import HEAD, HeadOrder
 from dtron.checkpoint.reader import reader_of
 from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
@@ -92,11 +93,10 @@ def read_torchtitan(folder: StoragePath, model: Llama) -> dict[str, Tensor]:
             f"{folder}: output.weight differs from tok_embeddings.weight, but the embeddings are tied according to "
             "--config; set tie_word_embeddings to false in its config.json"
         )
-    heads = {"q_proj": model.config.n_heads, "k_proj": model.config.n_kv_heads}
+    neighbours = HeadOrder(model.config.head_size, model.config.head_size, 0)
     for name, tensor in tensors.items():
-        rotary = re.search(r"\.self_attn\.([qk]_proj)\.", name)
-        if rotary and tensor.dim():  # AdamW's step is a number
-            tensor.copy_(_pairs_to_halves(tensor, heads[rotary[1]]))
+        if re.search(r"\.self_attn\.[qk]_proj\.", name) and tensor.dim():  # AdamW's step is a number
+            tensor.copy_(neighbours.read(tensor, (slice(0, len(tensor)),)))
     return {name: tensor for name, tensor in tensors.items() if not _is_second(name, model)}
 
 
@@ -139,8 +139,3 @@ def _their_name(ours: str) -> str:
     """torchtitan's name for a weight, as of its last version configured by TOML; empty if it has none."""
     match = NAME.fullmatch(ours)
     return f"{match[2]}{THEIRS[match[3]]}.weight" if match and match[3] in THEIRS else ""
-
-
-def _pairs_to_halves(tensor: Tensor, heads: int) -> Tensor:
-    """The rows of tensor [heads * D, E] reordered within each head: 2i goes to i, 2i + 1 to i + D/2."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # [heads, D/2, 2, E] -> [.., 2, D/2, E]

@@ -41,6 +41,9 @@ class HFType:
     write: LlamaConfig -> further fields of config.json.
     experts: whether it is a mixture of experts, which `read` gives then, and `write` needs.
     partial_rotary: whether its models may rotate a part of each head; for others transformers ignores the field.
+    renames: (theirs, ours): parts of the weights' names, between dots.
+    interleaved: rotary embeddings rotate neighbours of a head together, where ours rotate halves: the rows of q and k
+        are in another order.
     """
 
     architecture: str | None
@@ -51,6 +54,8 @@ class HFType:
     write: Callable[[LlamaConfig], Fields] = lambda c: {}
     experts: bool = False
     partial_rotary: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+    interleaved: bool = False
 
 
 NO_WINDOW = {"sliding_window": (None,)}  # Qwen's files name one that is not used
@@ -98,9 +103,13 @@ TYPES: dict[str, HFType] = {
     "qwen3": HFType(
         "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128}, write=_without_bias
     ),
+    "helium": HFType(
+        None, defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0}, interleaved=True
+    ),
     "mixtral": HFType(
         "MixtralForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6}, legal=NO_WINDOW, experts=True,
         read=_read_mixtral, write=_write_mixtral,
+        renames=(("block_sparse_moe", "mlp"), ("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")),
     ),
     "qwen3_moe": HFType(
         "Qwen3MoeForCausalLM", flags={"qk_norm": True}, experts=True, read=_read_qwen3_moe, write=_write_qwen3_moe

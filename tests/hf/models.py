@@ -25,6 +25,11 @@ QWEN3 = {
     "max_position_embeddings": 40960,
 }  # fmt: skip
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+HELIUM = {
+    "model_type": "helium", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+    "head_dim": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-8, "rope_theta": 100000.0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 MIXTRAL = {
     "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
     "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
@@ -67,6 +72,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {"rope_theta": 10000.0, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "max_position_embeddings": 16},
     "Qwen3-0.6B": QWEN3 | {"tie_word_embeddings": True},
     "Qwen3-8B": QWEN3 | {"tie_word_embeddings": False},
+    "helium-1-preview-2b": HELIUM,
     "Mixtral-8x7B-v0.1": MIXTRAL,
     "Qwen3-30B-A3B": QWEN3
     | {

@@ -27,6 +27,7 @@ from torch.distributed.tensor import distribute_tensor
 from dtron import registry
 from dtron.__main__ import main
 from dtron.checkpoint.files import read_manifest
+from dtron.checkpoint.hf_form import HeadOrder
 from dtron.checkpoint.load import check_source, is_torchtitan, load, load_initial
 from dtron.checkpoint.save import named_tensors
 from dtron.checkpoint.storage import StoragePath
@@ -156,7 +157,7 @@ def test_logits_loss_and_gradient_norm_are_torchtitans(model: Llama, reference: 
 def test_without_the_reordering_they_are_not(
     model: Llama, reference: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchtitan, "_pairs_to_halves", lambda tensor, heads: tensor)
+    monkeypatch.setattr(HeadOrder, "read", lambda order, tensor, part: tensor)
     fill(named(model.named_parameters(), None), converted(tmp_path))
     off = (model(reference["tokens"][:, :-1])[:, ::16] - reference["logits"]).abs().max()
     assert off > 100 * LOGITS

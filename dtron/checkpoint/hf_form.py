@@ -1,0 +1,134 @@
+"""How the weights of a Hugging Face folder differ from ours: their names, and the order of rows.
+
+Our names are those of most folders. Stacks are single tensors of ours and several there: the experts' matrices, and
+norms with weights of their own for each head. Rotary embeddings of some types rotate neighbours (2i, 2i + 1) of a head
+together, where ours rotate halves (i, i + R/2) of the R values that are rotated: the rows of q and k are then in
+another order within each head, those of their biases and norms too. Scores do not change, as q and k change alike.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtron.models.hf import hf_dimensions
+from dtron.models.hf_types import TYPES
+
+__all__ = ["HEAD", "PLAIN", "Form", "HeadOrder", "form_of", "form_of_folder", "stack_of", "their_name"]
+
+HEAD = "model.lm_head.weight"
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+WRAPPERS = re.compile(
+    r"^((module|_orig_mod)\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+# One of the tensors of a stack, and the stack, by our names.
+OF_STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.((?:gate|up|down)_proj)\.weight")
+STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)((?:gate|up|down)_proj)")
+
+
+def stack_of(name: str) -> tuple[str, int] | None:
+    """Of a tensor that is a part of one of ours, by our name: that of the whole, and the place in it."""
+    match = OF_STACK.fullmatch(name)
+    return (match[1] + match[3], int(match[2])) if match else None
+
+
+def their_name(ours: str) -> str:
+    """The name in most folders: ours, with `model.` before all but the head."""
+    return ours.removeprefix("model.") if ours == HEAD else ours
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """Rows that are in the other order within each head: of size head_size, the first `rotated` of which are rotated.
+
+    dim: of the tensor, that of the rows.
+    """
+
+    head_size: int
+    rotated: int
+    dim: int
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """Of a head: our row -> theirs, [D]."""
+        pairs = torch.arange(self.rotated).unflatten(0, (-1, 2))  # [R/2, 2]
+        return torch.cat((pairs.t().flatten(), torch.arange(self.rotated, self.head_size)))
+
+    def read(self, stored: Any, part: tuple[slice, ...]) -> Tensor:
+        """The part of our tensor, from the whole of theirs or a slice of safetensors: whole heads are read."""
+        size, rows = self.head_size, part[self.dim]
+        first, last = rows.start // size * size, -(-rows.stop // size) * size
+        heads: Tensor = stored[part[: self.dim] + (slice(first, last),) + part[self.dim + 1 :]]  # noqa: RUF005
+        ours = torch.arange(rows.start, rows.stop)
+        return heads.index_select(self.dim, ours // size * size + self._within[ours % size] - first)
+
+    def written(self, ours: Tensor) -> Tensor:
+        """Theirs, from the whole of our tensor."""
+        within = ours.unflatten(self.dim, (-1, self.head_size))
+        return within.index_select(self.dim + 1, self._within.argsort()).flatten(self.dim, self.dim + 1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of the weights of one folder. renames: their part of a name between dots -> ours. rotated: 0 if as ours."""
+
+    renames: tuple[tuple[str, str], ...] = ()
+    head_size: int = 0
+    rotated: int = 0
+
+    def our_name(self, stored: str) -> str:
+        """`model.` and the name in the plain model.
+
+        As transformers does, it takes names without `model.`, as a base model saved alone has them; and what wrappers
+        of torch have put into names is left out.
+        """
+        ours = dict(self.renames)
+        name = re.sub(r"^(model\.)+", "", WRAPPERS.sub("", stored))
+        return ".".join(("model", *(ours.get(part, part) for part in name.split("."))))
+
+    def their_names(self, ours: str, shape: Sequence[int]) -> list[str]:
+        """The names under which our tensor is written: of a stack one for each of its tensors."""
+        theirs = {our: their for their, our in self.renames}
+
+        def renamed(name: str) -> str:
+            return ".".join(theirs.get(part, part) for part in their_name(name).split("."))
+
+        stack = STACK.fullmatch(ours)
+        return [renamed(f"{stack[1]}{i}.{stack[2]}.weight") for i in range(shape[0])] if stack else [renamed(ours)]
+
+    def order(self, ours: str, dims: int) -> HeadOrder | None:
+        """The other order of rows of our tensor of so many dimensions; None: it has the same."""
+        if self.rotated and (match := re.search(r"\.self_attn\.[qk]_(proj|norm)\.(weight|bias)$", ours)):
+            return HeadOrder(self.head_size, self.rotated, dims - 1 if match[1] == "norm" else 0)
+        return None
+
+
+PLAIN = Form()
+
+
+def form_of(config: dict[str, Any], file: Path | str) -> Form:
+    """Of weights beside this config.json, called `file` in messages; ours for a model type that is not known."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        return PLAIN
+    form = Form(TYPES[kind].renames)
+    if not TYPES[kind].interleaved:
+        return form
+    c = hf_dimensions(config, file)
+    return Form(form.renames, c.head_size, int(c.head_size * c.partial_rotary_factor))
+
+
+def form_of_folder(folder: Path) -> Form:
+    """Ours where there is no config.json, or none that can be read."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return PLAIN
+    return form_of(config, file) if isinstance(config, dict) else PLAIN

@@ -1,0 +1,80 @@
+"""Weights in another form than ours: names, and the order of rows within a head."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf.models import logits_of, save_random, tokens
+from torch import Tensor
+
+from dtron.checkpoint.hf_form import Form, HeadOrder
+from dtron.hf.read import open_model
+
+HEADS, SIZE = 4, 12
+
+
+def interleaved(x: Tensor, angle: Tensor) -> Tensor:
+    """x [H, D] rotated as Helium does, neighbours by angles [R/2]; the rest of D as it is."""
+    rotated = 2 * len(angle)
+    a, b = x[:, 0:rotated:2], x[:, 1:rotated:2]
+    pairs = torch.stack((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1).flatten(1)
+    return torch.cat((pairs, x[:, rotated:]), 1)
+
+
+def halves(x: Tensor, angle: Tensor) -> Tensor:
+    """As ours."""
+    a, b, rest = x.split((len(angle), len(angle), SIZE - 2 * len(angle)), 1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest), 1)
+
+
+@pytest.mark.parametrize("rotated", [SIZE, 8, 2])
+def test_scores_are_those_of_interleaved_rotations(rotated: int):
+    theirs = torch.randn(2, HEADS * SIZE)  # q and k of one token
+    order = HeadOrder(SIZE, rotated, dim=1)
+    ours = order.read(theirs, (slice(0, 2), slice(0, HEADS * SIZE)))
+    angles = torch.randn(2, rotated // 2)
+    q, k = (interleaved(x.view(HEADS, SIZE), angle) for x, angle in zip(theirs, angles, strict=True))
+    q2, k2 = (halves(x.view(HEADS, SIZE), angle) for x, angle in zip(ours, angles, strict=True))
+    torch.testing.assert_close((q * k).sum(1), (q2 * k2).sum(1))
+    assert torch.equal(order.written(ours), theirs)
+
+
+class Counted:
+    """A slice of safetensors that says how many rows were read."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole, self.rows = whole, 0
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
+        self.rows = part[0].stop - part[0].start
+        return self.whole[part]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 48), (12, 24), (5, 6), (11, 13), (36, 48), (7, 7)])
+def test_a_rank_reads_the_heads_of_its_rows_only(first: int, last: int):
+    order = HeadOrder(SIZE, 8, dim=0)
+    stored = Counted(torch.randn(HEADS * SIZE, 6))
+    whole = order.read(stored.whole, (slice(0, HEADS * SIZE), slice(0, 6)))
+    part = order.read(stored, (slice(first, last), slice(2, 5)))
+    assert torch.equal(part, whole[first:last, 2:5])
+    assert stored.rows <= (last - first) + 2 * (SIZE - 1)
+    bias = stored.whole[:, 0]
+    assert torch.equal(order.read(bias, (slice(first, last),)), whole[first:last, 0])
+
+
+def test_which_tensors_have_another_order():
+    form = Form(head_size=SIZE, rotated=8)
+    layer = "model.layers.3.self_attn."
+    assert form.order(f"{layer}q_proj.weight", 2) == form.order(f"{layer}k_proj.bias", 1) == HeadOrder(SIZE, 8, 0)
+    assert form.order(f"{layer}q_norm.weight", 2) == HeadOrder(SIZE, 8, 1)  # one row for each head
+    assert form.order(f"{layer}k_norm.weight", 1) == HeadOrder(SIZE, 8, 0)  # the same for all heads
+    assert all(form.order(f"{layer}{name}.weight", 2) is None for name in ("v_proj", "o_proj"))
+    assert Form().order(f"{layer}q_proj.weight", 2) is None
+
+
+def test_without_the_reordering_logits_are_not_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save_random("helium-1-preview-2b", tmp_path)
+    monkeypatch.setattr(Form, "order", lambda form, name, dims: None)
+    with torch.no_grad():
+        ours = open_model(str(folder), torch.device("cpu"), torch.float32).model(tokens())
+    assert (ours - logits_of(folder)).abs().max() > 0.01
