@@ -7,14 +7,14 @@ the iterator, the model is as it was.
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtron.errors import UserError
+from dtron.models.attention import CausalAttention, dense_mask
 from dtron.models.llama import Llama
 
 __all__ = ["CachedAttention", "CachedModel", "SampleOptions", "filter_logits", "generate", "options_of"]
@@ -51,16 +51,17 @@ class CachedAttention(nn.Module):
     """CausalAttention over all tokens so far, whose keys and values it keeps.
 
     max_len: tokens it has room for. The buffers [B, K, max_len, D] are allocated at the first call and never grow.
+    core: whose scale and soft cap are used. window: to how many of the last tokens one attends; None: to all.
     """
 
-    def __init__(self, max_len: int) -> None:
+    def __init__(self, max_len: int, core: CausalAttention, window: int | None = None) -> None:
         super().__init__()
-        self.max_len = max_len
+        self.max_len, self.core, self.window = max_len, core, window
         self.length = 0  # tokens held
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, sinks: Tensor | None = None) -> Tensor:
         """q [B, H, S, D], k and v [B, K, S, D] of the next S tokens -> [B, H, S, D]."""
         if mask is not None:
             raise ValueError("a document mask was given; expected none: a cache holds one document")
@@ -71,11 +72,14 @@ class CachedAttention(nn.Module):
         self.keys.narrow(2, begin, new).copy_(k)
         self.values.narrow(2, begin, new).copy_(v)
         self.length = end = begin + new
-        if begin and new > 1:  # token i lies at begin + i, where `is_causal` would take it to lie at i
-            mask = q.new_ones(new, end, dtype=torch.bool).tril(begin)
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        grouped = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=not begin, enable_gqa=grouped)
+        window = self.window or end
+        first = max(0, begin + 1 - window)  # what the first of the new tokens sees; the others see less
+        positions, seen = (torch.arange(*part, device=q.device)[None] for part in ((begin, end), (first, end)))
+        # Without a mask, token i is taken to lie at i, where it lies at begin + i.
+        if begin or end > window or self.core.softcap is not None or sinks is not None:
+            mask = dense_mask(positions - window + 1, positions, seen)
+        out: Tensor = self.core(q, self.keys[:, :, first:end], self.values[:, :, first:end], mask, sinks)
+        return out
 
 
 class CachedModel:
@@ -83,7 +87,10 @@ class CachedModel:
 
     def __init__(self, model: Llama, max_len: int) -> None:
         self.model = model
-        self.caches = [CachedAttention(max_len) for _ in model.layers]
+        blocks: list[Any] = list(model.layers.values())
+        self.caches = [
+            CachedAttention(max_len, block.self_attn.core, model.config.window(i)) for i, block in enumerate(blocks)
+        ]
         self.device = next(model.parameters()).device
         self.length = 0  # tokens read
 
@@ -99,10 +106,15 @@ class CachedModel:
 
     @contextmanager
     def _with_caches(self) -> Iterator[None]:
-        """Caches in place of the attention cores, and no head: the model then returns the hidden states."""
+        """Caches in place of the attention cores, and no head: the model then returns the hidden states.
+
+        The caches make the masks, so that the model is to make none.
+        """
         attentions: list[Any] = [block.self_attn for block in self.model.layers.values()]
         cores, head = [attention.core for attention in attentions], self.model.lm_head
+        config = self.model.config
         try:
+            self.model.config = replace(config, windows=(), attention_softcap=None, attention_sinks=False)
             for attention, cache in zip(attentions, self.caches, strict=True):
                 attention.core = cache
             self.model.lm_head = None  # type: ignore[assignment]
@@ -110,7 +122,7 @@ class CachedModel:
         finally:
             for attention, core in zip(attentions, cores, strict=True):
                 attention.core = core
-            self.model.lm_head = head
+            self.model.lm_head, self.model.config = head, config
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dtron.errors import UserError
-from dtron.models.hf_fields import Fields, check_counts, check_windows, is_count, positive
+from dtron.models.hf_fields import Fields, check_counts, is_count, positive
 from dtron.models.hf_rope import read_rope, write_rope
 from dtron.models.hf_types import DEFAULTS, LEGAL, TYPES, HFType
+from dtron.models.hf_windows import read_windows, write_windows
 from dtron.models.llama import LlamaConfig
 
 __all__ = ["from_hf_config", "hf_dimensions", "read_hf_config", "to_hf_config"]
@@ -48,7 +49,6 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
         if hf.get(field) not in legal:
             expected = json.dumps(legal[0])
             raise UserError(f"{file}: {field} = {hf[field]!r} cannot be represented; expected {expected}")
-    check_windows(hf, file)
     needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     needed += [] if "num_key_value_heads" in of_type.defaults else ["num_key_value_heads"]
     check_counts({name: hf.get(name) for name in needed}, file)
@@ -61,7 +61,7 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
     return LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
         head_dim=None if head_size * heads == dim else head_size, norm_eps=positive(hf, "rms_norm_eps", file),
-        tie_embeddings=bool(hf["tie_word_embeddings"]), **flags,
+        tie_embeddings=bool(hf["tie_word_embeddings"]), **flags, **read_windows(hf, of_type.windows, file),
     )  # fmt: skip
 
 
@@ -89,7 +89,9 @@ def to_hf_config(c: LlamaConfig) -> Fields:
 
 def _architecture(c: LlamaConfig) -> Fields:
     """All fields by name, but for how weights begin."""
-    return {field.name: getattr(c, field.name) for field in fields(c)} | {"head_dim": c.head_size, "init_std": None}
+    plain = {field.name: getattr(c, field.name) for field in fields(c)}
+    windows = [c.window(layer) for layer in range(c.n_layers)]
+    return plain | {"head_dim": c.head_size, "init_std": None, "windows": windows}
 
 
 def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:
@@ -108,4 +110,4 @@ def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
     }
-    return hf | write_rope(c, partial=of_type.partial_rotary) | of_type.write(c)
+    return hf | write_rope(c, partial=of_type.partial_rotary) | write_windows(c, of_type.windows) | of_type.write(c)

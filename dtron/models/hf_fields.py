@@ -1,4 +1,4 @@
-"""Groups of fields of a Hugging Face config.json: sizes, windows, experts; in and out.
+"""Groups of fields of a Hugging Face config.json: sizes, experts; in and out.
 
 `file` is what messages call the config.json.
 """
@@ -14,7 +14,6 @@ from dtron.models.moe import MoEConfig
 __all__ = [
     "Fields",
     "check_counts",
-    "check_windows",
     "is_count",
     "positive",
     "read_experts",
@@ -40,13 +39,6 @@ def positive(hf: Fields, name: str, file: Path | str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{file}: {name} = {value!r}; expected a positive number")
     return float(value)
-
-
-def check_windows(hf: Fields, file: Path | str) -> None:
-    """UserError unless every layer attends to all tokens before."""
-    layers = hf.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise UserError(f"{file}: layer_types = {layers!r} cannot be represented; expected full_attention only")
 
 
 # --- experts

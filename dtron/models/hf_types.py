@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dtron.models.hf_fields import Fields, read_experts, write_experts
+from dtron.models.hf_windows import EVERYWHERE, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows
 from dtron.models.llama import LlamaConfig
 
 __all__ = ["DEFAULTS", "LEGAL", "TYPES", "HFType"]
@@ -40,6 +41,7 @@ class HFType:
     read: (config.json with the defaults, file) -> further fields of LlamaConfig.
     write: LlamaConfig -> further fields of config.json.
     experts: whether it is a mixture of experts, which `read` gives then, and `write` needs.
+    windows: which layers have windows.
     partial_rotary: whether its models may rotate a part of each head; for others transformers ignores the field.
     renames: (theirs, ours): parts of the weights' names, between dots.
     interleaved: rotary embeddings rotate neighbours of a head together, where ours rotate halves: the rows of q and k
@@ -53,12 +55,16 @@ class HFType:
     read: Callable[[Fields, Path | str], Fields] = lambda hf, file: {}
     write: Callable[[LlamaConfig], Fields] = lambda c: {}
     experts: bool = False
+    windows: Windows = NOWHERE
     partial_rotary: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     interleaved: bool = False
 
 
-NO_WINDOW = {"sliding_window": (None,)}  # Qwen's files name one that is not used
+NO_WINDOW = {"sliding_window": (None,)}
+# Qwen's files often name a window that is not used.
+QWEN_WINDOW: Fields = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+QWEN_LEGAL = {"use_sliding_window": (False, True, None)}
 
 
 def _without_bias(c: LlamaConfig) -> Fields:
@@ -98,21 +104,26 @@ def _write_olmoe(c: LlamaConfig) -> Fields:
 # In the order in which the types are tried for a model that is written.
 TYPES: dict[str, HFType] = {
     "llama": HFType("LlamaForCausalLM", defaults={"num_key_value_heads": None}, legal=NO_WINDOW, write=_without_bias),
-    "mistral": HFType(None, defaults={"sliding_window": 4096}, legal=NO_WINDOW),
-    "qwen2": HFType("Qwen2ForCausalLM", flags={"qkv_bias": True}),
+    "mistral": HFType("MistralForCausalLM", defaults={"sliding_window": 4096}, windows=EVERYWHERE),
+    "ministral": HFType("MinistralForCausalLM", defaults={"sliding_window": 4096}, windows=MINISTRAL),
+    "qwen2": HFType(
+        "Qwen2ForCausalLM", flags={"qkv_bias": True}, defaults=QWEN_WINDOW, legal=QWEN_LEGAL, windows=QWEN
+    ),
     "qwen3": HFType(
-        "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128}, write=_without_bias
+        "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128} | QWEN_WINDOW, legal=QWEN_LEGAL,
+        windows=QWEN, write=_without_bias,
     ),
     "helium": HFType(
         None, defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0}, interleaved=True
     ),
     "mixtral": HFType(
-        "MixtralForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6}, legal=NO_WINDOW, experts=True,
-        read=_read_mixtral, write=_write_mixtral,
+        "MixtralForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}, experts=True,
+        windows=EVERYWHERE, read=_read_mixtral, write=_write_mixtral,
         renames=(("block_sparse_moe", "mlp"), ("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")),
     ),
     "qwen3_moe": HFType(
-        "Qwen3MoeForCausalLM", flags={"qk_norm": True}, experts=True, read=_read_qwen3_moe, write=_write_qwen3_moe
+        "Qwen3MoeForCausalLM", flags={"qk_norm": True}, defaults=QWEN_WINDOW, legal=QWEN_LEGAL, experts=True,
+        windows=QWEN_MOE, read=_read_qwen3_moe, write=_write_qwen3_moe,
     ),
     "olmoe": HFType(
         "OlmoeForCausalLM", flags={"qk_norm_whole": True}, defaults={"rms_norm_eps": 1e-5}, experts=True,

@@ -207,7 +207,7 @@ UNFIT = {
     "clipped queries": ({"model_type": "olmoe", "clip_qkv": 8.0}, ["clip_qkv = 8.0", "expected None"]),
     "a shared expert": ({"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size = 64"]),
     "router noise": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1"]),
-    "a window": ({"model_type": "mixtral", "sliding_window": 4096}, ["sliding_window = 4096"]),
+    "a window": ({"model_type": "mixtral", "sliding_window": 0}, ["sliding_window = 0", "a whole number above 0"]),
     "a size that no product takes": ({"moe_intermediate_size": 20}, ["20 in bfloat16", "multiple of 8"]),
 }
 

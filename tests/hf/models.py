@@ -35,6 +35,10 @@ MIXTRAL = {
     "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
     "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
 }  # fmt: skip
+MISTRAL = {
+    "model_type": "mistral", "hidden_act": "silu", "attention_dropout": 0.0, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+}  # fmt: skip
 OLMOE = {
     "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "norm_topk_prob": False,
     "max_position_embeddings": 4096, "num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 8,
@@ -73,7 +77,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": QWEN3 | {"tie_word_embeddings": True},
     "Qwen3-8B": QWEN3 | {"tie_word_embeddings": False},
     "helium-1-preview-2b": HELIUM,
+    # Windows are shrunk like the sizes, so that they are shorter than the texts of the tests.
+    "Mistral-7B-v0.1": MISTRAL | {"sliding_window": 8, "rope_theta": 10000.0},
+    "Mistral-7B-v0.3": MISTRAL | {"sliding_window": None},
+    "Mistral-Nemo-Base-2407": MISTRAL | {"sliding_window": None, "head_dim": 16, "max_position_embeddings": 1024000},
+    "Ministral-8B-Instruct-2410": MISTRAL | {"sliding_window": 16, "head_dim": 16, "rope_theta": 100000000.0},
+    "Ministral, every third layer full": MISTRAL
+    | {
+        "model_type": "ministral", "head_dim": 8, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "Qwen2-7B, windows from layer 1": QWEN2
+    | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": False},
+    "Qwen3-8B, layer_types": QWEN3
+    | {
+        "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
     "Mixtral-8x7B-v0.1": MIXTRAL,
+    "Mixtral, a window": MIXTRAL | {"sliding_window": 8},
     "Qwen3-30B-A3B": QWEN3
     | {
         "model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 48,

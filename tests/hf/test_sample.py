@@ -144,7 +144,7 @@ def test_buffers_are_made_once(model: Llama):
 def test_a_mask_of_documents_is_not_ignored():
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="one document"):
-        CachedAttention(2)(q, q, q, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+        CachedAttention(2, CausalAttention())(q, q, q, torch.ones(1, 1, 2, 2, dtype=torch.bool))
 
 
 def test_a_long_prompt_makes_no_logits_but_the_last(model: Llama):

@@ -194,7 +194,14 @@ def test_older_files_and_absent_fields(tmp_path: Path):
     old = {"type": "llama3", "factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4}
     old["original_max_position_embeddings"] = 8192
     assert read(tmp_path, rope_scaling=old).rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
-    assert read(tmp_path, model_type="mistral", sliding_window=None, num_key_value_heads=2).dim == 32
+    mistral, qwen = ({"model_type": kind, "num_key_value_heads": 2} for kind in ("mistral", "qwen2"))
+    assert read(tmp_path, **mistral, sliding_window=None).windows == ()
+    assert read(tmp_path, **mistral).windows == (4096,)  # what transformers takes
+    assert read(tmp_path, **qwen, sliding_window=8).windows == ()  # not used
+    used = qwen | {"use_sliding_window": True, "sliding_window": 8}
+    assert read(tmp_path, **used).windows == ()  # from layer 28
+    assert read(tmp_path, **used, max_window_layers=1).windows == (None, 8)
+    assert read(tmp_path, **used, layer_types=["sliding_attention"] * 2).windows == (8,)
     assert read(tmp_path, model_type="qwen3", num_key_value_heads=2).head_size == 128  # what transformers takes
 
 
@@ -204,7 +211,20 @@ def test_older_files_and_absent_fields(tmp_path: Path):
         ({"model_type": "gemma"}, "model_type is 'gemma'"),
         ({"model_type": "qwen2"}, "num_key_value_heads missing"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
-        ({"model_type": "mistral", "num_key_value_heads": 2}, "sliding_window = 4096"),  # transformers' default
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 0}, "sliding_window = 0"),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2},
+            "transformers does not read for model_type mistral",
+        ),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["sliding_attention"] * 2},
+            "sliding_window = None, and layers have one",
+        ),
+        ({"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["full_attention"]}, "names 1 layers"),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["chunked_attention"] * 2},
+            "layer_types = ['chunked_attention', 'chunked_attention'] cannot be represented",
+        ),
         ({"model_type": ["llama"]}, "model_type is ['llama']"),
         ({"hidden_size": -64}, "hidden_size missing or not a whole number above 0"),
         ({"hidden_size": True}, "hidden_size missing or not a whole number above 0"),
