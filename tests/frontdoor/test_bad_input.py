@@ -204,7 +204,7 @@ UNFIT = {
     "no top-k": ({"num_experts_per_tok": "2"}, ["num_experts_per_tok missing or not"]),
     "size of an expert": ({"moe_intermediate_size": 12.5}, ["moe_intermediate_size missing or not"]),
     "no size of an expert": ({"moe_intermediate_size": None}, ["moe_intermediate_size missing"]),
-    "clipped queries": ({"model_type": "olmoe", "clip_qkv": 8.0}, ["clip_qkv = 8.0", "expected None"]),
+    "clipped queries": ({"model_type": "olmoe", "clip_qkv": 8.0}, ["clip_qkv = 8.0", "expected null"]),
     "a shared expert": ({"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size = 64"]),
     "router noise": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1"]),
     "a window": ({"model_type": "mixtral", "sliding_window": 0}, ["sliding_window = 0", "a whole number above 0"]),
