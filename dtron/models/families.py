@@ -66,6 +66,14 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "14B": _model(151936, 5120, 40, 40, 8, 17408, **_QWEN3),
         "32B": _model(151936, 5120, 64, 64, 8, 25600, **_QWEN3),
     },
+    "mistral": {
+        "debugmodel": replace(_DEBUG, windows=(64,)),
+        "7B-v0.1": _model(32000, 4096, 32, 32, 8, 14336, windows=(4096,)),
+        "7B-v0.3": _model(32768, 4096, 32, 32, 8, 14336, rope_theta=1e6),
+        "Ministral-8B": _model(131072, 4096, 36, 32, 8, 12288, rope_theta=1e8, windows=(32768,)),
+        "Nemo-12B": _model(131072, 5120, 40, 32, 8, 14336, head_dim=128, rope_theta=1e6),
+        "Small-24B": _model(131072, 5120, 40, 32, 8, 32768, head_dim=128, rope_theta=1e8),
+    },
     # Mixtures of experts. Where every layer is one, ffn_dim is not used; it is what the config.json says.
     "mixtral": {
         "debugmodel": replace(_DEBUG, **_MIXTRAL, ffn_dim=256, moe=MoEConfig(8, 2, 256)),

@@ -140,7 +140,7 @@ def format_summary(
         from dtron.models.flops import flops_formula  # and with it torch
 
         attended, flops = _median(rows, "attended_tokens"), _median(rows, "flops_per_token") or flops_per_token
-        length = "seq_len" if attended is None else f"{attended:.0f} (mean of what layers attend to)"
+        length = "seq_len" if attended is None else f"{attended:.0f} (tokens that a layer attends to, mean)"
         parts = f"{per_gpu:.0f} tokens/s/GPU x {flops:.4g} FLOPs per token / {peak_flops:.4g} FLOP/s"
         facts.append(("MFU", f"{mfu:.1%} = {parts} (dense bf16 peak)"))
         facts.append(("", flops_formula(length)))

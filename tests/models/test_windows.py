@@ -2,16 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from parity.layout import with_keys
 from parity.single import MODELS, SEQ, document_starts, plain_model
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from dtron.config import Config
+from dtron.data.loader import Batch
 from dtron.models import attention
 from dtron.models.attention import AttentionMask, CausalAttention, attention_mask
-from dtron.models.llama import LlamaConfig
+from dtron.models.families import FAMILIES
+from dtron.models.flops import attention_flops_per_token, flops_per_token
+from dtron.models.llama import Llama, LlamaConfig
+from dtron.models.spec import attended_tokens
+from dtron.parallel.context import uses_masks
+from dtron.train.tally import Tally
 
 ROWS, TOKENS, WINDOW = 4, 256, 70  # two blocks of FlexAttention
 
@@ -127,3 +137,47 @@ def test_attention_of_gpus_is_the_same(name: str, monkeypatch: pytest.MonkeyPatc
         assert isinstance(dense, Tensor) and not isinstance(block, Tensor)
         got = core(q, k, v, block, sinks)
         torch.testing.assert_close(torch.Tensor(got), core(q, k, v, dense, sinks), rtol=1e-4, atol=1e-5)
+
+
+def test_flops_count_the_window() -> None:
+    """12 x heads x head size x min(window, seq_len) of each layer, beside the matrices."""
+    config = replace(FAMILIES["llama3"]["8B"], windows=(1024, 4096, None, 16384))
+    plain = attended_tokens(replace(config, windows=()), 8192)
+    attended = attended_tokens(config, 8192)
+    assert plain == [8192] * 32 and attended == [1024, 4096, 8192, 8192] * 8
+    with torch.device("meta"):
+        model = Llama(config)
+    flops = [flops_per_token(model, [attention_flops_per_token(config, n) for n in part]) for part in (plain, attended)]
+    assert flops[0] - flops[1] == 12 * 32 * 128 * 8 * (7168 + 4096)
+
+
+def test_flops_of_documents_and_windows_are_those_of_the_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    config, seen = MODELS["windows"], []
+    for documents in (True, False):
+        tally = Tally(
+            torch.device("cpu"), seq_len=SEQ, attended=attended_tokens(config, SEQ), flops_per_token=seen.append
+        )
+        lengths = []
+        for step in range(2):
+            starts = document_starts(step) if documents else torch.zeros(8, SEQ, dtype=torch.int64)
+            tally.accumulate(Batch(starts, starts, starts if documents else None), [], None)
+            lengths += [int(n) for row in starts for n in row.unique(return_counts=True)[1]]
+        row = tally.reduce(0)
+        of_layer = [sum(n * min(n, w) for n in lengths) / sum(lengths) for w in (6, SEQ, 6, SEQ)]
+        assert seen[-1] == pytest.approx(of_layer)
+        assert row["attended_tokens"] == pytest.approx(sum(of_layer) / 4)
+
+
+def test_a_run_has_masks_where_some_sequence_is_longer_than_a_window() -> None:
+    config = replace(MODELS["small"], windows=(None, 64))
+    for keys, expected in (
+        ({"training.seq_len": 64}, False),
+        ({"training.seq_len": 65}, True),
+        ({"training.seq_len": 32, "validation.seq_len": 65}, False),
+        ({"training.seq_len": 32, "validation.seq_len": 65, "validation.enable": True}, True),
+        ({"training.seq_len": 32, "training.attention_mask": "document"}, True),
+    ):
+        assert uses_masks(with_keys(Config(), keys), config) == expected, keys
+    outside = SimpleNamespace(n_layers=2)  # a config without windows
+    assert attended_tokens(outside, 8) == [8, 8] and not uses_masks(Config(), outside)

@@ -1,5 +1,6 @@
 """The ring's traffic: which collectives each rotation makes, and how many bytes of keys and values are sent."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -10,8 +11,12 @@ from parity.table import ALLTOALL, CP2, CP4
 from ranks import Ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
+from dtron import registry
+from dtron.config import load
+from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.parallel.context import local_positions
+from dtron.train.resolve import resolve
 
 
 def _collectives(case: Case) -> tuple[Counter[str], Counter[str], list[int]]:
@@ -87,3 +92,13 @@ def test_context_ranks_shard_the_weights_too(ranks: Ranks):
 def _held(case: Case) -> int:
     _, model = build(case, build_config(case))
     return sum(p.to_local().numel() for _, p in model.named_parameters())
+
+
+def test_a_model_with_windows_that_takes_no_masks_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """The ring would attend beyond the windows."""
+    spec = dataclasses.replace(registry.look_up("model", "mistral", ""), document_masks=False)
+    monkeypatch.setitem(registry._REGISTRY["model"], "outside", spec)
+    arguments = ["--model.name", "outside", "--model.flavor", "debugmodel", "--cp", "2", "--training.seq_len"]
+    with pytest.raises(UserError, match="model.name outside needs attention masks at training.seq_len 128"):
+        resolve(load([*arguments, "128"]), 2)
+    resolve(load([*arguments, "64"]), 2)

@@ -79,6 +79,16 @@ def test_the_head_counts():
     assert plan.modules[0][0] == "embed_tokens" and plan.modules[-1][-2:] == ["norm", "lm_head"]
 
 
+def test_layers_with_a_window_cost_less():
+    """At 64 times the window the two full layers of eight cost most of the attention, and one stage each."""
+    config = Config(training=Training(seq_len=2**20), parallelism=Parallelism(pipeline_parallel_degree=2))
+    windows = (None, None, *[2**14] * 6)
+    model = dataclasses.replace(MODELS["deep"], windows=windows)
+    plan = stage_plan(registry.look_up("model", "llama3", ""), model, config)
+    assert [sum("layers" in name for name in part) for part in plan.modules] == [1, 7]
+    assert [sum("layers" in name for name in part) for part in small(config.parallelism).modules] == [4, 4]
+
+
 def small(p: Parallelism, model: str = "deep"):
     return stage_plan(registry.look_up("model", "llama3", ""), MODELS[model], Config(parallelism=p))
 

@@ -225,6 +225,17 @@ def experts_summed() -> Any:
     return patch.object(FSDPModule, "set_gradient_divide_factor", of_experts)
 
 
+@broken
+def order_of_gathered_keys() -> Any:
+    """Keys of all ranks as if they came in the order of the sequence."""
+    return patch.object(forward, "gathered_positions", lambda seq_len, size, head_tail: torch.arange(seq_len))
+
+
+@broken
+def sinks_in_the_plan() -> Any:
+    return _plan({"layers.*.self_attn.sinks": None})
+
+
 SET_ALL_REDUCE = FSDPModule.set_requires_all_reduce
 
 # rule -> the case that shows it, and a part of what is seen without it
@@ -243,6 +254,8 @@ SEEN = {
     "all_reduce_of_replicas_last": (Case("hsdp", HSDP), "norm"),
     "sequence_counts_summed": (Case("cp2 ep2", CP2_EP2, model="moe"), "norm"),
     "router_gradients_summed": (Case("tp2", TP2, model="moe"), "norm"),
+    "order_of_gathered_keys": (Case("cp2", CP2, model="windows"), "loss"),
+    "sinks_in_the_plan": (Case("tp2", TP2, model="scores"), "leaves out layers.0.self_attn.sinks.weight"),
     "experts_summed": (Case("fsdp2 ep2", FSDP2_EP2, model="moe"), "norm"),
 }
 # What torch 2.13 asks for and 2.11 does not: 2.11 compiles an asynchronous input correctly.
