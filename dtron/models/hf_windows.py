@@ -53,18 +53,18 @@ def read_windows(hf: Fields, of: Windows, file: Path | str) -> Fields:
     """LlamaConfig's windows. UserError where a list of layers is not one that we, and transformers, read."""
     if of.switch and (not hf["use_sliding_window"] or hf["sliding_window"] is None):
         hf = {**hf, "use_sliding_window": False, "sliding_window": None}
-    slides, given = of.default(hf), hf.get("layer_types")
+    given, layers = hf.get("layer_types"), hf["num_hidden_layers"]
+    slides = of.default(hf) if not given or not of.layer_types else []
     if given:
         known = isinstance(given, list) and set(given) <= set(NAMES.values())
         if not known or (of is NOWHERE and NAMES[True] in given):
             expected = "full_attention only" if of is NOWHERE else "full_attention and sliding_attention"
             raise UserError(f"{file}: layer_types = {given!r} cannot be represented; expected {expected}")
         wanted = [kind == NAMES[True] for kind in given]
-        if of is not NOWHERE and len(given) != len(slides):
-            raise UserError(f"{file}: layer_types names {len(given)} layers; expected num_hidden_layers {len(slides)}")
-        if of.layer_types:
-            slides = wanted
-        elif slides != wanted:
+        if of is not NOWHERE and len(given) != layers:
+            raise UserError(f"{file}: layer_types names {len(given)} layers; expected num_hidden_layers {layers}")
+        slides = slides or wanted
+        if slides != wanted:
             raise UserError(
                 f"{file}: layer_types = {given!r}, which transformers does not read for model_type {hf['model_type']}: "
                 f"sliding_window {hf['sliding_window']!r} is every layer's; expected one of the two"
