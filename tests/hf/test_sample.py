@@ -9,6 +9,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = LlamaConfig(
     vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, rope_theta=500.0, init_std=0.1
 )
+SCORES: dict[str, Any] = {"attention_scale": 0.7, "attention_softcap": 1.5, "attention_sinks": True}
 VARIANTS = {
     "gqa": BASE,
     "mha, tied": replace(BASE, n_kv_heads=4, tie_embeddings=True),
@@ -128,6 +130,22 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(parts: tuple[int, ...]
         torch.testing.assert_close(logits, expected[end - 1], rtol=0, atol=1e-5)
     with pytest.raises(RuntimeError, match="exceeds"):
         reader.read([0])  # full
+
+
+@pytest.mark.parametrize("change", [{"windows": (5, None)}, {"windows": (None, 4), **SCORES}, SCORES])
+def test_windows_soft_cap_and_sinks_are_those_of_the_whole_text(change: dict[str, Any]) -> None:
+    """Read in parts that are shorter and longer than the windows; the model makes no mask meanwhile."""
+    torch.manual_seed(0)
+    model = Llama(replace(BASE, **change)).eval()
+    ids = prompt(40)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0]
+    reader, end = CachedModel(model, 40), 0
+    for part in (3, 1, 1, 9, 1, 20, 1, 4):
+        logits = reader.read(ids[end : end + part])
+        end += part
+        torch.testing.assert_close(logits, expected[end - 1], rtol=0, atol=1e-5)
+    assert end == 40 and model.config == replace(BASE, **change)
 
 
 def test_buffers_are_made_once(model: Llama):
