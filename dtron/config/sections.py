@@ -25,6 +25,7 @@ from dtron.config.declare import (
     traces_prefix,
 )
 from dtron.config.quantize import Quantize
+from dtron.config.rope import RopeScalingKeys
 
 __all__ = ["Config", "Dataset", "Source"]
 
@@ -110,6 +111,7 @@ class Model:
     )
     tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
     rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies", check=positive)
+    rope_scaling: RopeScalingKeys = field(default_factory=RopeScalingKeys)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ RULES = [
     ),
     Rule(("model.flavor",), "model.hf_config_path left out, which replaces it", lambda c: not c.model.hf_config_path,
          "model.hf_config_path"),
+    Rule(("model.rope_scaling.[!r]*",), "model.rope_scaling.rope_type", lambda c: bool(c.model.rope_scaling.rope_type)),
     Rule(("optimizer.eps", "optimizer.beta2"), "an optimizer.name other than SGD", lambda c: c.optimizer.name != "SGD"),
     Rule(("optimizer.weight_decay_exclude",), "optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0,
          "optimizer.weight_decay"),

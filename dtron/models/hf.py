@@ -58,11 +58,14 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
     head_size = hf.get("head_dim") or dim // heads
     flags = of_type.flags | read_rope(hf, file, partial=of_type.partial_rotary) | of_type.read(hf, file)
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
         head_dim=None if head_size * heads == dim else head_size, norm_eps=positive(hf, "rms_norm_eps", file),
         tie_embeddings=bool(hf["tie_word_embeddings"]), **flags, **read_windows(hf, of_type.windows, file),
     )  # fmt: skip
+    if mistakes := [rope.mistake for rope in config.all_ropes if rope and rope.mistake]:
+        raise UserError(f"{file}: {mistakes[0]}")
+    return config
 
 
 def to_hf_config(c: LlamaConfig) -> Fields:

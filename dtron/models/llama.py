@@ -56,6 +56,10 @@ class LlamaConfig:
     def head_size(self) -> int:
         return self.head_dim or self.dim // self.n_heads
 
+    @property
+    def all_ropes(self) -> set[Rope | None]:
+        return {self.rope(layer) for layer in range(self.n_layers)}
+
     def rope(self, layer: int) -> Rope | None:
         """Rotary embedding of a layer; None: it has no positions."""
         kind = self.ropes[layer % len(self.ropes)] if self.ropes else "global"

@@ -36,6 +36,17 @@ class Rope:
     size: int
     scaling: "RopeScaling | None" = None
 
+    @property
+    def mistake(self) -> str:
+        """Why heads cannot be rotated so; empty where they can."""
+        if self.size < 2 or self.size % 2:
+            return f"{self.size} of the values of each head are rotated; expected an even number, for pairs"
+        if isinstance(s := self.scaling, LongRopeScaling):
+            for name, divisors in ("short_factor", s.short_factor), ("long_factor", s.long_factor):
+                if len(divisors) != self.size // 2:
+                    return f"{name} has {len(divisors)} numbers; expected {self.size // 2}, one for each rotated pair"
+        return ""
+
     def frequencies(self, theta: float | None = None, device: torch.device | None = None) -> Tensor:
         """Angular frequencies without scaling, in radians per token, of this base or another: [D/2] in fp32."""
         exponents = torch.arange(0, self.size, 2, device=device, dtype=torch.float32) / self.size
@@ -54,6 +65,11 @@ class RopeScaling:
     def attention_scaling(self) -> float:
         """What cosines and sines are multiplied by: queries and keys each, so the attention's logits twice."""
         return 1.0
+
+    @property
+    def longest(self) -> int:
+        """Tokens per sequence that a model with it is known to be for; 0: not known."""
+        return getattr(self, "original_max_position_embeddings", 0)
 
     def scale(self, freq: Tensor, rope: Rope, length: int) -> Tensor:
         """The frequencies [D/2] of `rope`, whose plain ones are `freq`, in sequences of `length` tokens."""
@@ -104,6 +120,10 @@ class YarnScaling(RopeScaling):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    @property
+    def longest(self) -> int:
+        return int(self.factor * self.original_max_position_embeddings)
 
     @property
     def attention_scaling(self) -> float:

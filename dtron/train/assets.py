@@ -45,10 +45,9 @@ def model_assets(setup: Setup, source: StoragePath | None, dataset: Any) -> dict
         old = read_hf_config(file)[0]
     known = old.get("max_position_embeddings")
     longest = max(
-        setup.config.training.seq_len, scaling.original_max_position_embeddings if scaling else 0,
-        known if isinstance(known, int) else 0,
-    )  # fmt: skip
-    config = setup.spec.hf_config(setup.model_config) | ids | {"max_position_embeddings": longest}
+        setup.config.training.seq_len, scaling.longest if scaling else 0, known if isinstance(known, int) else 0
+    )
+    config = {"max_position_embeddings": longest} | setup.spec.hf_config(setup.model_config) | ids
     return assets | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 

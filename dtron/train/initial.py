@@ -1,5 +1,6 @@
 """The weights that a fresh run starts with: where they come from, whether they fit the model and the data, loading."""
 
+import dataclasses
 import fnmatch
 import logging
 import os
@@ -45,11 +46,9 @@ def resolve_initial(config: Config) -> Config:
     return replace(config, "checkpoint.initial_load_path", config.model.hf_assets_path)
 
 
-# Most of these do not show in the shapes of the weights: a wrong value would spoil the model silently.
-_TRAINED_WITH = (
-    "n_layers", "dim", "ffn_dim", "n_heads", "n_kv_heads", "head_size", "rope_theta", "rope_scaling", "norm_eps",
-    "tie_embeddings", "qkv_bias", "qk_norm",
-)  # fmt: skip
+# Most fields do not show in the shapes of the weights: a wrong value would spoil the model silently. Not these: the
+# vocabulary may grow, and a training has its own initial values and balance of experts.
+_FREE = ("vocab_size", "init_std", "moe")
 
 
 def check_initial(config: Config, model_config: Any) -> None:
@@ -70,13 +69,15 @@ def check_initial(config: Config, model_config: Any) -> None:
     if not isinstance(model_config, LlamaConfig):
         return
     there, m = from_hf_config(local, "checkpoint.initial_load_path"), config.model
-    meant = {"rope_theta"} if m.rope_theta is not None else set()
-    for name in _TRAINED_WITH:
+    given = {"rope_theta": m.rope_theta, "rope_scaling": m.rope_scaling.rope_type}
+    meant = [name for name, value in given.items() if value is not None]
+    names = [field.name for field in dataclasses.fields(there) if field.name not in (*_FREE, "head_dim", *meant)]
+    for name in (*names, "head_size"):
         ours, theirs = getattr(model_config, name), getattr(there, name)
-        if ours == theirs or name in meant:
+        if ours == theirs:
             continue
         hint = f"set model.hf_config_path = {folder} to take the dimensions of its config.json"
-        if getattr(m, name, None) is not None:
+        if name != "rope_scaling" and getattr(m, name, None) is not None:
             hint = f"take model.{name} out of the configuration"
         raise UserError(
             f"checkpoint.initial_load_path: the model has {name} {ours}, but the weights in {folder} were trained "

@@ -14,11 +14,15 @@ import torch
 from dtron import registry
 from dtron.checkpoint.load import check_excluded
 from dtron.config import Config, replace
+from dtron.config.rope import RopeScalingKeys
 from dtron.config.torchtitan import said_of
 from dtron.data.loader import check_dataloader
 from dtron.errors import Mistakes, UserError
 from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import from_hf_config
+from dtron.models.hf_rope import read_scaling
+from dtron.models.llama import LlamaConfig
+from dtron.models.rope import SCALINGS, LengthScaling, RopeScaling
 from dtron.models.spec import ModelSpec, experts_of, meta_model, needs_masks
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.context import check_sequence
@@ -166,9 +170,25 @@ def _model(c: Config) -> tuple[ModelSpec, Any]:
         raise UserError(f"model.flavor {c.model.flavor!r}{what}; known: {', '.join(spec.flavors)}")
     names = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings", "rope_theta")
     given = {name: getattr(c.model, name) for name in names if getattr(c.model, name) is not None}
+    if c.model.rope_scaling.rope_type:
+        given["rope_scaling"] = _rope_scaling(c.model.rope_scaling)
     if lacking := [name for name in given if not hasattr(model_config, name)]:
         raise UserError(f"model.{lacking[0]} cannot be set: {c.model.name} has no such dimension")
+    scaling = given.get("rope_scaling", getattr(model_config, "rope_scaling", None))
+    if isinstance(scaling, LengthScaling):
+        evaluated = c.validation.seq_len if c.validation.only else None
+        given["rope_scaling"] = dataclasses.replace(scaling, length=evaluated or c.training.seq_len)
     return spec, dataclasses.replace(model_config, **given)
+
+
+def _rope_scaling(keys: RopeScalingKeys) -> RopeScaling | None:
+    """What [model.rope_scaling] describes. UserError naming what it lacks, or what its type has no use for."""
+    given = {name: value for name, value in vars(keys).items() if value is not None}
+    kind = SCALINGS.get(keys.rope_type or "")
+    known = {"rope_type", *(field.name for field in dataclasses.fields(kind))} if kind else {"rope_type"}
+    if more := [name for name in given if name not in known]:
+        raise UserError(f"model.rope_scaling.{more[0]} has no meaning for rope_type {keys.rope_type}; leave it out")
+    return read_scaling(given, "model.rope_scaling")
 
 
 def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, found: Mistakes) -> None:
@@ -208,6 +228,8 @@ def _shape_mistakes(m: Any) -> Iterator[str]:
         yield f"model: {heads} query heads are not a multiple of {kv_heads} key/value heads"
     if explicit is None and m.dim % heads:
         yield f"model: dim {m.dim} is not divisible by {heads} heads"
+    elif isinstance(m, LlamaConfig):
+        yield from (f"model: {rope.mistake}" for rope in m.all_ropes if rope and rope.mistake)
     elif hasattr(m, "rope_theta") and (explicit or m.dim // heads) % 2:
         yield f"model: the head size {explicit or m.dim // heads} is odd; the rotary embedding needs pairs"
     if getattr(m, "rope_theta", 1.0) <= 0:

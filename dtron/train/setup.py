@@ -50,7 +50,7 @@ def _rotary(setup: Setup) -> str:
     if (theta := getattr(m, "rope_theta", None)) is None:
         return ""
     if scaling := getattr(m, "rope_scaling", None):
-        return f", rotary base {theta:g}, scaled by {scaling.factor:g}"
+        return f", rotary base {theta:g}, scaled by {scaling.factor:g} ({scaling.rope_type})"
     named = c.name == "llama3" and c.flavor != "debugmodel" and not c.hf_config_path
     elsewhere = " (torchtitan's llama3 since 2025-10 is llama3.1 here)" if named else ""
     return f", rotary base {theta:g}, not scaled{elsewhere}"

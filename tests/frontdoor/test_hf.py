@@ -17,6 +17,8 @@ from dtron.config import load
 from dtron.data.tokenizer import train_bpe
 from dtron.errors import UserError
 from dtron.hf.read import open_model
+from dtron.models.hf import hf_dimensions, to_hf_config
+from dtron.models.rope import YarnScaling
 from dtron.train.resolve import resolve
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "a model that cannot leave is a toy's"] * 40
@@ -135,9 +137,7 @@ def test_mistakes_are_told_before_a_process_group(
     registry.register("converter", "x", keep)
     first, last, given = change
     arguments[first:last] = given
-    (tmp_path / "x.toml").write_text(
-        config.replace('custom_import = ["frontdoor_parts"]', "").replace('"data"', '"stdlib"')
-    )
+    write(tmp_path, config)
     with pytest.raises(UserError, match=said):
         resolve(load(["--job.config_file", str(tmp_path / "x.toml"), *arguments]), 1)
 
@@ -151,10 +151,19 @@ def keep(model: Any, config: Any) -> Any:
     return model
 
 
+def resolved(folder: Path, *more: str) -> Any:
+    _, config, arguments = weights(folder)
+    write(folder, config)
+    return resolve(load(["--job.config_file", str(folder / "x.toml"), *arguments, *more]), 1).model_config
+
+
 def test_a_rope_that_is_meant_is_accepted(tmp_path: Path) -> None:
-    _, config, arguments = weights(tmp_path)
-    (tmp_path / "x.toml").write_text(
-        config.replace('custom_import = ["frontdoor_parts"]', "").replace('"data"', '"stdlib"')
-    )
-    given = ["--job.config_file", str(tmp_path / "x.toml"), *arguments, "--model.rope_theta", "1000000"]
-    assert resolve(load(given), 1).model_config.rope_theta == 1e6
+    assert resolved(tmp_path, "--model.rope_theta", "1000000").rope_theta == 1e6
+
+
+def test_a_rope_scaling_that_is_meant_is_accepted_and_exported(tmp_path: Path) -> None:
+    """Training on with longer sequences; the scaling of the folder is another, or none."""
+    keys = ["--model.rope_scaling.rope_type", "yarn", "--model.rope_scaling.factor", "4"]
+    given = resolved(tmp_path, *keys, "--model.rope_scaling.original_max_position_embeddings", "32")
+    assert given.rope_scaling == YarnScaling(4.0, 32)
+    assert hf_dimensions(to_hf_config(given), "config.json").rope_scaling == YarnScaling(4.0, 32)

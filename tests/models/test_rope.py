@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from transformers import LlamaConfig as TheirConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from dtron.config import load, read, to_toml
+from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig
 from dtron.models.rope import (
     DynamicScaling,
@@ -22,6 +25,7 @@ from dtron.models.rope import (
     rope_table,
     rotate,
 )
+from dtron.train.resolve import resolve
 
 SHORT, LONG = tuple(1 + i / 32 for i in range(32)), tuple(1.0 + 2 * i for i in range(32))
 SCALINGS: dict[str, RopeScaling] = {
@@ -107,3 +111,74 @@ def test_layers_have_the_rotary_embedding_of_the_pattern():
     kinds = Rope(10000.0, 16), None, Rope(1e6, 16, LinearScaling(8.0))
     assert tuple(config.rope(layer) for layer in range(6)) == kinds * 2
     assert replace(config, ropes=()).rope(5) == kinds[2]
+
+
+# --- [model.rope_scaling]
+
+DYNAMIC = 'rope_type = "dynamic"\nfactor = 2\noriginal_max_position_embeddings = 64'
+YARN = 'rope_type = "yarn"\nfactor = 4.0\noriginal_max_position_embeddings = 8192\nbeta_fast = 24'
+
+
+def resolved(folder: Path, keys: str, *arguments: str) -> LlamaConfig:
+    (folder / "x.toml").write_text(f"[model.rope_scaling]\n{keys}\n")
+    given = ["--job.config_file", str(folder / "x.toml"), "--training.device", "cpu", *arguments]
+    return resolve(load(given), 1).model_config
+
+
+def test_a_run_takes_the_scaling_of_its_configuration(tmp_path: Path):
+    assert resolved(tmp_path, YARN).rope_scaling == YarnScaling(4.0, 8192, beta_fast=24.0)
+    assert resolved(tmp_path, "", "--model.name", "llama3.1").rope_scaling.rope_type == "llama3"
+    assert resolved(tmp_path, 'rope_type = "default"', "--model.name", "llama3.1").rope_scaling is None
+    again = load(["--job.config_file", str(tmp_path / "x.toml"), "--model.rope_scaling.rope_type", "yarn"])
+    (tmp_path / "again.toml").write_text(to_toml(again))
+    assert load(["--job.config_file", str(tmp_path / "again.toml")]).model == again.model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        (["--training.seq_len", "128", "--validation.enable", "--validation.seq_len", "32"], 128),
+        (["--validation.only", "--checkpoint.initial_load_path", ".", "--validation.seq_len", "32"], 32),
+        (["--validation.only", "--checkpoint.initial_load_path", ".", "--training.seq_len", "16"], 16),
+    ],
+)
+def test_a_scaling_by_length_is_that_of_the_runs_sequences(arguments: list[str], length: int, tmp_path: Path):
+    assert resolved(tmp_path, DYNAMIC, *arguments).rope_scaling.length == length
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ('rope_type = "yarn"', "model.rope_scaling: the yarn rope scaling has no factor"),
+        (
+            'rope_type = "linear"\nfactor = 2.0\nbeta_fast = 2',
+            "model.rope_scaling.beta_fast has no meaning for rope",
+        ),
+        ('rope_type = "default"\nfactor = 2.0', "model.rope_scaling.factor has no meaning for rope_type default"),
+        ('rope_type = "longrope"', 'expected "default", "linear"'),
+        ('rope_type = "linear"\nfactor = 0.0', "factor = 0.0 (a float): expected a positive number"),
+        ('rope_typ = "linear"', 'did you mean "model.rope_scaling.rope_type"'),
+    ],
+)
+def test_what_is_wrong_with_a_scaling_is_named(keys: str, said: str, tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        resolved(tmp_path, keys)
+    assert said in str(error.value)
+
+
+def test_a_scaling_without_its_type_is_told(tmp_path: Path):
+    (tmp_path / "x.toml").write_text("[model.rope_scaling]\nfactor = 4.0\n")
+    assert (
+        "model.rope_scaling.factor has no effect: only read with model.rope_scaling.rope_type"
+        in read(["--job.config_file", str(tmp_path / "x.toml")]).notes
+    )
+
+
+def test_heads_that_cannot_be_rotated_are_named(tmp_path: Path):
+    assert Rope(1e4, 15).mistake.startswith("15 of the values of each head are rotated; expected an even number")
+    assert Rope(1e4, 62, LongRopeScaling(4.0, 16, SHORT[:31], LONG)).mistake == (
+        "long_factor has 32 numbers; expected 31, one for each rotated pair"
+    )
+    assert not Rope(1e4, 64, LongRopeScaling(4.0, 16, SHORT, LONG)).mistake
+    with pytest.raises(UserError, match="model: 33 of the values of each head are rotated"):
+        resolved(tmp_path, "", "--model.dim", "264")

@@ -10,7 +10,7 @@ from torch import Tensor
 from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import MoEConfig, Router, choose_experts
-from dtron.models.rope import Llama3Scaling
+from dtron.models.rope import Llama3Scaling, LongRopeScaling, YarnScaling
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -45,12 +45,20 @@ MODELS = {
             balancing_bias=True,
         ),
     ),
+    # Every second value rotated, and of four layers one by yarn, one without positions, one of a base of its own.
+    "ropes": replace(
+        SMALL, rope_scaling=YarnScaling(4.0, 16), ropes=("global", "none", "local"), local_rope_theta=300.0,
+        partial_rotary_factor=0.5,
+    ),
+    "longrope": replace(
+        SMALL, rope_scaling=LongRopeScaling(4.0, 24, (1.0, 1.2, 1.5, 2.0), (1.5, 3.0, 4.0, 5.0), length=SEQ)
+    ),
     "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 16)),
     # Every second layer attends to the 6 last tokens.
     "windows": replace(SMALL, windows=(6, None)),
     "scores": replace(SMALL, windows=(None, 9), attention_scale=0.6, attention_softcap=1.5, attention_sinks=True),
     "scale": replace(SMALL, attention_scale=0.6),
-}
+}  # fmt: skip
 # Tolerances of a weight, from one process against itself with 4 microbatches in place of 1 (test_noise measures it):
 # the clipped gradients then differ by at most 1.7e-8, 7e-10 in the mean square. AdamW divides by sqrt(v) + eps, so an
 # element whose gradient is rounding noise moves by lr * noise / eps: with the usual eps of 1e-8 the noise of one

@@ -142,6 +142,10 @@ CONTEXT = [
     Case("cp2 rope scaling", CP2, model="scaled"),
     Case("pp2 rope scaling", PP2, model="scaled"),
     Case("tp2 rope scaling", TP2, model="scaled"),
+    Case("tp2 kinds of rope compiled", TP2, compiled(), "ropes"),
+    Case("pp2 cp2 kinds of rope", PP2_CP2, model="ropes"),
+    Case("cp2 kinds of rope documents", CP2, DOCUMENTS, "ropes", long=True),
+    Case("cp2 rope by length", CP2, model="longrope"),
 ]
 
 TIED = [
@@ -370,6 +374,9 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "tied, pp fsdp tp": _model("tied", pp=2, dp_shard=2, tp=2),
     "rope scaling": _model("scaled"),
     "rope scaling, cp": _model("scaled", cp=2),
+    "kinds of rope, tp": _model("ropes", compiled(), tp=2),
+    "kinds of rope, pp cp": _model("ropes", pp=2, cp=2),
+    "rope by length, cp": _model("longrope", cp=2),
     "heads alike": _model("mha", cp=2),
     "shards of different sizes": _model("uneven", dp_shard=4),
     "offload": _is(OFFLOAD, dp_shard=2),

@@ -35,7 +35,9 @@ import dtron.parallel.pipeline as pipeline
 from dtron import compat, registry
 from dtron import config as dtron_config
 from dtron.errors import UserError
+from dtron.models import llama
 from dtron.models.moe import MixtureOfExperts
+from dtron.models.rope import rope_table
 from dtron.parallel import expert
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
@@ -153,6 +155,16 @@ def _plan(change: dict[str, Any]) -> Any:
 
 
 @broken
+def length_of_the_run() -> Any:
+    """A rotary scaling by length that takes the positions of a rank for the whole sequence."""
+
+    def of_positions(rope: Any, positions: Tensor) -> Any:
+        return rope_table(replace(rope, scaling=replace(rope.scaling, length=None)), positions)
+
+    return patch.object(llama, "rope_table", of_positions)
+
+
+@broken
 def norms_in_the_plan() -> Any:
     return _plan({"layers.*.input_layernorm": None})
 
@@ -246,6 +258,7 @@ SEEN = {
     "tokens_of_all_batches": (Case("one", ONE, batches=4), "loss"),
     "unscaled_gradients": (Case("pp2", PP2), "norm"),
     "global_positions": (Case("cp2", CP2), "loss"),
+    "length_of_the_run": (Case("cp2", CP2, model="longrope"), "loss"),
     "norms_in_the_plan": (Case("tp2", TP2), "leaves out layers.0.input_layernorm.weight"),
     "finished_embedding": (Case("tp2", TP2, compiled("aot_eager", "model")), "norm"),
     "sum_of_tied_gradients": (Case("pp2 V", PP2, schedule("ZBVZeroBubble"), "tied"), "norm"),
