@@ -122,9 +122,9 @@ def export(
     with contextlib.ExitStack() as stack:  # on rank 0 the folder is deleted if anything goes wrong, on any rank
 
         def begin() -> tuple[Path, Plan, Form]:
-            plan = _plan(checkpoint, out, shapes, dtype, force, file_bytes)
             file = checkpoint / "config.json"
             form = form_of(json.loads(file.read()), str(file))
+            plan = _plan(checkpoint, out, shapes, form, dtype, force, file_bytes)
             return stack.enter_context(replacing(out, force)), plan, form
 
         partial, plan, form = from_rank_0(begin)
@@ -148,25 +148,29 @@ def _plan(
     checkpoint: StoragePath,
     out: Path,
     shapes: Mapping[str, tuple[int, ...]],
+    form: Form,
     dtype: ExportDtype | None,
     force: bool,
     file_bytes: int,
 ) -> Plan:
-    """Check everything, and share out the tensors over files, in the order of the model."""
+    """Check everything, and share out the tensors over files, in the order of the model, what is fused together."""
     check_out(out, force)
     saved = reader_of(checkpoint).read_metadata().state_dict_metadata
     tensors = {name: entry for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
     there = {name: entry for name, entry in tensors.items() if name.startswith("model.")}
     hf.check_fits(checkpoint, {name: tuple(entry.size) for name, entry in there.items()}, shapes)
-    plan: Plan = [{}]
-    filled = 0
+    together: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
     for name, shape in shapes.items():
         kind = getattr(torch, dtype) if dtype else there[name].properties.dtype
-        size = torch.Size(shape).numel() * kind.itemsize
+        together.setdefault(form.their_names(name, shape)[0], {})[name] = shape, kind
+    plan: Plan = [{}]
+    filled = 0
+    for tensors_in_one in together.values():
+        size = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in tensors_in_one.values())
         if filled and filled + size > file_bytes:
             plan.append({})
             filled = 0
-        plan[-1][name] = shape, kind
+        plan[-1] |= tensors_in_one
         filled += size
     return plan
 
@@ -191,7 +195,10 @@ def _write_file(
     for name, tensor in state.items():
         names, order = form.their_names(name, tensor.shape), form.order(name, tensor.dim())
         tensor = order.written(tensor) if order else tensor
-        written |= {names[0]: tensor} if len(names) == 1 else dict(zip(names, tensor.unbind(), strict=True))
+        if len(names) > 1:
+            written |= zip(names, tensor.unbind(), strict=True)
+        else:  # the parts of a fused projection, which have one name, come in their order
+            written[names[0]] = torch.cat((written[names[0]], tensor)) if names[0] in written else tensor
     save_file({name: tensor.contiguous() for name, tensor in written.items()}, file, metadata={"format": "pt"})
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.futures import Future
 
 from dtron.checkpoint.hf_folder import MERGE, files_of
-from dtron.checkpoint.hf_form import HEAD, HeadOrder, form_of_folder, stack_of, their_name
+from dtron.checkpoint.hf_form import HEAD, Form, HeadOrder, form_of_folder, stack_of, their_name
 from dtron.checkpoint.reader import load_tensors
 from dtron.errors import UserError
 
@@ -50,10 +50,10 @@ ROWS = 1 << 12  # of two matrices compared at a time
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a folder: its file's name, its own name in it, dtype and shape.
+    """A tensor of ours in a folder: its file's name, its own name in it, dtype and shape.
 
     parts: of a stack, which is no tensor there, its own; file and stored are then the first one's. order: of its rows,
-    where it is not ours.
+    where it is not ours. first: the row of the stored tensor at which ours begins, where it is a part of one.
     """
 
     file: str
@@ -62,6 +62,14 @@ class Entry:
     shape: tuple[int, ...]
     parts: tuple["Entry", ...] = ()
     order: HeadOrder | None = None
+    first: int = 0
+
+    def read(self, stored: Any, part: tuple[slice, ...]) -> Tensor:
+        """A part of ours, from the stored tensor or a slice of safetensors."""
+        if self.first:
+            part = (slice(part[0].start + self.first, part[0].stop + self.first), *part[1:])
+        there: Tensor = self.order.read(stored, part) if self.order else stored[part]
+        return there
 
 
 def entries_of(folder: Path) -> dict[str, Entry]:
@@ -85,11 +93,31 @@ def entries_of(folder: Path) -> dict[str, Entry]:
             continue
         if "lora_" in stored:
             raise UserError(f"{folder} holds a LoRA adapter ({stored}) that is not merged; {MERGE}")
-        name = form.our_name(stored)
-        entry = replace(entry, order=form.order(name, len(entry.shape)))
-        if (other := entries.setdefault(name, entry)) is not entry:
-            raise UserError(f"{folder} has both {other.stored} and {stored}, which are one tensor; remove one of them")
+        for name, part in _split(folder, form, entry):
+            part = replace(part, order=form.order(name, len(part.shape)))
+            if (other := entries.setdefault(name, part)) is not part:
+                raise UserError(
+                    f"{folder} has both {other.stored} and {stored}, which are one tensor; remove one of them"
+                )
     return _stacked(folder, entries)
+
+
+def _split(folder: Path, form: Form, entry: Entry) -> Iterator[tuple[str, Entry]]:
+    """Our tensors in a stored one, by name: itself, or those of a fused projection. UserError if it has other rows."""
+    name = form.our_name(entry.stored)
+    parts = form.split(name)
+    if not parts:
+        yield name, entry
+        return
+    if entry.shape[0] != (expected := sum(rows for _, rows in parts)):
+        what = " + ".join(f"{rows} of {part.split('.')[-2]}" for part, rows in parts)
+        raise UserError(
+            f"{folder}: {entry.stored} has {entry.shape[0]} rows; expected {expected} by its config.json ({what})"
+        )
+    first = 0
+    for part, rows in parts:
+        yield part, replace(entry, shape=(rows, *entry.shape[1:]), first=first)
+        first += rows
 
 
 def _stacked(folder: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -226,7 +254,7 @@ def tensors_of(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         if entry.parts:  # read at once
             return torch.stack([tensor(part) for part in entry.parts])
         whole: Tensor = opened[entry.file].get_tensor(entry.stored)
-        return entry.order.read(whole, tuple(slice(0, n) for n in entry.shape)) if entry.order else whole
+        return entry.read(whole, tuple(slice(0, n) for n in entry.shape))
 
     return {name: tensor(entry) for name, entry in entries.items()}
 
@@ -284,8 +312,7 @@ class Reader(dcp.StorageReader):
                 return
             if entry.file not in opened:
                 opened = {entry.file: _open(self._folder, entry.file)}
-            stored = opened[entry.file].get_slice(entry.stored)
-            target.copy_(entry.order.read(stored, part) if entry.order else stored[part])
+            target.copy_(entry.read(opened[entry.file].get_slice(entry.stored), part))
 
         for item in sorted(plan.items, key=lambda item: self._entries[item.storage_index.fqn].file):
             of_ours = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))

@@ -4,6 +4,7 @@ Our names are those of most folders. Stacks are single tensors of ours and sever
 norms with weights of their own for each head. Rotary embeddings of some types rotate neighbours (2i, 2i + 1) of a head
 together, where ours rotate halves (i, i + R/2) of the R values that are rotated: the rows of q and k are then in
 another order within each head, those of their biases and norms too. Scores do not change, as q and k change alike.
+Fused projections are several of ours below one another in one tensor.
 """
 
 import json
@@ -76,11 +77,15 @@ class HeadOrder:
 
 @dataclass(frozen=True)
 class Form:
-    """Of the weights of one folder. renames: their part of a name between dots -> ours. rotated: 0 if as ours."""
+    """Of the weights of one folder. renames: their part of a name between dots -> ours. rotated: 0 if as ours.
+
+    fused: of each of their fused projections the name, and the names and rows of ours in it, in their order.
+    """
 
     renames: tuple[tuple[str, str], ...] = ()
     head_size: int = 0
     rotated: int = 0
+    fused: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
 
     def our_name(self, stored: str) -> str:
         """`model.` and the name in the plain model.
@@ -93,14 +98,24 @@ class Form:
         return ".".join(("model", *(ours.get(part, part) for part in name.split("."))))
 
     def their_names(self, ours: str, shape: Sequence[int]) -> list[str]:
-        """The names under which our tensor is written: of a stack one for each of its tensors."""
+        """The names under which our tensor is written: of a stack one for each of its tensors.
+
+        Those of one fused projection have the same name.
+        """
         theirs = {our: their for their, our in self.renames}
+        theirs |= {our: their for their, parts in self.fused for our, _ in parts}
 
         def renamed(name: str) -> str:
             return ".".join(theirs.get(part, part) for part in their_name(name).split("."))
 
         stack = STACK.fullmatch(ours)
         return [renamed(f"{stack[1]}{i}.{stack[2]}.weight") for i in range(shape[0])] if stack else [renamed(ours)]
+
+    def split(self, name: str) -> list[tuple[str, int]]:
+        """Of a fused projection, by its name with ours around it: our tensors in it and their rows; else nothing."""
+        around, _, leaf = name.rpartition(".")
+        around, _, module = around.rpartition(".")
+        return [(f"{around}.{our}.{leaf}", rows) for our, rows in dict(self.fused).get(module, ())]
 
     def order(self, ours: str, dims: int) -> HeadOrder | None:
         """The other order of rows of our tensor of so many dimensions; None: it has the same."""
@@ -117,11 +132,15 @@ def form_of(config: dict[str, Any], file: Path | str) -> Form:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in TYPES:
         return PLAIN
-    form = Form(TYPES[kind].renames)
-    if not TYPES[kind].interleaved:
-        return form
+    of_type = TYPES[kind]
+    if not of_type.interleaved and not of_type.fused:
+        return Form(of_type.renames)
     c = hf_dimensions(config, file)
-    return Form(form.renames, c.head_size, int(c.head_size * c.partial_rotary_factor))
+    queries, keys = c.n_heads * c.head_size, c.n_kv_heads * c.head_size
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": c.ffn_dim, "up_proj": c.ffn_dim}
+    fused = tuple((their, tuple((our, rows[our]) for our in ours)) for their, ours in of_type.fused)
+    rotated = int(c.head_size * c.partial_rotary_factor) if of_type.interleaved else 0
+    return Form(of_type.renames, c.head_size, rotated, fused)
 
 
 def form_of_folder(folder: Path) -> Form:

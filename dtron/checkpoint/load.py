@@ -154,16 +154,14 @@ def fitting_entries(
     folder = hf_folder.local(checkpoint)
     entries = hf.entries_of(folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
-    tied = hf_form.HEAD not in expected
-    if (
-        tied and hf.EMBEDDING not in entries and hf_form.HEAD in entries
-    ):  # some save the one matrix under the other name
+    form, tied = hf_form.form_of_folder(folder), hf_form.HEAD not in expected
+    if tied and hf.EMBEDDING not in entries and hf_form.HEAD in entries:  # some save the one under the other name
         entries[hf.EMBEDDING] = entries.pop(hf_form.HEAD)
     shapes = {name: entry.shape for name, entry in entries.items()}
     grown = {name: s for name, s in hf.grown_shapes(shapes, expected).items() if grow and not excluded(name)}
 
     def shown(name: str) -> str:
-        return entries[name].stored if name in entries else hf_form.their_name(name)
+        return entries[name].stored if name in entries else form.their_names(name, expected[name])[0]
 
     hf.check_fits(checkpoint, shapes | grown, expected, excluded, hint, shown)
     hf.check_tied(folder, entries, tied)

@@ -46,6 +46,7 @@ class HFType:
     renames: (theirs, ours): parts of the weights' names, between dots.
     interleaved: rotary embeddings rotate neighbours of a head together, where ours rotate halves: the rows of q and k
         are in another order.
+    fused: (theirs, ours): projections whose rows are below one another in one tensor.
     """
 
     architecture: str | None
@@ -59,12 +60,17 @@ class HFType:
     partial_rotary: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     interleaved: bool = False
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 NO_WINDOW = {"sliding_window": (None,)}
 # Qwen's files often name a window that is not used.
 QWEN_WINDOW: Fields = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 QWEN_LEGAL = {"use_sliding_window": (False, True, None)}
+
+
+QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
+GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
 
 
 def _without_bias(c: LlamaConfig) -> Fields:
@@ -101,6 +107,12 @@ def _write_olmoe(c: LlamaConfig) -> Fields:
     return write_experts(c, "intermediate_size") | {"norm_topk_prob": c.moe.normalize_top_k}
 
 
+def _write_phi3(c: LlamaConfig) -> Fields:
+    """Its readers take the trained length from outside the rotary settings."""
+    trained = getattr(c.rope_scaling, "original_max_position_embeddings", None)
+    return {"original_max_position_embeddings": trained} if trained else {}
+
+
 # In the order in which the types are tried for a model that is written.
 TYPES: dict[str, HFType] = {
     "llama": HFType("LlamaForCausalLM", defaults={"num_key_value_heads": None}, legal=NO_WINDOW, write=_without_bias),
@@ -115,6 +127,10 @@ TYPES: dict[str, HFType] = {
     ),
     "helium": HFType(
         None, defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0}, interleaved=True
+    ),
+    "phi3": HFType(
+        "Phi3ForCausalLM", legal=NO_WINDOW, write=_write_phi3, partial_rotary=True, fused=(QKV, GATE_UP),
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     ),
     "mixtral": HFType(
         "MixtralForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}, experts=True,

@@ -30,6 +30,13 @@ HELIUM = {
     "head_dim": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-8, "rope_theta": 100000.0,
     "tie_word_embeddings": False,
 }  # fmt: skip
+PHI3 = {
+    "model_type": "phi3", "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": None,
+    "original_max_position_embeddings": 4096, "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.0, 1.1, 1.25], "long_factor": [1.05, 1.5, 3.0, 24.0]}
 MIXTRAL = {
     "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
     "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
@@ -93,6 +100,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {
         "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": False,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "Phi-3-mini-128k-instruct": PHI3
+    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_scaling": LONGROPE},
+    "Phi-3-mini-128k-instruct, trained with 16": PHI3
+    | {
+        "num_key_value_heads": 8, "max_position_embeddings": 512, "original_max_position_embeddings": 16,
+        "rope_scaling": LONGROPE,
+    },
+    "Phi-4": PHI3
+    | {
+        "max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "partial_rotary_factor": 1.0,
+        "rope_scaling": None, "rope_theta": 250000,
+    },
+    "Phi-4-mini-instruct": PHI3
+    | {
+        "hidden_size": 128, "max_position_embeddings": 131072, "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+        "rope_scaling": LONGROPE | {"short_factor": [1.0] * 6, "long_factor": [1.0, 1.1, 1.4, 2.0, 5.0, 47.7]},
+        "mlp_bias": False, "interpolate_factor": 1, "full_attn_mod": 1, "lm_head_bias": False,
     },
     "Mixtral-8x7B-v0.1": MIXTRAL,
     "Mixtral, a window": MIXTRAL | {"sliding_window": 8},

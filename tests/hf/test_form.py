@@ -1,12 +1,17 @@
 """Weights in another form than ours: names, and the order of rows within a head."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hf.models import logits_of, save_random, tokens
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dtron.__main__ import main
+from dtron.checkpoint.hf import Entry
 from dtron.checkpoint.hf_form import Form, HeadOrder
 from dtron.hf.read import open_model
 
@@ -70,6 +75,52 @@ def test_which_tensors_have_another_order():
     assert form.order(f"{layer}k_norm.weight", 1) == HeadOrder(SIZE, 8, 0)  # the same for all heads
     assert all(form.order(f"{layer}{name}.weight", 2) is None for name in ("v_proj", "o_proj"))
     assert Form().order(f"{layer}q_proj.weight", 2) is None
+
+
+FUSED = Form(fused=(("qkv_proj", (("q_proj", 12), ("k_proj", 6), ("v_proj", 6))),))
+
+
+def test_the_parts_of_a_fused_projection_have_one_name_there():
+    layer = "model.layers.3.self_attn."
+    for leaf in ("weight", "bias"):
+        ours = [f"{layer}{part}_proj.{leaf}" for part in "qkv"]
+        assert FUSED.split(FUSED.our_name(f"layers.3.self_attn.qkv_proj.{leaf}")) == [
+            *zip(ours, (12, 6, 6), strict=True)
+        ]
+        assert [FUSED.their_names(name, ()) for name in ours] == [[f"{layer}qkv_proj.{leaf}"]] * 3
+    assert FUSED.split(f"{layer}o_proj.weight") == FUSED.split("model.norm") == []
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 6), (2, 5), (4, 4)])
+def test_a_rank_reads_its_rows_of_a_fused_projection_only(first: int, last: int):
+    entry = Entry("file", "qkv_proj.weight", torch.float32, (6, 4), first=12)
+    stored = Counted(torch.randn(24, 4))
+    part = entry.read(stored, (slice(first, last), slice(1, 3)))
+    assert torch.equal(part, stored.whole[12 + first : 12 + last, 1:3]) and stored.rows == last - first
+    ordered = replace(entry, order=HeadOrder(6, 6, dim=0))
+    whole = ordered.read(stored.whole, (slice(0, 6), slice(0, 4)))
+    assert torch.equal(ordered.read(stored.whole, (slice(2, 5), slice(0, 4))), whole[2:5])
+    assert torch.equal(HeadOrder(6, 6, dim=0).written(whole), stored.whole[12:18])
+
+
+def test_a_fused_projection_that_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = save_random("Phi-4", tmp_path / "there")
+    config = json.loads((folder / "config.json").read_text())
+
+    def refusal(**change: int) -> str:
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert main(["convert", str(folder), str(tmp_path / "here")]) == 1
+        return capsys.readouterr().err
+
+    assert (
+        "model.layers.0.self_attn.qkv_proj.weight has 128 rows; expected 96 by its config.json (64 of q_proj + 16 of "
+        "k_proj + 16 of v_proj)"
+    ) in refusal(num_key_value_heads=2)
+    assert "it has no model.layers.3.input_layernorm.weight" in refusal(num_hidden_layers=4)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.gate_up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    assert "it has no model.layers.1.mlp.gate_up_proj.weight" in refusal()
 
 
 def test_without_the_reordering_logits_are_not_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
