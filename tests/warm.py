@@ -106,6 +106,10 @@ def _become(command: list[str], env: Mapping[str, str], cwd: str, outputs: Seque
         if env.get("PYTHONWARNINGS") == "ignore":
             warnings.simplefilter("ignore")
         rest = [word for word in command[1:2] if word != "-u"] + command[2:]
+        # A fork leaves torch's thread pool to be made again. Autograd's threads, which start together at the first
+        # backward, were seen to race for it and abort ("Invalid thread pool!", torch 2.13): make it here.
+        threads = sys.modules["torch"]
+        threads.set_num_threads(threads.get_num_threads())
         _fork_the_ranks_of_torchrun()
         code = _run(rest)
     except BaseException:
