@@ -102,7 +102,7 @@ class CachedModel:
         with self._with_caches():
             h = self.model(x, positions)  # [1, S, E]
         self.length += len(ids)
-        return self.model.lm_head(h[0, -1]).float()  # of the last token alone: [S, V] of a long prompt is gigabytes
+        return self.model.logits(h[0, -1]).float()  # of the last token alone: [S, V] of a long prompt is gigabytes
 
     @contextmanager
     def _with_caches(self) -> Iterator[None]:

@@ -15,19 +15,28 @@ import torch
 from torch import Tensor
 
 from dtron.models.llama import LlamaConfig
+from dtron.models.variants import XIELU, softplus_inverse
 
-__all__ = ["initial_rows", "llama_init_std"]
+__all__ = ["Constant", "initial_rows", "llama_init_std"]
 
 BLOCK_ELEMENTS = 2**18  # large enough that seeding costs nothing, small enough that a shard wastes little
+
+
+class Constant(float):
+    """In place of a standard deviation: all initial values are this."""
 
 
 def llama_init_std(name: str, config: LlamaConfig) -> float | None:
     """Standard deviation of a parameter's initial values; None: all ones (the norms). Biases are 0.
 
+    So are norms whose weights are added to 1. A `Constant` is the value itself.
+
     Projections into the residual stream are scaled by 1/sqrt(2 n_layers) (GPT-2, section 2.3).
     """
     if fnmatch.fnmatch(name, "*norm.weight"):
-        return None
+        return 0.0 if config.variant.norm.endswith("_1p") else None
+    if ".act_fn." in name:
+        return Constant(softplus_inverse(XIELU.INITIAL[name.rpartition(".")[2]]))
     if name.endswith("bias"):
         return 0.0
     if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
@@ -40,8 +49,8 @@ def initial_rows(
 ) -> Tensor:
     """Rows [first, last) of parameter `name` of the whole shape `shape`, in fp32."""
     row_shape = shape[1:]
-    if std is None:
-        return torch.ones(last - first, *row_shape, device=device)
+    if std is None or isinstance(std, Constant):
+        return torch.full((last - first, *row_shape), 1.0 if std is None else std, device=device)
     per_block = max(1, BLOCK_ELEMENTS // max(1, row_shape.numel()))
     generator = torch.Generator(device)
     blocks = []

@@ -14,14 +14,24 @@ Shape letters: B sequences, S tokens, E hidden size, H query heads, K key/value 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtron.models.attention import AttentionMask, AttentionSinks, CausalAttention, attention_mask
 from dtron.models.moe import MixtureOfExperts, MoEConfig
 from dtron.models.rope import Rope, RopeScaling, rope_table, rotate
+from dtron.models.variants import (
+    NORMS,
+    NormOfHeads,
+    NormPerHead,
+    Variant,
+    activation,
+    add_to_residual,
+    make_norm,
+    scale_embedding,
+    scale_logits,
+)
 
-__all__ = ["Llama", "LlamaConfig", "NormOfHeads"]
+__all__ = ["Llama", "LlamaConfig"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,14 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2's
-    qk_norm: bool = False  # Qwen3's: queries and keys normalised per head
+    qk_norm: bool = False  # Qwen3's: queries and keys normalised per head, with the same weights for all
     qk_norm_whole: bool = False  # OLMoE's: over all heads together
     windows: tuple[int | None, ...] = ()  # a pattern that repeats over the layers: see `window`; (): none anywhere
     attention_scale: float | None = None  # of the scores; 1 / sqrt(head size) by default
     attention_softcap: float | None = None  # Gemma 2's: scores x become cap * tanh(x / cap)
     attention_sinks: bool = False  # gpt-oss's: a learned logit per head beside those of the keys
     moe: MoEConfig | None = None  # a mixture of experts in place of the feed-forwards
+    variant: Variant = Variant()  # norms, activation and multipliers that are not Llama's
     init_std: float = 0.02
 
     @property
@@ -78,10 +89,6 @@ class LlamaConfig:
         return short or self.attention_softcap is not None or self.attention_sinks
 
 
-class NormOfHeads(nn.RMSNorm):
-    """Of queries or keys, over all heads together (OLMoE). Its type tells tensor parallel, which splits the heads."""
-
-
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
@@ -90,12 +97,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
-        self.q_norm = self.k_norm = None
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
         if c.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size, eps=c.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (make_norm(c.variant, c.head_size, c.norm_eps) for _ in range(2))
         if c.qk_norm_whole:
             self.q_norm = NormOfHeads(c.n_heads * c.head_size, eps=c.norm_eps)
             self.k_norm = NormOfHeads(c.n_kv_heads * c.head_size, eps=c.norm_eps)
+        if c.variant.norm_per_head:
+            self.q_norm, self.k_norm = (NormPerHead(n, c.head_size, c.norm_eps) for n in (c.n_heads, c.n_kv_heads))
         self.sinks = AttentionSinks(c.n_heads) if c.attention_sinks else None
         self.core = CausalAttention(c.attention_scale, c.attention_softcap)
 
@@ -117,34 +127,45 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """SwiGLU: down(silu(gate x) * up x); or another activation, or that of up x without a gate."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, v: Variant) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden, bias=False) if v.gated else None
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.act_fn = activation(v)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, E]
-        projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            hidden = self.act_fn(self.up_proj(x))
+        else:
+            hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        projected: Tensor = self.down_proj(hidden)
         return projected
 
 
 class Block(nn.Module):
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
     def __init__(self, c: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.variant = c.variant
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        for name in NORMS[c.variant.norms]:  # input_layernorm and post_attention_layernorm
+            self.add_module(name, make_norm(c.variant, c.dim, c.norm_eps))
         self.mlp: nn.Module
         if c.moe is None or index < c.moe.n_dense_layers:
-            self.mlp = FeedForward(c.dim, c.ffn_dim)
+            self.mlp = FeedForward(c.dim, c.ffn_dim, c.variant)
         else:
-            shared = FeedForward(c.dim, c.moe.shared_dim) if c.moe.shared_dim else None
+            shared = FeedForward(c.dim, c.moe.shared_dim, c.variant) if c.moe.shared_dim else None
             self.mlp = MixtureOfExperts(c.dim, c.moe, shared)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: AttentionMask | None = None) -> Tensor:
         """x [B, S, E], cos and sin [B, S, 1, D/2], mask from attention_mask -> [B, S, E]."""
+        if self.variant.norms != "before" or self.variant.residual_multiplier != 1:
+            return add_to_residual(self.variant, self, x, lambda h: self.self_attn(h, cos, sin, mask))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
@@ -158,7 +179,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = make_norm(config.variant, config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -184,9 +205,12 @@ class Llama(nn.Module):
             positions = positions - document_start
         ropes = {name: self.config.rope(int(name)) for name in self.layers}
         tables = {rope: rope_table(rope, positions) for rope in set(ropes.values())}  # of layers alike, once
-        h: Tensor = x if self.embed_tokens is None else self.embed_tokens(x)  # [B, S, E]
+        h: Tensor = x if self.embed_tokens is None else scale_embedding(self.config.variant, self.embed_tokens(x))
         for name, block in self.layers.items():
             h = block(h, *tables[ropes[name]], masks[windows[name]])
         h = h if self.norm is None else self.norm(h)
-        h = h if self.lm_head is None else self.lm_head(h)  # [B, S, V]
-        return h
+        return h if self.lm_head is None else self.logits(h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states [B, S, E] after the last norm -> [B, S, V]."""
+        return scale_logits(self.config.variant, self.lm_head(h))

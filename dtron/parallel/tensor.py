@@ -30,8 +30,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
-from dtron.models.llama import NormOfHeads
 from dtron.models.spec import ModelConfig, ModelSpec
+from dtron.models.variants import XIELU, NormOfHeads, NormPerHead
 from dtron.parallel.expert import FeedForwardInput, LocalRouter
 
 __all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "check_tensor", "llama_plan", "tied_parameters"]
@@ -67,15 +67,19 @@ class VocabParallelEmbedding(ParallelStyle):
 class QueryKeyNorm(ParallelStyle):
     """The norm of queries or keys, whose heads are split over the ranks.
 
-    Per head [B, S, H / tp, D]: each rank normalises its own, and the gradients of the weights are summed. Over all
-    heads [B, S, H * D / tp]: the sums of squares are added over the ranks, and the weights sharded as the heads are.
+    Per head [B, S, H / tp, D]: each rank normalises its own, and the gradients of the weights are summed; where each
+    head has its own weights they are sharded as the heads are. Over all heads [B, S, H * D / tp]: so are they, and the
+    sums of squares are added over the ranks.
     """
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, NormOfHeads):
+        if not isinstance(module, NormOfHeads | NormPerHead):
             return SequenceParallel(sequence_dim=2, use_local_output=True)._apply(module, mesh)
         module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None))
-        module.forward = partial(self._normalise, module, mesh)  # type: ignore[method-assign]
+        if isinstance(module, NormOfHeads):
+            module.forward = partial(self._normalise, module, mesh)  # type: ignore[method-assign]
+        else:
+            module.forward = lambda x: module.normalise(x, cast(DTensor, module.weight).to_local())  # type: ignore[method-assign]
         return module
 
     @staticmethod
@@ -99,10 +103,28 @@ class SinksOfHeads(ParallelStyle):
         return module
 
 
+class LearnedActivation(ParallelStyle):
+    """Numbers that all hidden values share: each rank has a part of these, so the gradients are summed."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, XIELU)
+        for name, p in list(module.named_parameters()):
+            whole = distribute_tensor(p.detach(), mesh, [Replicate()], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(whole))
+        module.forward = partial(self._activate, module)  # type: ignore[method-assign]
+        return module
+
+    @staticmethod
+    def _activate(module: XIELU, x: Tensor) -> Tensor:
+        alphas = (cast(DTensor, p).to_local(grad_placements=[Partial()]) for p in (module.alpha_p, module.alpha_n))
+        return module.of(x, *alphas)
+
+
 def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
     """Module names (with wildcards) -> styles for dtron.models.llama; those that match nothing are ignored."""
     gather = partial(PrepareModuleInput, input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
     head_layout = VOCABULARY if loss_parallel else Replicate()
+    added = SequenceParallel(use_local_output=True)  # a norm of what is added to the residual stream, a plain tensor
     return {
         "embed_tokens": VocabParallelEmbedding(),
         "layers.*.input_layernorm": SequenceParallel(),
@@ -116,11 +138,14 @@ def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
         "layers.*.self_attn.k_norm": QueryKeyNorm(),
         "layers.*.self_attn.sinks": SinksOfHeads(),
         "layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),
-        "layers.*.post_attention_layernorm": SequenceParallel(),
+        "layers.*.post_attention_layernorm": added,
+        "layers.*.pre_feedforward_layernorm": SequenceParallel(),
+        "layers.*.post_feedforward_layernorm": added,
         "layers.*.mlp": FeedForwardInput(),
         "layers.*.mlp.gate_proj": ColwiseParallel(),
         "layers.*.mlp.up_proj": ColwiseParallel(),
         "layers.*.mlp.down_proj": RowwiseParallel(output_layouts=SEQUENCE),
+        "layers.*.mlp.act_fn": LearnedActivation(),
         "layers.*.mlp.gate": LocalRouter(),
         "layers.*.mlp.shared_experts": gather(),
         "layers.*.mlp.shared_experts.gate_proj": ColwiseParallel(),
