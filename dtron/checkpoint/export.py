@@ -193,12 +193,9 @@ def _write_file(
             raise UserError(f"{name} has values that float16 does not hold (above 65504, or not finite); use bfloat16")
     written: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        names, order = form.their_names(name, tensor.shape), form.order(name, tensor.dim())
-        tensor = order.written(tensor) if order else tensor
-        if len(names) > 1:
-            written |= zip(names, tensor.unbind(), strict=True)
-        else:  # the parts of a fused projection, which have one name, come in their order
-            written[names[0]] = torch.cat((written[names[0]], tensor)) if names[0] in written else tensor
+        for theirs, written_as in form.written(name, tensor).items():  # parts of a fused projection come in their order
+            whole = [written[theirs], written_as] if theirs in written else [written_as]
+            written[theirs] = torch.cat(whole) if whole[1:] else written_as
     save_file({name: tensor.contiguous() for name, tensor in written.items()}, file, metadata={"format": "pt"})
 
 

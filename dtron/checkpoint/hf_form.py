@@ -10,7 +10,7 @@ Fused projections are several of ours below one another in one tensor.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,16 @@ WRAPPERS = re.compile(
 # One of the tensors of a stack, and the stack, by our names.
 OF_STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.((?:gate|up|down)_proj)\.weight")
 STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)((?:gate|up|down)_proj)")
+NORM_OF_STACK = re.compile(r"(model\.layers\.\d+\.self_attn\.[qk]_norm)\.norms\.(\d+)\.weight")
+NORMS = re.compile(r"(model\.layers\.\d+\.self_attn\.[qk]_norm)\.weight")
 
 
 def stack_of(name: str) -> tuple[str, int] | None:
     """Of a tensor that is a part of one of ours, by our name: that of the whole, and the place in it."""
-    match = OF_STACK.fullmatch(name)
-    return (match[1] + match[3], int(match[2])) if match else None
+    if match := OF_STACK.fullmatch(name):
+        return match[1] + match[3], int(match[2])
+    match = NORM_OF_STACK.fullmatch(name)
+    return (f"{match[1]}.weight", int(match[2])) if match else None
 
 
 def their_name(ours: str) -> str:
@@ -77,12 +81,15 @@ class HeadOrder:
 
 @dataclass(frozen=True)
 class Form:
-    """Of the weights of one folder. renames: their part of a name between dots -> ours. rotated: 0 if as ours.
+    """Of the weights of one folder.
 
-    fused: of each of their fused projections the name, and the names and rows of ours in it, in their order.
+    renames: their part of a name between dots -> ours. norm_lists: norms with weights of their own for each head are as
+    many tensors. head_size, rotated: of heads whose rows are in the other order; 0: they are not. fused: of each of
+    their fused projections the name, and the names and rows of ours in it, in their order.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
+    norm_lists: bool = False
     head_size: int = 0
     rotated: int = 0
     fused: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
@@ -97,19 +104,28 @@ class Form:
         name = re.sub(r"^(model\.)+", "", WRAPPERS.sub("", stored))
         return ".".join(("model", *(ours.get(part, part) for part in name.split("."))))
 
-    def their_names(self, ours: str, shape: Sequence[int]) -> list[str]:
-        """The names under which our tensor is written: of a stack one for each of its tensors.
+    def written(self, ours: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Our tensor by the names under which it is written: of a stack one for each of its tensors."""
+        order, names = self.order(ours, tensor.dim()), self.their_names(ours, tensor.shape)
+        tensor = order.written(tensor) if order else tensor
+        return dict(zip(names, tensor.unbind() if self._is_stack(ours) else [tensor], strict=True))
 
-        Those of one fused projection have the same name.
-        """
+    def _is_stack(self, ours: str) -> bool:
+        return bool(STACK.fullmatch(ours) or (self.norm_lists and NORMS.fullmatch(ours)))
+
+    def their_names(self, ours: str, shape: Sequence[int]) -> list[str]:
+        """The names under which our tensor of this shape is written. Those of one fused projection are one name."""
         theirs = {our: their for their, our in self.renames}
         theirs |= {our: their for their, parts in self.fused for our, _ in parts}
 
         def renamed(name: str) -> str:
             return ".".join(theirs.get(part, part) for part in their_name(name).split("."))
 
-        stack = STACK.fullmatch(ours)
-        return [renamed(f"{stack[1]}{i}.{stack[2]}.weight") for i in range(shape[0])] if stack else [renamed(ours)]
+        if not self._is_stack(ours):
+            return [renamed(ours)]
+        stack, norms = STACK.fullmatch(ours), ours.removesuffix(".weight")
+        form = f"{stack[1]}%d.{stack[2]}.weight" if stack else f"{norms}.norms.%d.weight"
+        return [renamed(form % i) for i in range(shape[0])]
 
     def split(self, name: str) -> list[tuple[str, int]]:
         """Of a fused projection, by its name with ours around it: our tensors in it and their rows; else nothing."""
@@ -133,14 +149,15 @@ def form_of(config: dict[str, Any], file: Path | str) -> Form:
     if not isinstance(kind, str) or kind not in TYPES:
         return PLAIN
     of_type = TYPES[kind]
+    form = Form(of_type.renames, of_type.norm_lists)
     if not of_type.interleaved and not of_type.fused:
-        return Form(of_type.renames)
+        return form
     c = hf_dimensions(config, file)
     queries, keys = c.n_heads * c.head_size, c.n_kv_heads * c.head_size
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": c.ffn_dim, "up_proj": c.ffn_dim}
     fused = tuple((their, tuple((our, rows[our]) for our in ours)) for their, ours in of_type.fused)
     rotated = int(c.head_size * c.partial_rotary_factor) if of_type.interleaved else 0
-    return Form(of_type.renames, c.head_size, rotated, fused)
+    return replace(form, head_size=c.head_size, rotated=rotated, fused=fused)
 
 
 def form_of_folder(folder: Path) -> Form:

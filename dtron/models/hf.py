@@ -9,6 +9,7 @@ from dtron.errors import UserError
 from dtron.models.hf_fields import Fields, check_counts, is_count, positive
 from dtron.models.hf_rope import read_rope, write_rope
 from dtron.models.hf_types import DEFAULTS, LEGAL, TYPES, HFType
+from dtron.models.hf_variants import ACTIVATIONS
 from dtron.models.hf_windows import read_windows, write_windows
 from dtron.models.llama import LlamaConfig
 
@@ -57,10 +58,12 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected a whole number above 0")
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
     head_size = hf.get("head_dim") or dim // heads
+    if head_size != dim // heads and not of_type.head_size_of_its_own:
+        raise UserError(f"{file}: head_dim = {head_size} cannot be represented; expected {dim // heads}, or none")
     flags = of_type.flags | read_rope(hf, file, partial=of_type.partial_rotary) | of_type.read(hf, file)
     config = LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
-        head_dim=None if head_size * heads == dim else head_size, norm_eps=positive(hf, "rms_norm_eps", file),
+        head_dim=None if head_size * heads == dim else head_size, norm_eps=positive(hf, of_type.eps, file),
         tie_embeddings=bool(hf["tie_word_embeddings"]), **flags, **read_windows(hf, of_type.windows, file),
     )  # fmt: skip
     if mistakes := [rope.mistake for rope in config.all_ropes if rope and rope.mistake]:
@@ -108,8 +111,8 @@ def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:
         "num_key_value_heads": c.n_kv_heads,
         "head_dim": c.head_size,
         "intermediate_size": c.ffn_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps,
+        of_type.activation: ACTIVATIONS[c.variant.activation],
+        of_type.eps: c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
     }

@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from dtron.models.hf_fields import Fields, read_experts, write_experts
+from dtron.models.hf_variants import (
+    GEMMA,
+    read_cohere,
+    read_granite,
+    read_stablelm,
+    write_cohere,
+    write_granite,
+    write_stablelm,
+)
 from dtron.models.hf_windows import EVERYWHERE, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows
 from dtron.models.llama import LlamaConfig
+from dtron.models.variants import Variant
 
 __all__ = ["DEFAULTS", "LEGAL", "TYPES", "HFType"]
 
@@ -40,10 +50,13 @@ class HFType:
     legal: values of fields that change the architecture, where they are not in LEGAL.
     read: (config.json with the defaults, file) -> further fields of LlamaConfig.
     write: LlamaConfig -> further fields of config.json.
+    activation, eps: names of the fields.
+    head_size_of_its_own: whether there is a head_dim; for others it is hidden_size / num_attention_heads.
     experts: whether it is a mixture of experts, which `read` gives then, and `write` needs.
     windows: which layers have windows.
     partial_rotary: whether its models may rotate a part of each head; for others transformers ignores the field.
     renames: (theirs, ours): parts of the weights' names, between dots.
+    norm_lists: norms of queries and keys with weights of their own for each head are as many tensors.
     interleaved: rotary embeddings rotate neighbours of a head together, where ours rotate halves: the rows of q and k
         are in another order.
     fused: (theirs, ours): projections whose rows are below one another in one tensor.
@@ -55,10 +68,14 @@ class HFType:
     legal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     read: Callable[[Fields, Path | str], Fields] = lambda hf, file: {}
     write: Callable[[LlamaConfig], Fields] = lambda c: {}
+    activation: str = "hidden_act"
+    eps: str = "rms_norm_eps"
+    head_size_of_its_own: bool = True
     experts: bool = False
     windows: Windows = NOWHERE
     partial_rotary: bool = False
     renames: tuple[tuple[str, str], ...] = ()
+    norm_lists: bool = False
     interleaved: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -71,6 +88,12 @@ QWEN_LEGAL = {"use_sliding_window": (False, True, None)}
 
 QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
+
+
+TIED: Fields = {"tie_word_embeddings": True}
+GELU = {"hidden_act": ("gelu_pytorch_tanh", "gelu", None)}  # Gemma's "gelu" is the same
+RELU2 = {"hidden_act": ("relu2", None)}
+BOTH_WAYS = {"use_bidirectional_attention": (False, None)}
 
 
 def _without_bias(c: LlamaConfig) -> Fields:
@@ -124,6 +147,42 @@ TYPES: dict[str, HFType] = {
     "qwen3": HFType(
         "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128} | QWEN_WINDOW, legal=QWEN_LEGAL,
         windows=QWEN, write=_without_bias,
+    ),
+    "granite": HFType(
+        "GraniteForCausalLM", read=read_granite, write=write_granite,
+        defaults={
+            "num_key_value_heads": None, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+        },
+    ),
+    "olmo2": HFType(
+        "Olmo2ForCausalLM", flags={"qk_norm_whole": True, "variant": Variant(norms="after")},
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, write=_without_bias,
+    ),
+    "gemma": HFType(
+        "GemmaForCausalLM", flags={"variant": GEMMA}, defaults=TIED | {"head_dim": 256}, write=_without_bias,
+        legal=GELU | BOTH_WAYS,
+    ),
+    "arcee": HFType(
+        "ArceeForCausalLM", flags={"variant": Variant(activation="relu2", gated=False)}, legal=RELU2,
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, write=_without_bias,
+    ),
+    "nemotron": HFType(
+        "NemotronForCausalLM", flags={"variant": Variant("layer_1p", activation="relu2", gated=False)}, legal=RELU2,
+        eps="norm_eps", defaults={"norm_eps": 1e-5, "partial_rotary_factor": 0.5}, partial_rotary=True,
+        write=_without_bias,
+    ),
+    "cohere": HFType(
+        "CohereForCausalLM", read=read_cohere, write=write_cohere, eps="layer_norm_eps", interleaved=True,
+        defaults=TIED | {
+            "num_key_value_heads": None, "layer_norm_eps": 1e-5, "rope_theta": 500000.0, "logit_scale": 0.0625,
+        },
+    ),
+    "stablelm": HFType(
+        "StableLmForCausalLM", read=read_stablelm, write=write_stablelm, eps="layer_norm_eps",
+        head_size_of_its_own=False, partial_rotary=True, legal={"hidden_dropout": (0, None)},
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        renames=(("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")), norm_lists=True,
     ),
     "helium": HFType(
         None, defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0}, interleaved=True

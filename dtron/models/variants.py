@@ -41,7 +41,7 @@ class Variant:
         (Cohere).
     norm_per_head: queries and keys have LayerNorms with weights of their own for each head (Cohere, StableLM 2).
     activation: of the feed-forward; gated: it multiplies the up projection.
-    embedding_multiplier: of the embedding's output, rounded to its dtype (Gemma: the square root of E; Granite).
+    embedding_multiplier: of the embedding's output (Granite); sqrt: the square root of E, rounded to the dtype (Gemma).
     residual_multiplier: of what attention and feed-forward add (Granite).
     logits_multiplier: Cohere's; Granite's is the inverse of its logits_scaling.
     logits_softcap: logits x become cap * tanh(x / cap) (Gemma 2).
@@ -52,7 +52,7 @@ class Variant:
     norm_per_head: bool = False
     activation: Literal["silu", "gelu_tanh", "relu2", "xielu"] = "silu"
     gated: bool = True
-    embedding_multiplier: float = 1.0
+    embedding_multiplier: float | Literal["sqrt"] = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float | None = None
@@ -206,8 +206,10 @@ def activation(v: Variant) -> Callable[[Tensor], Tensor]:
 
 
 def scale_embedding(v: Variant, h: Tensor) -> Tensor:
-    """h [B, S, E] times the multiplier, which is rounded to its dtype first, as Gemma's is."""
-    return h if v.embedding_multiplier == 1 else h * h.new_full((), v.embedding_multiplier)
+    """h [B, S, E] times the multiplier."""
+    if v.embedding_multiplier == "sqrt":
+        return h * h.new_full((), h.size(-1) ** 0.5)
+    return h if v.embedding_multiplier == 1 else h * v.embedding_multiplier
 
 
 def scale_logits(v: Variant, logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ full: a block keeps its input only (Chen et al. 2016, arXiv 1604.06174). every n
 by operation: a block keeps the results that are expensive to compute, those of matmuls, attention, reduce-scatters and
 all-to-alls, and recomputes the cheap rest. Of the matmuls, `o` and `down` are not kept: their
 results are added to the residual stream, so nothing else needs them in the backward, and with tensor parallel
-what follows them, the reduce-scatter, is kept.
+what follows them, the reduce-scatter, is kept. Where a norm follows they are needed, and kept without tensor parallel.
 
 The state of the random number generators is restored for every recomputation, whatever the model: a model from
 outside, or one that a converter changed, may draw random numbers anywhere (dropout, for example), and a recomputation
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dtron import compat
@@ -45,13 +46,22 @@ def apply_recompute(block: nn.Module, index: int, mode: str, option: str) -> nn.
     They are activation_checkpoint.mode and activation_checkpoint.selective_ac_option.
     """
     if mode == "selective" and option == "op":
-        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-        recomputed = frozenset(i for i, name in enumerate(linears) if name.endswith(_RECOMPUTED_MATMULS))
-        contexts = partial(_selective_contexts, recomputed)
+        contexts = partial(_selective_contexts, _recomputed(block))
         return compat.checkpoint_wrapper(block, preserve_rng_state=True, context_fn=contexts)
     if mode == "full" or (mode == "selective" and index % int(option) == 0):
         return compat.checkpoint_wrapper(block, preserve_rng_state=True)
     return block
+
+
+def _recomputed(block: nn.Module) -> frozenset[int]:
+    """The matmuls of a block that are not kept, by their order."""
+    linears = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    norm_follows = hasattr(block, "post_feedforward_layernorm")
+    return frozenset(
+        i
+        for i, (name, linear) in enumerate(linears)
+        if name.endswith(_RECOMPUTED_MATMULS) and (isinstance(linear.weight, DTensor) or not norm_follows)
+    )
 
 
 def _selective_contexts(recomputed: frozenset[int]) -> Any:

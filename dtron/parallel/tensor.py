@@ -37,6 +37,7 @@ from dtron.parallel.expert import FeedForwardInput, LocalRouter
 __all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "check_tensor", "llama_plan", "tied_parameters"]
 
 SEQUENCE, VOCABULARY = Shard(1), Shard(-1)
+ACTIVATION_GRADIENT = Partial()  # each rank's hidden values give a part of it
 
 
 class VocabParallelEmbedding(ParallelStyle):
@@ -116,8 +117,8 @@ class LearnedActivation(ParallelStyle):
 
     @staticmethod
     def _activate(module: XIELU, x: Tensor) -> Tensor:
-        alphas = (cast(DTensor, p).to_local(grad_placements=[Partial()]) for p in (module.alpha_p, module.alpha_n))
-        return module.of(x, *alphas)
+        alphas = [cast(DTensor, p) for p in (module.alpha_p, module.alpha_n)]
+        return module.of(x, *(p.to_local(grad_placements=[ACTIVATION_GRADIENT]) for p in alphas))
 
 
 def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:

@@ -37,6 +37,46 @@ PHI3 = {
     "eos_token_id": 2,
 }  # fmt: skip
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.0, 1.1, 1.25], "long_factor": [1.05, 1.5, 3.0, 24.0]}
+GRANITE = {
+    "model_type": "granite", "attention_bias": False, "attention_dropout": 0.0, "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "hidden_act": "silu", "logits_scaling": 8.0, "max_position_embeddings": 4096,
+    "mlp_bias": False, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+OLMO2 = {
+    "model_type": "olmo2", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None,
+    "rope_theta": 500000, "tie_word_embeddings": False,
+}  # fmt: skip
+GEMMA = {
+    "model_type": "gemma", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 16, "hidden_act": "gelu",
+    "max_position_embeddings": 8192, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+}  # fmt: skip
+ARCEE = {
+    "model_type": "arcee", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 8, "hidden_act": "relu2",
+    "max_position_embeddings": 65536, "mlp_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "type": "yarn",
+    },
+    "tie_word_embeddings": False,
+}  # fmt: skip
+NEMOTRON = {
+    "model_type": "nemotron", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 16, "hidden_act": "relu2",
+    "max_position_embeddings": 4096, "mlp_bias": False, "norm_eps": 1e-5, "partial_rotary_factor": 0.5,
+    "rope_theta": 10000, "tie_word_embeddings": False,
+}  # fmt: skip
+COHERE = {
+    "model_type": "cohere", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192, "rope_theta": 8000000.0,
+    "tie_word_embeddings": True, "use_qk_norm": False,
+}  # fmt: skip
+STABLELM = {
+    "model_type": "stablelm", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_dropout": 0.0,
+    "layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25, "qk_layernorm": False,
+    "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": False, "use_parallel_residual": False,
+    "use_qkv_bias": True, "num_attention_heads": 4,
+}  # fmt: skip
 MIXTRAL = {
     "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
     "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
@@ -120,6 +160,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_scaling": LONGROPE | {"short_factor": [1.0] * 6, "long_factor": [1.0, 1.1, 1.4, 2.0, 5.0, 47.7]},
         "mlp_bias": False, "interpolate_factor": 1, "full_attn_mod": 1, "lm_head_bias": False,
     },
+    "granite-3.0-2b-base": GRANITE,
+    "OLMo-2-1124-7B": OLMO2,
+    "gemma-7b": GEMMA,
+    "AFM-4.5B": ARCEE,
+    "Minitron-4B-Base": NEMOTRON,
+    "c4ai-command-r-v01": COHERE,
+    "c4ai-command-r-plus": COHERE | {"logit_scale": 0.8333333333333334, "rope_theta": 75000000.0, "use_qk_norm": True},
+    "stablelm-2-1_6b": STABLELM,
+    "stablelm-2-12b": STABLELM
+    | {"num_key_value_heads": 2, "qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": False},
     "Mixtral-8x7B-v0.1": MIXTRAL,
     "Mixtral, a window": MIXTRAL | {"sliding_window": 8},
     "Qwen3-30B-A3B": QWEN3

@@ -227,6 +227,22 @@ def router_gradients_summed() -> Iterator[None]:
 
 
 @broken
+def norms_of_own_heads() -> Any:
+    """The norm over all heads taken over each rank's own."""
+
+    def own(module: Any, mesh: Any, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], module.weight.to_local(), module.eps)
+
+    return patch.object(tensor.QueryKeyNorm, "_normalise", own)
+
+
+@broken
+def activation_gradients_summed() -> Any:
+    """Learned numbers of an activation as if every rank had the same hidden values."""
+    return patch.object(tensor, "ACTIVATION_GRADIENT", Replicate())
+
+
+@broken
 def experts_summed() -> Any:
     """FSDP's own averaging, of the experts alone."""
     factor = FSDPModule.set_gradient_divide_factor
@@ -269,6 +285,8 @@ SEEN = {
     "router_gradients_summed": (Case("tp2", TP2, model="moe"), "norm"),
     "order_of_gathered_keys": (Case("cp2", CP2, model="windows"), "loss"),
     "sinks_in_the_plan": (Case("tp2", TP2, model="scores"), "leaves out layers.0.self_attn.sinks.weight"),
+    "norms_of_own_heads": (Case("tp2", TP2, model="apertus"), "loss"),
+    "activation_gradients_summed": (Case("tp2", TP2, model="apertus"), "norm"),
     "experts_summed": (Case("fsdp2 ep2", FSDP2_EP2, model="moe"), "norm"),
 }
 # What torch 2.13 asks for and 2.11 does not: 2.11 compiles an asynchronous input correctly.

@@ -1,0 +1,102 @@
+"""Fields of a config.json that say what a `Variant` does: in and out, one pair of functions per group of families.
+
+Readers take (config.json with the defaults, file) and give fields of LlamaConfig; writers take a LlamaConfig and give
+fields of config.json.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dtron.models.hf_fields import Fields, positive
+from dtron.models.llama import LlamaConfig
+from dtron.models.variants import Variant
+
+__all__ = [
+    "ACTIVATIONS",
+    "COHERE",
+    "GEMMA",
+    "GEMMA2",
+    "read_cohere",
+    "read_gemma2",
+    "read_granite",
+    "read_stablelm",
+    "write_cohere",
+    "write_gemma2",
+    "write_granite",
+    "write_stablelm",
+]
+
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "xielu": "xielu"}  # ours -> theirs
+GEMMA = Variant("rms_1p", activation="gelu_tanh", embedding_multiplier="sqrt")
+GEMMA2 = replace(GEMMA, norms="both")
+COHERE = Variant("layer", norms="parallel")
+
+
+def read_granite(hf: Fields, file: Path | str) -> Fields:
+    variant = Variant(
+        embedding_multiplier=positive(hf, "embedding_multiplier", file),
+        residual_multiplier=positive(hf, "residual_multiplier", file),
+        logits_multiplier=1 / positive(hf, "logits_scaling", file),
+    )
+    return {"variant": variant, "attention_scale": positive(hf, "attention_multiplier", file)}
+
+
+def write_granite(c: LlamaConfig) -> Fields:
+    return {
+        "attention_bias": False,
+        "attention_multiplier": _scale(c),
+        "embedding_multiplier": c.variant.embedding_multiplier,
+        "residual_multiplier": c.variant.residual_multiplier,
+        "logits_scaling": 1 / c.variant.logits_multiplier,
+    }
+
+
+def _scale(c: LlamaConfig) -> float:
+    """Of the attention scores."""
+    return c.head_size**-0.5 if c.attention_scale is None else c.attention_scale
+
+
+def read_gemma2(hf: Fields, file: Path | str) -> Fields:
+    """Of Gemma 2 and 3."""
+    caps = [
+        None if hf.get(name) is None else positive(hf, name, file)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping")
+    ]
+    variant = replace(GEMMA2, logits_softcap=caps[1])
+    scale = positive(hf, "query_pre_attn_scalar", file) ** -0.5
+    return {"variant": variant, "attention_scale": scale, "attention_softcap": caps[0]}
+
+
+def write_gemma2(c: LlamaConfig) -> Fields:
+    scalar = round(_scale(c) ** -2, 6)
+    return {
+        "attention_bias": False,
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
+        "attn_logit_softcapping": c.attention_softcap,
+        "final_logit_softcapping": c.variant.logits_softcap,
+    }
+
+
+def read_cohere(hf: Fields, file: Path | str) -> Fields:
+    per_head = bool(hf.get("use_qk_norm"))
+    return {"variant": replace(COHERE, norm_per_head=per_head, logits_multiplier=positive(hf, "logit_scale", file))}
+
+
+def write_cohere(c: LlamaConfig) -> Fields:
+    per_head = {"use_qk_norm": True} if c.variant.norm_per_head else {}
+    return {"attention_bias": False, "logit_scale": c.variant.logits_multiplier, **per_head}
+
+
+def read_stablelm(hf: Fields, file: Path | str) -> Fields:
+    variant = Variant("layer_bias", norm_per_head=bool(hf.get("qk_layernorm")))
+    if hf.get("use_parallel_residual"):
+        variant = replace(variant, norms="parallel")
+    return {"variant": variant, "qkv_bias": bool(hf.get("use_qkv_bias"))}
+
+
+def write_stablelm(c: LlamaConfig) -> Fields:
+    return {
+        "use_qkv_bias": c.qkv_bias,
+        "qk_layernorm": c.variant.norm_per_head,
+        "use_parallel_residual": c.variant.norms == "parallel",
+    }
