@@ -6,6 +6,7 @@ from typing import Any
 from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
 from dtron.models.rope import Llama3Scaling
+from dtron.models.variants import Variant
 
 __all__ = ["FAMILIES"]
 
@@ -28,6 +29,30 @@ _SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": _SCALED[32.0], "tie_embedd
 
 _MIXTRAL: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-5}
 _OLMOE: dict[str, Any] = {"qk_norm_whole": True, "norm_eps": 1e-5}
+
+_OLMO2: dict[str, Any] = {
+    "qk_norm_whole": True, "norm_eps": 1e-6, "rope_theta": 500000.0, "variant": Variant(norms="after"),
+}  # fmt: skip
+_GEMMA: dict[str, Any] = {
+    "head_dim": 256, "norm_eps": 1e-6, "tie_embeddings": True,
+    "variant": Variant("rms_1p", activation="gelu_tanh", embedding_multiplier="sqrt"),
+}  # fmt: skip
+_ARCEE = Variant(activation="relu2", gated=False)
+_NEMOTRON: dict[str, Any] = {
+    "head_dim": 128, "partial_rotary_factor": 0.5, "variant": replace(_ARCEE, norm="layer_1p"),
+}  # fmt: skip
+_STABLELM: dict[str, Any] = {"partial_rotary_factor": 0.25, "variant": Variant("layer_bias")}
+
+
+def _granite(embedding: float, logits: float, residual: float, attention: float) -> dict[str, Any]:
+    variant = Variant(embedding_multiplier=embedding, residual_multiplier=residual, logits_multiplier=1 / logits)
+    return {"variant": variant, "attention_scale": attention, "tie_embeddings": True}
+
+
+def _cohere(logits: float, theta: float, norm_per_head: bool = False) -> dict[str, Any]:
+    variant = Variant("layer", norms="parallel", norm_per_head=norm_per_head, logits_multiplier=logits)
+    return {"variant": variant, "rope_theta": theta, "tie_embeddings": True}
+
 
 # Sources: the config.json of each model on the Hugging Face hub.
 FAMILIES: dict[str, dict[str, LlamaConfig]] = {
@@ -91,4 +116,44 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         ),
         "1B-7B": _model(50304, 2048, 16, 16, 16, 1024, **_OLMOE, moe=MoEConfig(64, 8, 1024, normalize_top_k=False)),
     },
-}
+    # Other parts than Llama's: see dtron/models/variants.py.
+    "granite": {
+        "debugmodel": replace(_DEBUG, **_granite(12.0, 8.0, 0.22, 1 / 32)),
+        "2B": _model(49155, 2048, 40, 32, 8, 8192, **_granite(12.0, 8.0, 0.22, 1 / 64)),
+        "8B": _model(49155, 4096, 40, 32, 8, 12800, **_granite(12.0, 16.0, 0.22, 1 / 128)),
+    },
+    "olmo2": {
+        "debugmodel": replace(_DEBUG, **_OLMO2, n_kv_heads=8),
+        "1B": _model(100352, 2048, 16, 16, 16, 8192, **_OLMO2),
+        "7B": _model(100352, 4096, 32, 32, 32, 11008, **_OLMO2),
+        "13B": _model(100352, 5120, 40, 40, 40, 13824, **_OLMO2),
+        "32B": _model(100352, 5120, 64, 40, 8, 27648, **_OLMO2),
+    },
+    "gemma": {
+        "debugmodel": replace(_DEBUG, **_GEMMA | {"head_dim": 64}),
+        "2B": _model(256000, 2048, 18, 8, 1, 16384, **_GEMMA),
+        "7B": _model(256000, 3072, 28, 16, 16, 24576, **_GEMMA),
+    },
+    "arcee": {
+        "debugmodel": replace(_DEBUG, variant=_ARCEE),
+    },
+    "nemotron": {
+        "debugmodel": replace(_DEBUG, **_NEMOTRON | {"head_dim": 64}),
+        "minitron-4B": _model(256000, 3072, 32, 24, 8, 9216, **_NEMOTRON),
+    },
+    "cohere": {
+        "debugmodel": replace(_DEBUG, **_cohere(0.0625, 8e6)),
+        "aya-23-8B": _model(256000, 4096, 32, 32, 8, 14336, **_cohere(0.0625, 10000.0)),
+        "command-r": _model(256000, 8192, 40, 64, 64, 22528, **_cohere(0.0625, 8e6)),
+        "command-r-plus": _model(256000, 12288, 64, 96, 8, 33792, **_cohere(0.8333333333333334, 7.5e7, True)),
+    },
+    "stablelm": {
+        "debugmodel": replace(_DEBUG, **_STABLELM, qkv_bias=True),
+        "3B": _model(50304, 2560, 32, 32, 32, 6912, **_STABLELM),
+        "2-1.6B": _model(100352, 2048, 24, 32, 32, 5632, **_STABLELM, qkv_bias=True),
+        "2-12B": _model(
+            100352, 5120, 40, 32, 8, 13824,
+            **_STABLELM | {"variant": Variant("layer_bias", norms="parallel", norm_per_head=True)},
+        ),
+    },
+}  # fmt: skip

@@ -83,7 +83,10 @@ def to_hf_config(c: LlamaConfig) -> Fields:
         if of_type.architecture is None or of_type.experts != (c.moe is not None):
             continue
         hf = _written(c, kind, of_type)
-        read = _architecture(hf_dimensions(hf, "config.json"))
+        try:
+            read = _architecture(hf_dimensions(hf, "config.json"))
+        except UserError:  # the type has no such value of a field
+            continue
         if read == wanted:
             return hf
         differences.append([f"{name} = {value!r}" for name, value in wanted.items() if read[name] != value])

@@ -167,7 +167,7 @@ def test_a_wrong_shape_is_named(broken: Path, tmp_path: Path, capsys: pytest.Cap
         ({"num_hidden_layers": 4}, "it has no model.layers.3."),
         ({"num_hidden_layers": 2}, "which has no model.layers.2."),
         ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"model_type": "gemma4"}, "model_type is 'gemma4'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from dtron.checkpoint.hf_form import form_of
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token, flops_per_token
@@ -150,22 +151,43 @@ PARAMETERS = {
     ("qwen3_moe", "30B-A3B"): 30_532_122_624,
     ("qwen3_moe", "235B-A22B"): 235_093_634_560,
     ("olmoe", "1B-7B"): 6_919_161_856,
+    ("granite", "2B"): 2_533_531_648,
+    ("granite", "8B"): 8_170_848_256,
+    ("olmo2", "1B"): 1_484_916_736,
+    ("olmo2", "7B"): 7_298_617_344,
+    ("olmo2", "13B"): 13_716_198_400,
+    ("olmo2", "32B"): 32_234_279_936,
+    ("gemma", "2B"): 2_506_172_416,
+    ("gemma", "7B"): 8_537_680_896,
+    ("nemotron", "minitron-4B"): 4_190_509_056,
+    ("cohere", "aya-23-8B"): 8_028_033_024,
+    ("cohere", "command-r"): 34_980_831_232,
+    ("cohere", "command-r-plus"): 103_810_674_688,
+    ("stablelm", "3B"): 2_795_443_200,
+    ("stablelm", "2-1.6B"): 1_644_515_328,
+    ("stablelm", "2-12B"): 12_143_185_920,
 }
 
 
 @pytest.mark.parametrize(("family", "flavor"), [(f, n) for f, flavors in FAMILIES.items() for n in flavors])
 def test_parameter_counts_equal_transformers_and_the_published_ones(family: str, flavor: str):
     config = FAMILIES[family][flavor]
-    theirs = AutoConfig.for_model(**to_hf_config(config)) if config.moe else hf_config(config)
+    written = to_hf_config(config)
+    plain = written["model_type"] in ("llama", "qwen2", "qwen3")
+    theirs = hf_config(config) if plain else AutoConfig.for_model(**written)
     with torch.device("meta"):
         ours, hf = Llama(config), AutoModelForCausalLM.from_config(theirs)
     count = sum(p.numel() for p in ours.parameters())
     assert count == sum(p.numel() for p in hf.parameters())
     published = PARAMETERS.get((family.replace("llama3.1", "llama3"), flavor))
     assert published == count or flavor == "debugmodel"
-    names = {name.removeprefix("model.") for name, _ in hf.named_parameters()}
-    # transformers holds the experts' first two matrices as one.
-    own = {re.sub(r"experts\.(gate|up)_proj", "experts.gate_up_proj", name) for name, _ in ours.named_parameters()}
+    names = {name for name, _ in hf.named_parameters()}
+    form = form_of(written, "config.json")
+    own = {their for name, p in ours.named_parameters() for their in form.their_names(f"model.{name}", p.shape)}
+    if config.moe:  # transformers holds the experts as stacks, and their first two matrices as one
+        own = {re.sub(r"experts\.\d+\.(gate|up|w1|w3)(_proj|)\.weight", "experts.gate_up_proj", name) for name in own}
+        own = {re.sub(r"experts\.\d+\.(down_proj|w2)\.weight", "experts.down_proj", name) for name in own}
+        own = {name.replace("block_sparse_moe", "mlp") for name in own}
     assert names == own
 
 
@@ -213,7 +235,7 @@ def test_older_files_and_absent_fields(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"model_type": "gemma4"}, "model_type is 'gemma4'"),
         ({"model_type": "qwen2"}, "num_key_value_heads missing"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 0}, "sliding_window = 0"),
