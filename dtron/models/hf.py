@@ -97,10 +97,11 @@ def to_hf_config(c: LlamaConfig) -> Fields:
 
 
 def _architecture(c: LlamaConfig) -> Fields:
-    """All fields by name, but for how weights begin."""
-    plain = {field.name: getattr(c, field.name) for field in fields(c)}
-    windows = [c.window(layer) for layer in range(c.n_layers)]
-    return plain | {"head_dim": c.head_size, "init_std": None, "windows": windows}
+    """All fields by name, in so far as they take effect, and not how weights begin."""
+    every = {field.name: getattr(c, field.name) for field in fields(c)} | {"head_dim": c.head_size, "init_std": None}
+    every |= {"ropes": [c.rope(layer) for layer in range(c.n_layers)], "local_rope_theta": None}
+    every |= {"windows": [c.window(layer) for layer in range(c.n_layers)]}
+    return every | {"ffn_dim": None} if c.moe and not c.moe.n_dense_layers else every
 
 
 def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:

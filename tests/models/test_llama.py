@@ -15,6 +15,7 @@ from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token, flops_per_token
 from dtron.models.hf import from_hf_config, to_hf_config
 from dtron.models.llama import Llama, LlamaConfig
+from dtron.models.moe import MoEConfig
 from dtron.models.rope import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
 BASE = LlamaConfig(
@@ -213,6 +214,12 @@ def read(tmp_path: Path, **change: object) -> LlamaConfig:
     content = {key: value for key, value in {**GOOD, **change}.items() if value != "absent"}
     (tmp_path / "config.json").write_text(json.dumps(content))
     return from_hf_config(str(tmp_path))
+
+
+def test_a_field_without_effect_does_not_stand_in_the_way_of_an_export():
+    mixture = replace(BASE, moe=MoEConfig(4, 2, 32))  # every layer's, so that nothing has ffn_dim
+    assert to_hf_config(mixture)["intermediate_size"] == 32 != mixture.ffn_dim
+    assert "rope_local_base_freq" not in to_hf_config(replace(BASE, local_rope_theta=5.0, ropes=("global", "global")))
 
 
 def test_older_files_and_absent_fields(tmp_path: Path):
