@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "checkpoint", "observe"},
     {"registry"},
     {"train"},
-    {"hf", "cluster"},
+    {"hf", "cluster", "plan"},
     {"__main__"},
 ]
 ANYWHERE = {

@@ -1,0 +1,177 @@
+"""One optimizer step of any rank of any world, without its memory, its GPUs or the other ranks.
+
+The step is the trainer's own: the model that `wrap_on_meta` and `materialize` make, the optimizers, the guard and
+`Step`, on tensors that have shapes and no values (FakeTensorMode), in a process group whose collectives end at once.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtron import registry
+from dtron.checkpoint.files import Progress
+from dtron.checkpoint.load import create_state
+from dtron.config import replace
+from dtron.data.loader import Batch
+from dtron.errors import UserError
+from dtron.mesh import Mesh
+from dtron.models.spec import experts_of
+from dtron.parallel.compose import materialize, wrap_on_meta
+from dtron.plan import torch_internals
+from dtron.plan.record import StepRecord
+from dtron.plan.recorder import Recorder
+from dtron.plan.taps import tap
+from dtron.train.balance import Balance
+from dtron.train.guard import StepGuard
+from dtron.train.optimizer import build_optimizers
+from dtron.train.resolve import check_batch
+from dtron.train.setup import Setup
+from dtron.train.step import Step
+from dtron.train.tally import Tally
+
+__all__ = ["build_step", "dry_run", "fake_batch", "host_value"]
+
+CPU = torch.device("cpu")
+
+
+def dry_run(setup: Setup, rank: int, *, gloo: bool = False) -> StepRecord:
+    """Record the steady step of `rank` in the world of `setup`. Needs a process without a process group.
+
+    gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers.
+    Experts are taken to be in balance, documents to be whole sequences, and compiled blocks to be eager, which hold
+    more. UserError with CPU offload, which a dry run does not know.
+    """
+    if setup.config.training.enable_cpu_offload:
+        raise UserError("a dry run does not know training.enable_cpu_offload; set it false")
+    fake = torch_internals.FakeTensorMode(allow_non_fake_inputs=True)
+    with torch_internals.fake_world(rank, setup.degrees.world), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # the marks of `taps` are views
+        recorder = Recorder(host_value(setup), gloo)
+
+        @contextlib.contextmanager
+        def recorded() -> Iterator[None]:
+            with fake, recorder:
+                yield
+
+        step = build_step(setup, recorded)
+        recorder.groups = _dimensions(step.mesh)
+        with recorded():
+            return _record(setup, rank, step, recorder)
+
+
+def _record(setup: Setup, rank: int, step: Step, recorder: Recorder) -> StepRecord:
+    """Record the step from a state in which the optimizer has its own, as all steps but the first find it."""
+    model = step.model
+    recorder.tag((p for _, p in model.named_parameters()), "parameters")
+    for optimizer in step.optimizers:
+        create_state(optimizer)
+        state = (value for values in optimizer.state.values() for value in values.values())
+        recorder.tag((value for value in state if isinstance(value, Tensor)), "optimizer state")
+    _tap_modules(step, recorder)
+    batch = fake_batch(step, setup)
+    recorder.tag(batch[:2], "batch")
+    before, sent = len(recorder.events), len(recorder.messages)
+    recorder.flops.clear()
+    step(batch)
+    for part in model.parts:
+        recorder.tag(torch_internals.fsdp_gathered(part), "gathered weights")
+    if model.pipeline:
+        recorder.tag(torch_internals.received(model.pipeline._train), "receive buffers")
+    return StepRecord(
+        layout=str(setup.degrees),
+        rank=rank,
+        world=setup.degrees.world,
+        stages=model.pipeline.indices if model.pipeline else (0,),
+        peak=recorder.peak(before),
+        start_bytes=recorder.level(before),
+        collectives=recorder.collectives(sent),
+        flops=dict(recorder.flops),
+        replayed=0,
+    )
+
+
+def build_step(setup: Setup, mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> Step:
+    """The step of this rank of a started process group; weights have undefined content.
+
+    mode: makes the context in which memory is taken.
+    """
+    c = replace(setup.config, "compile.enable", False)
+    c = replace(c, "training.global_batch_size", check_batch(c, setup.degrees, c.training.global_batch_size))
+    experts = experts_of(setup.model_config)
+    mesh = Mesh(setup.degrees, "cpu", experts is not None)
+    converters = [registry.look_up("converter", name, "model.converters") for name in c.model.converters]
+    loss = registry.look_up("loss", c.training.loss, "training.loss")
+    # DeviceMesh reads values of tensors of its own, so what makes meshes stays outside of the mode.
+    meta = wrap_on_meta(setup.spec, setup.model_config, c, mesh, converters)
+    with mode():
+        model = materialize(meta, CPU, loss)
+        optimizers = build_optimizers(model, c.optimizer)
+        progress = Progress()
+        guard = StepGuard(c.training, optimizers, progress, CPU)
+        balance = Balance(model, c, experts, setup.model_config.n_layers, CPU) if experts else None
+        return Step(c, mesh, CPU, model, optimizers, guard, progress, Tally(CPU), balance)
+
+
+def fake_batch(step: Step, setup: Setup) -> Batch:
+    """This rank's rows of a global batch."""
+    c = step.config.training
+    shape = c.global_batch_size // setup.degrees.dp, c.seq_len
+    tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    return Batch(tokens, labels)
+
+
+def host_value(setup: Setup) -> int:
+    """Rows that a rank sends to and receives from each rank of ep: what experts in balance give; 1 without experts."""
+    experts, d, c = experts_of(setup.model_config), setup.degrees, setup.config
+    if experts is None:
+        return 1
+    rows = c.parallelism.pipeline_parallel_microbatch_size if d.pp > 1 else c.training.local_batch_size
+    return rows * c.training.seq_len // d.cp // d.tp * experts.top_k // d.ep
+
+
+def _dimensions(mesh: Mesh) -> dict[str, str]:
+    """Process group -> the dimension it is of."""
+    found: dict[str, str] = {}
+    for part in (mesh.pp, mesh.tp, mesh.cp, mesh.fsdp, mesh.ep, mesh.expert_fsdp):
+        if part is not None:
+            for i, name in enumerate(part.mesh_dim_names or ()):
+                found.setdefault(part.get_group(i).group_name, name)
+    return {torch_internals.world_name(): "world"} | found
+
+
+def _tap_modules(step: Step, recorder: Recorder) -> None:
+    """Let the recorder know which module is at work, and which of the model's tensors are gradients."""
+    model = step.model
+    for part in model.parts:
+        for name, module in _scopes(part):
+            module.forward = tap(recorder, name, module.forward)
+    model.loss.token_loss = tap(recorder, "loss", model.loss.token_loss)
+    model.forward_backward = _computing(recorder, model)  # type: ignore[method-assign]
+
+
+def _scopes(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in part.named_children():
+        if name == "layers":
+            yield from ((f"layers.{index}", block) for index, block in child.named_children())
+        else:
+            yield name, child
+
+
+def _computing(recorder: Recorder, model: Any) -> Callable[..., Tensor]:
+    run = model.forward_backward
+
+    def forward_backward(*args: Any, **kwargs: Any) -> Tensor:
+        recorder.computing = True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            recorder.computing = False
+            for part in model.parts:
+                gradients = (p.grad for p in part.parameters() if p.grad is not None)
+                recorder.tag(gradients, "gradients")
+
+    return forward_backward

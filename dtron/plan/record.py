@@ -1,0 +1,79 @@
+"""What a dry run records of one optimizer step on one rank: memory, messages and floating-point operations."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+__all__ = ["KINDS", "Collective", "Peak", "StepRecord"]
+
+# What memory is held for. Activations are also counted for each block. Temporaries: of a backward, of the optimizer and
+# of whatever belongs to no module.
+KINDS = (
+    "parameters",
+    "gradients",
+    "optimizer state",
+    "gathered weights",
+    "reduction buffers",
+    "activations",
+    "recomputed activations",
+    "receive buffers",
+    "logits and loss",
+    "batch",
+    "temporaries",
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most memory is held.
+
+    total: bytes. parts: bytes of each of `KINDS` that is held. activations: bytes of each module, such as layers.3.
+    phase: forward, recompute, backward or update. module: that allocated last, empty for none; operation: by which.
+    """
+
+    total: int
+    phase: str
+    module: str
+    operation: str
+    parts: dict[str, int]
+    activations: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Messages of one kind in one step.
+
+    dimension: of the mesh, such as tp or dp_shard_cp, or world. ranks: of the group. operation: all_gather,
+    reduce_scatter, all_reduce, all_to_all, broadcast, send or receive. phase: see `Peak`, or pipeline for what stages
+    pass to each other. bytes: of all `count` messages, each the whole: a gather's result, a reduce-scatter's input.
+    """
+
+    dimension: str
+    ranks: int
+    operation: str
+    phase: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One rank's step.
+
+    layout: in words. start_bytes: held between two steps. flops: of each phase, as they are done: attention in full,
+    recomputation included. replayed: forwards of blocks that were not run, since an equal one had been recorded.
+    """
+
+    layout: str
+    rank: int
+    world: int
+    stages: tuple[int, ...]
+    peak: Peak
+    start_bytes: int
+    collectives: tuple[Collective, ...]
+    flops: dict[str, int]
+    replayed: int
+
+    def as_json(self) -> str:
+        """One JSON object, with the names of the fields."""
+        return json.dumps(dataclasses.asdict(self))
