@@ -31,9 +31,11 @@ def table() -> str:
     for name, flavors in FAMILIES.items():
         published = {flavor: config for flavor, config in flavors.items() if flavor != "debugmodel"}
         sizes = ", ".join(f"{flavor} ({_parameters(config)})" for flavor, config in published.items())
-        config = next(iter(published.values()))
+        config = next(iter(published.values()), flavors["debugmodel"])
         kind = to_hf_config(config)["model_type"]
-        lines.append(f"| {name} | {sizes} | {kind} | {', '.join(_differences(config)) or 'nothing'} |")
+        lines.append(
+            f"| {name} | {sizes or 'none by name'} | {kind} | {', '.join(_differences(config)) or 'nothing'} |"
+        )
     return "\n".join(lines) + "\n"
 
 

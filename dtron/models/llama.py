@@ -34,6 +34,9 @@ from dtron.models.variants import (
 __all__ = ["Llama", "LlamaConfig"]
 
 
+LLAMA = Variant()  # of no other family
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Dimensions of a Llama-like model, and the flags that make it another family's."""
@@ -129,7 +132,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate x) * up x); or another activation, or that of up x without a gate."""
 
-    def __init__(self, dim: int, hidden: int, v: Variant) -> None:
+    def __init__(self, dim: int, hidden: int, v: Variant = LLAMA) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(dim, hidden, bias=False) if v.gated else None
         self.up_proj = nn.Linear(dim, hidden, bias=False)

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from parity.layout import CPU, Case, build, build_config, local, local_batches, problems, train
 from parity.single import CLIP, MODELS, batch, plain_model, single_process
 from parity.table import (
@@ -38,7 +39,7 @@ from dtron.errors import UserError
 from dtron.models import llama
 from dtron.models.moe import MixtureOfExperts
 from dtron.models.rope import rope_table
-from dtron.parallel import expert
+from dtron.parallel import expert, tensor
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
 from dtron.train import forward
