@@ -45,7 +45,7 @@ def stack_of(name: str) -> tuple[str, int] | None:
 
 def their_name(ours: str) -> str:
     """The name in most folders: ours, with `model.` before all but the head."""
-    return ours.removeprefix("model.") if ours == HEAD else ours
+    return ours.removeprefix("model.") if ours.startswith("model.lm_head.") else ours
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
         raise UserError(f"{file}: model_type is {kind!r}; expected one of {', '.join(TYPES)}{own}")
     of_type = TYPES[kind]
     hf = DEFAULTS | of_type.defaults | hf
-    for field, legal in {**LEGAL, **of_type.legal}.items():
+    flags_of_biases = dict.fromkeys(of_type.biases, (False, True, None))
+    for field, legal in {**LEGAL, **of_type.legal, **flags_of_biases}.items():
         if hf.get(field) not in legal:
             expected = json.dumps(legal[0])
             raise UserError(f"{file}: {field} = {hf[field]!r} cannot be represented; expected {expected}")
@@ -60,7 +61,8 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
     head_size = hf.get("head_dim") or dim // heads
     if head_size != dim // heads and not of_type.head_size_of_its_own:
         raise UserError(f"{file}: head_dim = {head_size} cannot be represented; expected {dim // heads}, or none")
-    flags = of_type.flags | read_rope(hf, file, partial=of_type.partial_rotary) | of_type.read(hf, file)
+    biases = {flag: bool(hf.get(field)) for field, of_field in of_type.biases.items() for flag in of_field}
+    flags = of_type.flags | biases | read_rope(hf, file, partial=of_type.partial_rotary) | of_type.read(hf, file)
     config = LlamaConfig(
         vocab, dim, layers, heads, hf.get("num_key_value_heads") or heads, ffn,
         head_dim=None if head_size * heads == dim else head_size, norm_eps=positive(hf, of_type.eps, file),
@@ -120,4 +122,6 @@ def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
     }
-    return hf | write_rope(c, partial=of_type.partial_rotary) | write_windows(c, of_type.windows) | of_type.write(c)
+    biases = {field: getattr(c, flags[0]) for field, flags in of_type.biases.items()}
+    rope, windows = write_rope(c, partial=of_type.partial_rotary), write_windows(c, of_type.windows)
+    return hf | biases | rope | windows | of_type.write(c)

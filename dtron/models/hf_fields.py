@@ -75,4 +75,4 @@ def write_experts(c: LlamaConfig, size_name: str) -> Fields:
     """What `read_experts` reads, but for the layers without experts."""
     assert c.moe is not None
     sizes = {"num_experts_per_tok": c.moe.top_k, size_name: c.moe.expert_dim}
-    return {"attention_bias": False, "output_router_logits": False, "num_experts": c.moe.n_experts} | sizes
+    return {"output_router_logits": False, "num_experts": c.moe.n_experts} | sizes

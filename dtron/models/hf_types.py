@@ -48,6 +48,7 @@ class HFType:
     flags: of LlamaConfig, which a model of this type always has.
     defaults: what transformers takes for missing fields, where it is not in DEFAULTS.
     legal: values of fields that change the architecture, where they are not in LEGAL.
+    biases: fields that say whether matrices have biases -> the flags that they set.
     read: (config.json with the defaults, file) -> further fields of LlamaConfig.
     write: LlamaConfig -> further fields of config.json.
     activation, eps: names of the fields.
@@ -66,6 +67,7 @@ class HFType:
     flags: Fields = field(default_factory=dict)
     defaults: Fields = field(default_factory=dict)
     legal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     read: Callable[[Fields, Path | str], Fields] = lambda hf, file: {}
     write: Callable[[LlamaConfig], Fields] = lambda c: {}
     activation: str = "hidden_act"
@@ -85,7 +87,8 @@ NO_WINDOW = {"sliding_window": (None,)}
 QWEN_WINDOW: Fields = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 QWEN_LEGAL = {"use_sliding_window": (False, True, None)}
 
-
+ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "o_bias")}
+BIASES = ATTENTION_BIAS | {"mlp_bias": ("mlp_bias",)}
 QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
 
@@ -96,10 +99,6 @@ RELU2 = {"hidden_act": ("relu2", None)}
 BOTH_WAYS = {"use_bidirectional_attention": (False, None)}
 
 
-def _without_bias(c: LlamaConfig) -> Fields:
-    return {"attention_bias": False}
-
-
 def _read_mixtral(hf: Fields, file: Path | str) -> Fields:
     return {"moe": read_experts(hf, "intermediate_size", True, file)}
 
@@ -107,7 +106,6 @@ def _read_mixtral(hf: Fields, file: Path | str) -> Fields:
 def _write_mixtral(c: LlamaConfig) -> Fields:
     fields = write_experts(c, "intermediate_size")
     fields["num_local_experts"] = fields.pop("num_experts")
-    del fields["attention_bias"]
     return fields
 
 
@@ -138,7 +136,7 @@ def _write_phi3(c: LlamaConfig) -> Fields:
 
 # In the order in which the types are tried for a model that is written.
 TYPES: dict[str, HFType] = {
-    "llama": HFType("LlamaForCausalLM", defaults={"num_key_value_heads": None}, legal=NO_WINDOW, write=_without_bias),
+    "llama": HFType("LlamaForCausalLM", defaults={"num_key_value_heads": None}, legal=NO_WINDOW, biases=BIASES),
     "mistral": HFType("MistralForCausalLM", defaults={"sliding_window": 4096}, windows=EVERYWHERE),
     "ministral": HFType("MinistralForCausalLM", defaults={"sliding_window": 4096}, windows=MINISTRAL),
     "qwen2": HFType(
@@ -146,10 +144,10 @@ TYPES: dict[str, HFType] = {
     ),
     "qwen3": HFType(
         "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128} | QWEN_WINDOW, legal=QWEN_LEGAL,
-        windows=QWEN, write=_without_bias,
+        windows=QWEN, biases=ATTENTION_BIAS,
     ),
     "granite": HFType(
-        "GraniteForCausalLM", read=read_granite, write=write_granite,
+        "GraniteForCausalLM", biases=BIASES, read=read_granite, write=write_granite,
         defaults={
             "num_key_value_heads": None, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
             "attention_multiplier": 1.0,
@@ -157,39 +155,46 @@ TYPES: dict[str, HFType] = {
     ),
     "olmo2": HFType(
         "Olmo2ForCausalLM", flags={"qk_norm_whole": True, "variant": Variant(norms="after")},
-        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, write=_without_bias,
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, biases=ATTENTION_BIAS,
     ),
     "gemma": HFType(
-        "GemmaForCausalLM", flags={"variant": GEMMA}, defaults=TIED | {"head_dim": 256}, write=_without_bias,
+        "GemmaForCausalLM", flags={"variant": GEMMA}, defaults=TIED | {"head_dim": 256},
+        biases=ATTENTION_BIAS,
         legal=GELU | BOTH_WAYS,
     ),
     "arcee": HFType(
         "ArceeForCausalLM", flags={"variant": Variant(activation="relu2", gated=False)}, legal=RELU2,
-        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, write=_without_bias,
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, biases=BIASES,
     ),
     "nemotron": HFType(
         "NemotronForCausalLM", flags={"variant": Variant("layer_1p", activation="relu2", gated=False)}, legal=RELU2,
         eps="norm_eps", defaults={"norm_eps": 1e-5, "partial_rotary_factor": 0.5}, partial_rotary=True,
-        write=_without_bias,
+        biases=BIASES,
     ),
     "cohere": HFType(
-        "CohereForCausalLM", read=read_cohere, write=write_cohere, eps="layer_norm_eps", interleaved=True,
+        "CohereForCausalLM", biases=ATTENTION_BIAS, read=read_cohere, write=write_cohere, eps="layer_norm_eps",
+        interleaved=True,
         defaults=TIED | {
             "num_key_value_heads": None, "layer_norm_eps": 1e-5, "rope_theta": 500000.0, "logit_scale": 0.0625,
         },
     ),
     "stablelm": HFType(
-        "StableLmForCausalLM", read=read_stablelm, write=write_stablelm, eps="layer_norm_eps",
-        head_size_of_its_own=False, partial_rotary=True, legal={"hidden_dropout": (0, None)},
+        "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=read_stablelm,
+        write=write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
+        legal={"hidden_dropout": (0, None)},
         defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         renames=(("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")), norm_lists=True,
     ),
     "helium": HFType(
-        None, defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0}, interleaved=True
+        None, defaults={"head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0}, interleaved=True,
+        biases=BIASES | {"attention_bias": ("qkv_bias",)},
     ),
     "phi3": HFType(
-        "Phi3ForCausalLM", legal=NO_WINDOW, write=_write_phi3, partial_rotary=True, fused=(QKV, GATE_UP),
-        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        "Phi3ForCausalLM", write=_write_phi3, windows=EVERYWHERE, partial_rotary=True, fused=(QKV, GATE_UP),
+        defaults={
+            "num_key_value_heads": None, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096,
+            "sliding_window": None,
+        },
     ),
     "mixtral": HFType(
         "MixtralForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}, experts=True,
@@ -198,10 +203,11 @@ TYPES: dict[str, HFType] = {
     ),
     "qwen3_moe": HFType(
         "Qwen3MoeForCausalLM", flags={"qk_norm": True}, defaults=QWEN_WINDOW, legal=QWEN_LEGAL, experts=True,
-        windows=QWEN_MOE, read=_read_qwen3_moe, write=_write_qwen3_moe,
+        windows=QWEN_MOE, biases=ATTENTION_BIAS, read=_read_qwen3_moe, write=_write_qwen3_moe,
     ),
     "olmoe": HFType(
         "OlmoeForCausalLM", flags={"qk_norm_whole": True}, defaults={"rms_norm_eps": 1e-5}, experts=True,
+        biases=ATTENTION_BIAS,
         read=_read_olmoe, write=_write_olmoe,
     ),
 }  # fmt: skip

@@ -43,7 +43,6 @@ def read_granite(hf: Fields, file: Path | str) -> Fields:
 
 def write_granite(c: LlamaConfig) -> Fields:
     return {
-        "attention_bias": False,
         "attention_multiplier": _scale(c),
         "embedding_multiplier": c.variant.embedding_multiplier,
         "residual_multiplier": c.variant.residual_multiplier,
@@ -70,7 +69,6 @@ def read_gemma2(hf: Fields, file: Path | str) -> Fields:
 def write_gemma2(c: LlamaConfig) -> Fields:
     scalar = round(_scale(c) ** -2, 6)
     return {
-        "attention_bias": False,
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
         "attn_logit_softcapping": c.attention_softcap,
         "final_logit_softcapping": c.variant.logits_softcap,
@@ -84,19 +82,18 @@ def read_cohere(hf: Fields, file: Path | str) -> Fields:
 
 def write_cohere(c: LlamaConfig) -> Fields:
     per_head = {"use_qk_norm": True} if c.variant.norm_per_head else {}
-    return {"attention_bias": False, "logit_scale": c.variant.logits_multiplier, **per_head}
+    return {"logit_scale": c.variant.logits_multiplier, **per_head}
 
 
 def read_stablelm(hf: Fields, file: Path | str) -> Fields:
     variant = Variant("layer_bias", norm_per_head=bool(hf.get("qk_layernorm")))
     if hf.get("use_parallel_residual"):
         variant = replace(variant, norms="parallel")
-    return {"variant": variant, "qkv_bias": bool(hf.get("use_qkv_bias"))}
+    return {"variant": variant}
 
 
 def write_stablelm(c: LlamaConfig) -> Fields:
     return {
-        "use_qkv_bias": c.qkv_bias,
         "qk_layernorm": c.variant.norm_per_head,
         "use_parallel_residual": c.variant.norms == "parallel",
     }

@@ -56,6 +56,9 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2's
+    o_bias: bool = False
+    mlp_bias: bool = False  # of all three matrices of a feed-forward
+    head_bias: bool = False
     qk_norm: bool = False  # Qwen3's: queries and keys normalised per head, with the same weights for all
     qk_norm_whole: bool = False  # OLMoE's: over all heads together
     windows: tuple[int | None, ...] = ()  # a pattern that repeats over the layers: see `window`; (): none anywhere
@@ -99,7 +102,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_size, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=c.o_bias)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if c.qk_norm:
@@ -132,11 +135,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate x) * up x); or another activation, or that of up x without a gate."""
 
-    def __init__(self, dim: int, hidden: int, v: Variant = LLAMA) -> None:
+    def __init__(self, dim: int, hidden: int, v: Variant = LLAMA, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False) if v.gated else None
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias) if v.gated else None
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
         self.act_fn = activation(v)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, E]
@@ -160,7 +163,7 @@ class Block(nn.Module):
             self.add_module(name, make_norm(c.variant, c.dim, c.norm_eps))
         self.mlp: nn.Module
         if c.moe is None or index < c.moe.n_dense_layers:
-            self.mlp = FeedForward(c.dim, c.ffn_dim, c.variant)
+            self.mlp = FeedForward(c.dim, c.ffn_dim, c.variant, c.mlp_bias)
         else:
             shared = FeedForward(c.dim, c.moe.shared_dim, c.variant) if c.moe.shared_dim else None
             self.mlp = MixtureOfExperts(c.dim, c.moe, shared)
@@ -183,7 +186,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         self.norm = make_norm(config.variant, config.dim, config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

@@ -117,6 +117,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "deepseek-llm-7b-base": LLAMA
     | {"num_key_value_heads": 8, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+    "InternLM2, Llama with biases": LLAMA
+    | {"attention_bias": True, "mlp_bias": True, "max_position_embeddings": 4096},
+    "Qwen3 with attention biases": QWEN3 | {"attention_bias": True},
     "Yi-6B": LLAMA
     | {"rope_theta": 5000000.0, "max_position_embeddings": 4096, "pretraining_tp": 1, "rope_scaling": None},
     "dynamic NTK, trained with 16": LLAMA
@@ -142,7 +145,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "Phi-3-mini-128k-instruct": PHI3
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_scaling": LONGROPE},
+    | {
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": LONGROPE,
+    },
+    "Phi-3-mini-4k-instruct": PHI3
+    | {"num_key_value_heads": 8, "max_position_embeddings": 4096, "sliding_window": 20, "rope_scaling": None},
     "Phi-3-mini-128k-instruct, trained with 16": PHI3
     | {
         "num_key_value_heads": 8, "max_position_embeddings": 512, "original_max_position_embeddings": 16,
@@ -155,7 +162,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "Phi-4-mini-instruct": PHI3
     | {
-        "hidden_size": 128, "max_position_embeddings": 131072, "partial_rotary_factor": 0.75,
+        "hidden_size": 128, "max_position_embeddings": 131072, "partial_rotary_factor": 0.75, "sliding_window": 262144,
         "tie_word_embeddings": True,
         "rope_scaling": LONGROPE | {"short_factor": [1.0] * 6, "long_factor": [1.0, 1.1, 1.4, 2.0, 5.0, 47.7]},
         "mlp_bias": False, "interpolate_factor": 1, "full_attn_mod": 1, "lm_head_bias": False,

@@ -169,7 +169,7 @@ def test_a_wrong_shape_is_named(broken: Path, tmp_path: Path, capsys: pytest.Cap
         ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
         ({"model_type": "gemma4"}, "model_type is 'gemma4'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias = True"),
+        ({"attention_bias": True}, "it has no model.layers.0.self_attn.q_proj.bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "mrope", "factor": 4.0}}, "'mrope' cannot be represented"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types = ['sliding_attention', "),

@@ -33,6 +33,8 @@ VARIANTS = {
     "longrope, short": replace(BASE, rope_scaling=LongRopeScaling(4.0, 64, (1.0, 1.5, 2.0, 3.0), (2.0,) * 4)),
     "head size of its own": replace(BASE, head_dim=16),
     "norm eps": replace(BASE, norm_eps=0.1),
+    "biases": replace(BASE, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "biases of attention": replace(BASE, qkv_bias=True, o_bias=True),
     "qwen2": replace(BASE, qkv_bias=True),
     "qwen3": replace(BASE, qk_norm=True, head_dim=16),
 }
@@ -45,12 +47,12 @@ def hf_config(c: LlamaConfig) -> PretrainedConfig:
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(s).items()}
         rope |= {"rope_type": s.rope_type} | {n: value for n, value in fields.items() if n != "length"}
         longest = rope.pop("original_max_position_embeddings") if s.rope_type == "dynamic" else longest
-    kind = "qwen2" if c.qkv_bias else "qwen3" if c.qk_norm else "llama"
+    kind = "qwen2" if c.qkv_bias and not c.o_bias else "qwen3" if c.qk_norm else "llama"
     return AutoConfig.for_model(
         kind, vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
         tie_word_embeddings=c.tie_embeddings, rope_parameters=rope, max_position_embeddings=longest,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa", attention_bias=c.o_bias, mlp_bias=c.mlp_bias,
     )  # fmt: skip
 
 
@@ -202,6 +204,8 @@ def test_flops_per_token():
     """Llama-3-8B at 8,192 tokens: 57.9 GFLOPs per token with full attention (6 N + 12 L h s)."""
     assert flops(FAMILIES["llama3"]["8B"], 8192) == pytest.approx(57.9e9, rel=1e-3)
     assert flops(BASE, 64) == flops(replace(BASE, tie_embeddings=True), 64)  # the head counts, tied or not
+    biased = replace(BASE, qkv_bias=True, o_bias=True, mlp_bias=True, head_bias=True)
+    assert flops(BASE, 64) == flops(biased, 64)
 
 
 GOOD = {
@@ -272,8 +276,9 @@ def test_older_files_and_absent_fields(tmp_path: Path):
         ({"layer_types": 5}, "layer_types = 5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"attention_bias": "x"}, "attention_bias = 'x'"),
+        ({"mlp_bias": 5}, "mlp_bias = 5"),
+        ({"model_type": "phi3", "mlp_bias": True}, "mlp_bias = True"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"type": "yarm", "factor": 4}}, "'yarm' cannot be represented (did you mean 'yarn'?)"),

@@ -80,7 +80,10 @@ EXPECTED = {
 _WITH_SHARED = replace(
     FAMILIES["qwen3_moe"]["debugmodel"], moe=MoEConfig(16, 4, 128, shared_dim=128, n_dense_layers=1, score="sigmoid")
 )
-CONFIGS = {name: flavors["debugmodel"] for name, flavors in FAMILIES.items()} | {"shared expert": _WITH_SHARED}
+CONFIGS = {name: flavors["debugmodel"] for name, flavors in FAMILIES.items()} | {
+    "shared expert": _WITH_SHARED,
+    "biases": replace(FAMILIES["llama3"]["debugmodel"], qkv_bias=True, o_bias=True, mlp_bias=True),
+}
 
 
 def products(config: LlamaConfig, index: int) -> list[str]:
@@ -114,7 +117,7 @@ def test_by_operation_keeps_the_products_but_o_and_down_and_the_attention(name: 
     monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
     qkv = ["addmm" if CONFIGS[name].qkv_bias else "mm"] * 3
     after = {  # without o, and without down but of the experts
-        id(DENSE): ["mm", "mm"],
+        id(DENSE): ["addmm" if CONFIGS[name].mlp_bias else "mm"] * 2,
         id(MIXTURE): ["mm", *["grouped_product"] * 3],
         id(SHARED): ["mm", *["grouped_product"] * 3, "mm", "mm"],
     }

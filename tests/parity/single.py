@@ -23,6 +23,7 @@ MODELS = {
     "deep_tied": replace(SMALL, n_layers=8, tie_embeddings=True),
     "uneven": LlamaConfig(vocab_size=98, dim=36, n_layers=4, n_heads=2, n_kv_heads=2, ffn_dim=50, init_std=0.15),
     "qwen2": replace(SMALL, qkv_bias=True),
+    "biases": replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, head_bias=True),
     "qwen3": replace(SMALL, qk_norm=True, head_dim=16, init_std=0.3),
     "moe": replace(SMALL, init_std=0.136, moe=MoEConfig(8, 2, 32)),
     "olmoe": replace(

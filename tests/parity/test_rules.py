@@ -28,7 +28,7 @@ from parity.table import (
 from ranks import RankError, Ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import dtron.parallel.compose as compose
@@ -170,6 +170,30 @@ def norms_in_the_plan() -> Any:
     return _plan({"layers.*.input_layernorm": None})
 
 
+class AddedByEveryRank(RowwiseParallel):
+    """The bias of a matrix that is split by columns, added before the sum over the ranks."""
+
+    def _apply(self, module: nn.Module, mesh: Any) -> nn.Module:
+        module = super()._apply(module, mesh)
+
+        def forward(x: Tensor) -> Tensor:
+            bias = DTensor.from_local(module.bias.to_local(), mesh, [Partial()], run_check=False)
+            return F.linear(x, module.weight) + bias
+
+        module.forward = forward
+        return module
+
+
+@broken
+def bias_of_o_added_once() -> Any:
+    return _plan({"layers.*.self_attn.o_proj": AddedByEveryRank(output_layouts=Shard(1))})
+
+
+@broken
+def bias_of_down_added_once() -> Any:
+    return _plan({"layers.*.mlp.down_proj": AddedByEveryRank(output_layouts=Shard(1))})
+
+
 @broken
 def finished_embedding() -> Any:
     """The embedding by torch's own style, whose output is an asynchronous tensor."""
@@ -277,6 +301,8 @@ SEEN = {
     "global_positions": (Case("cp2", CP2), "loss"),
     "length_of_the_run": (Case("cp2", CP2, model="longrope"), "loss"),
     "norms_in_the_plan": (Case("tp2", TP2), "leaves out layers.0.input_layernorm.weight"),
+    "bias_of_o_added_once": (Case("tp2", TP2, model="biases"), "loss"),
+    "bias_of_down_added_once": (Case("tp2", TP2, model="biases"), "loss"),
     "finished_embedding": (Case("tp2", TP2, compiled("aot_eager", "model")), "norm"),
     "sum_of_tied_gradients": (Case("pp2 V", PP2, schedule("ZBVZeroBubble"), "tied"), "norm"),
     "tied_counted_once": (Case("pp2", PP2, model="tied"), "norm"),
