@@ -7,6 +7,7 @@ Names of modules are those of Hugging Face's models. Sources: OLMo 2 (arXiv 2501
 Shape letters: B sequences, S tokens, E hidden size, H heads, D head size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -179,7 +180,7 @@ class XIELU(nn.Module):
 
 def softplus_inverse(x: float) -> float:
     """log(exp(x) - 1)."""
-    return torch.tensor(x, dtype=torch.float64).expm1().log().item()
+    return math.log(math.expm1(x))
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

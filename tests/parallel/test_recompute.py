@@ -62,12 +62,13 @@ def watch(config: LlamaConfig, index: int, mode: str, option: str) -> tuple[list
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "attention", "o_proj"]
 DENSE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+UNGATED = [*ATTENTION, "up_proj", "down_proj"]
 MIXTURE = [*ATTENTION, "gate", "experts.gate_proj", "experts.up_proj", "experts.down_proj"]
 SHARED = [*MIXTURE, "gate_proj", "up_proj", "down_proj"]
 
 # (mode, option, index) -> what is computed again.
 # The last product of a block, of which only the sum with the residual is needed, is never computed again; the experts'
-# is, since what it gives is multiplied by the router's weight.
+# is, since what it gives is multiplied by the router's weight. Where a norm follows both o and down, both are needed.
 EXPECTED = {
     ("none", "2", 0): "none",
     ("full", "2", 0): "all",
@@ -88,7 +89,7 @@ CONFIGS = {name: flavors["debugmodel"] for name, flavors in FAMILIES.items()} | 
 
 def products(config: LlamaConfig, index: int) -> list[str]:
     if config.moe is None or index < config.moe.n_dense_layers:
-        return DENSE
+        return DENSE if config.variant.gated else UNGATED
     return SHARED if config.moe.shared_dim else MIXTURE
 
 
@@ -96,8 +97,9 @@ def products(config: LlamaConfig, index: int) -> list[str]:
 @pytest.mark.parametrize(("mode", "option", "index"), EXPECTED)
 def test_each_policy_recomputes_what_it_does_not_keep(name: str, mode: str, option: str, index: int):
     forward = products(CONFIGS[name], index)
-    every = forward if forward is MIXTURE else forward[:-1]
-    again = {"none": [], "all": every, "o": ["o_proj"]}[EXPECTED[mode, option, index]]
+    norm_follows = CONFIGS[name].variant.norms in ("after", "both")
+    every = forward if forward is MIXTURE or norm_follows else forward[:-1]
+    again = {"none": [], "all": every, "o": [] if norm_follows else ["o_proj"]}[EXPECTED[mode, option, index]]
     assert watch(CONFIGS[name], index, mode, option) == (forward, again)
 
 
@@ -118,13 +120,18 @@ def test_by_operation_keeps_the_products_but_o_and_down_and_the_attention(name: 
     qkv = ["addmm" if CONFIGS[name].qkv_bias else "mm"] * 3
     after = {  # without o, and without down but of the experts
         id(DENSE): ["addmm" if CONFIGS[name].mlp_bias else "mm"] * 2,
+        id(UNGATED): ["mm"],
         id(MIXTURE): ["mm", *["grouped_product"] * 3],
         id(SHARED): ["mm", *["grouped_product"] * 3, "mm", "mm"],
     }
     for index in (0, 1):
         kept.clear()
         watch(CONFIGS[name], index, "selective", "op")
-        assert kept == [*qkv, "attention", *after[id(products(CONFIGS[name], index))]]
+        feed_forward = after[id(products(CONFIGS[name], index))]
+        if CONFIGS[name].variant.norms in ("after", "both"):
+            assert kept == [*qkv, "attention", "mm", *feed_forward, "mm"]
+        else:
+            assert kept == [*qkv, "attention", *feed_forward]
 
 
 class AllToAlls(TorchDispatchMode):

@@ -11,6 +11,7 @@ from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import MoEConfig, Router, choose_experts
 from dtron.models.rope import Llama3Scaling, LongRopeScaling, YarnScaling
+from dtron.models.variants import Variant
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -59,6 +60,23 @@ MODELS = {
     "windows": replace(SMALL, windows=(6, None)),
     "scores": replace(SMALL, windows=(None, 9), attention_scale=0.6, attention_softcap=1.5, attention_sinks=True),
     "scale": replace(SMALL, attention_scale=0.6),
+    # Parts that are not Llama's, each in one of these.
+    "gemma": replace(
+        SMALL, qk_norm=True, tie_embeddings=True,
+        variant=Variant("rms_1p", "both", activation="gelu_tanh", embedding_multiplier="sqrt", logits_softcap=2.0),
+    ),
+    "cohere": replace(
+        SMALL, attention_scale=0.7, variant=Variant("layer", "parallel", norm_per_head=True, logits_multiplier=0.7)
+    ),
+    "nemotron": replace(
+        SMALL,
+        variant=Variant(
+            "layer_1p", activation="relu2", gated=False, embedding_multiplier=3.0, residual_multiplier=0.6
+        ),
+    ),
+    "apertus": replace(
+        SMALL, n_layers=2, qk_norm_whole=True, variant=Variant(norms="after", activation="xielu", gated=False)
+    ),
 }  # fmt: skip
 # Tolerances of a weight, from one process against itself with 4 microbatches in place of 1 (test_noise measures it):
 # the clipped gradients then differ by at most 1.7e-8, 7e-10 in the mean square. AdamW divides by sqrt(v) + eps, so an

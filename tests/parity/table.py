@@ -314,7 +314,21 @@ EXPERTS = [
     Case("ep2 offload", EP2, OFFLOAD, "moe"),
 ]
 
-CASES = [*LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *WINDOWS, *EXPERTS]
+VARIANTS = [
+    *[Case(f"{name} tp2", TP2, model=name) for name in ("gemma", "cohere", "nemotron", "apertus")],
+    Case("gemma compiled fsdp2 tp2 op", FSDP2_TP2, {**compiled(), **OP}, "gemma"),
+    Case("gemma pp2 cp2", PP2_CP2, model="gemma", long=True),
+    Case("gemma fsdp2 tp2 gathered logits", FSDP2_TP2, GATHERED_LOGITS, "gemma", long=True),
+    Case("cohere pp2 cp2", PP2_CP2, PAIRS, "cohere", evaluate=True),
+    Case("cohere inductor tp2 cp2", TP2_CP2, compiled("inductor"), "cohere", long=True),
+    Case("nemotron fsdp2 cp2 op", FSDP2_CP2, OP, "nemotron"),
+    Case("nemotron compiled tp2 cp2 op", TP2_CP2, {**compiled(), **OP}, "nemotron", long=True),
+    Case("apertus compiled fsdp2 tp2 op", FSDP2_TP2, {**compiled(), **OP}, "apertus", long=True),
+    Case("apertus pp2 fsdp2 cp2 tp2", FOUR_D, PAIRS, "apertus", long=True),
+]
+CASES = [
+    *LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *WINDOWS, *VARIANTS, *EXPERTS,
+]  # fmt: skip
 
 # --- what must be in the table
 
@@ -392,6 +406,8 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     **{f"experts {name}": _model("moe", schedule(name), pp=2, ep=2) for name in (*LOOPED[1:], *V_SHAPED)},
     **{f"experts recompute {keys}": _model("moe", keys, tp=2, ep=4) for keys in (FULL, SECOND, OP)},
     "norms over all heads": _model("olmoe", tp=2),
+    **{f"{name}'s parts, tp": _model(name, tp=2) for name in ("gemma", "cohere", "nemotron", "apertus")},
+    "variants compiled": _model("gemma", {**compiled(), **OP}, tp=2),
     "experts compiled": _model("moe", compiled(), ep=2),
     "experts in four dimensions": _model("moe", pp=2, dp_shard=2, tp=2, ep=4),
     **{f"every part of a router {dim}": _model("moe all", **{dim: 2}, ep=2) for dim in ("dp_shard", "tp", "cp", "pp")},
