@@ -10,6 +10,7 @@ where they go through the experts, and the two must agree. docs/experts.md shows
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -43,9 +44,9 @@ def run(world: int) -> tuple[Tensor, Tensor]:
         sent.append(counts)
         return dispatch(rows, counts)
 
-    def arrived(rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
+    def arrived(rows: Tensor, counts: Tensor, *weights: Tensor, **more: Any) -> Tensor:
         received.append(counts)
-        return swiglu_of_experts(rows, counts, *weights)
+        return swiglu_of_experts(rows, counts, *weights, **more)
 
     moe.experts.forward = leaving  # type: ignore[method-assign]
     torch.manual_seed(1 + dist.get_rank())

@@ -23,7 +23,7 @@ def matmul_parameters(module: nn.Module) -> int:
     Of a mixture of experts those of the K experts that a token takes.
     """
     dense = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-    return dense + sum(_active(m) for m in module.modules() if isinstance(m, Experts))
+    return dense + sum(_active(m, matrices=True) for m in module.modules() if isinstance(m, Experts))
 
 
 def active_parameters(module: nn.Module) -> int:
@@ -33,8 +33,10 @@ def active_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters()) - idle
 
 
-def _active(experts: Experts) -> int:
-    return sum(p.numel() // p.size(0) for p in experts.parameters()) * experts.top_k
+def _active(experts: Experts, matrices: bool = False) -> int:
+    """Parameters of the K experts that a token takes; of the matrices alone, without biases."""
+    counted = (p for p in experts.parameters() if p.dim() == 3 or not matrices)
+    return sum(p.numel() // p.size(0) for p in counted) * experts.top_k
 
 
 def attention_flops_per_token(config: LlamaConfig, attended: float) -> float:

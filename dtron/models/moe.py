@@ -6,7 +6,8 @@ sorted by expert and go through one grouped product per matrix. Single-device co
 `Experts.forward` takes sorted rows and their counts, which is where expert parallel sends rows to other ranks.
 
 Families: Mixtral (arXiv 2401.04088), OLMoE (arXiv 2409.02060), Qwen3-MoE (arXiv 2505.09388). The sigmoid router,
-groups, the shared expert and the bias that balances are DeepSeek-V3's (arXiv 2412.19437).
+groups, the shared expert and the bias that balances are DeepSeek-V3's (arXiv 2412.19437); biases and the clamped
+activation gpt-oss's (arXiv 2508.10925).
 
 Shape letters: B sequences, S tokens, D hidden size, F an expert's hidden size, N experts, K experts per token, R rows:
 one for each pair of a token and an expert it chose.
@@ -47,40 +48,46 @@ class MoEConfig:
     n_groups: int = 1  # experts are chosen within the best `top_groups` of these
     top_groups: int = 1
     balancing_bias: bool = False  # added to the scores for the choice only, learnt from the counts
+    biases: bool = False  # of the router and of the experts' matrices
+    swiglu_limit: float | None = None  # of gpt-oss's activation, in place of SwiGLU: see `clamped_swiglu`
 
 
 class Router(nn.Linear):
     """Scores of every expert, in fp32 whatever the weights' dtype: rounding would change who is chosen."""
 
     def __init__(self, dim: int, c: MoEConfig) -> None:
-        super().__init__(dim, c.n_experts, bias=False)
+        super().__init__(dim, c.n_experts, bias=c.biases)
         self.score = c.score
         bias = nn.Parameter(torch.zeros(c.n_experts), requires_grad=False) if c.balancing_bias else None
         self.e_score_correction_bias = bias  # [N], fp32: steps of 0.001 would be lost in bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> scores [B, S, N]."""
-        return self.scores(x, self.weight)
+        return self.scores(x, self.weight, self.bias)
 
-    def scores(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`forward` with a given weight [N, D]."""
-        logits = F.linear(x.float(), weight.float())
+    def scores(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with a given weight [N, D] and bias [N]."""
+        logits = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
 
 
 class Experts(nn.Module):
-    """N feed-forwards, stacked: gate_proj and up_proj [N, F, D], down_proj [N, D, F]."""
+    """N feed-forwards, stacked: gate_proj and up_proj [N, F, D], down_proj [N, D, F], perhaps biases."""
 
     def __init__(self, dim: int, c: MoEConfig) -> None:
         super().__init__()
-        self.top_k = c.top_k
+        self.top_k, self.limit = c.top_k, c.swiglu_limit
         self.gate_proj = nn.Parameter(torch.empty(c.n_experts, c.expert_dim, dim))
         self.up_proj = nn.Parameter(torch.empty(c.n_experts, c.expert_dim, dim))
         self.down_proj = nn.Parameter(torch.empty(c.n_experts, dim, c.expert_dim))
+        if c.biases:
+            self.gate_proj_bias = nn.Parameter(torch.empty(c.n_experts, c.expert_dim))
+            self.up_proj_bias = nn.Parameter(torch.empty(c.n_experts, c.expert_dim))
+            self.down_proj_bias = nn.Parameter(torch.empty(c.n_experts, dim))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [R, D] sorted by expert, counts [N] of each -> every row through its own expert, [R, D]."""
-        return swiglu_of_experts(rows, counts, self.gate_proj, self.up_proj, self.down_proj)
+        return swiglu_of_experts(rows, counts, *self.parameters(), limit=self.limit)
 
 
 class MixtureOfExperts(nn.Module):
@@ -201,11 +208,29 @@ def permute(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
 # --- the grouped product
 
 
-def swiglu_of_experts(rows: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """rows [R, D] sorted by expert, counts [N], weights [N, out, in] -> down(silu(gate x) * up x), each by its own."""
+def swiglu_of_experts(
+    rows: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor, *biases: Tensor, limit: float | None = None
+) -> Tensor:
+    """rows [R, D] sorted by expert, counts [N], weights [N, out, in] -> down(silu(gate x) * up x), each by its own.
+
+    biases: [N, out] of the three, or none. limit: of `clamped_swiglu`, which then takes the place of SwiGLU.
+    """
     ends = counts.cumsum(0).to(torch.int32)
-    hidden = F.silu(_grouped(rows, gate, ends)) * _grouped(rows, up, ends)
-    return _grouped(hidden, down, ends)
+    if biases:  # [R]: the expert of each row
+        expert = torch.searchsorted(ends, torch.arange(rows.size(0), device=rows.device, dtype=ends.dtype), right=True)
+
+    def product(x: Tensor, i: int) -> Tensor:
+        out = _grouped(x, (gate, up, down)[i], ends)
+        return out + biases[i][expert] if biases else out
+
+    g, u = product(rows, 0), product(rows, 1)
+    return product(F.silu(g) * u if limit is None else clamped_swiglu(g, u, limit), 2)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """gpt-oss's gate * sigmoid(1.702 gate) * (up + 1), gate cut off above the limit, up on both sides."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

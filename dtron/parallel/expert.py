@@ -67,11 +67,10 @@ def _wait(tensor: Tensor) -> Tensor:
 
 def _dispatch(experts: Experts, ep: DeviceMesh, rows: Tensor, counts: Tensor) -> Tensor:
     """rows [R, D] sorted by expert, counts [N] of this rank's -> each through its expert, wherever that is; [R, D]."""
-    weights = experts.gate_proj, experts.up_proj, experts.down_proj
-    gate, up, down = (cast(DTensor, p).to_local() for p in weights)
+    weights = [cast(DTensor, p).to_local() for p in experts.parameters()]
     n, group = ep.size(), ep.get_group()
     if n == 1:
-        return swiglu_of_experts(rows, counts, gate, up, down)
+        return swiglu_of_experts(rows, counts, *weights, limit=experts.limit)
     with torch.no_grad():
         # [n, N / n]: how many rows of each rank, for each expert here.
         theirs = _wait(funcol.all_to_all_single(counts, None, None, group)).view(n, -1)
@@ -81,7 +80,7 @@ def _dispatch(experts: Experts, ep: DeviceMesh, rows: Tensor, counts: Tensor) ->
         order = expert.repeat_interleave(theirs.flatten(), output_size=sum(received)).argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=rows.device))
     here = _wait(funcol.all_to_all_single_autograd(rows, received, sent, group))
-    out = swiglu_of_experts(permute(here, order, back), theirs.sum(0), gate, up, down)
+    out = swiglu_of_experts(permute(here, order, back), theirs.sum(0), *weights, limit=experts.limit)
     return _wait(funcol.all_to_all_single_autograd(permute(out, back, order), sent, received, group))
 
 
@@ -93,13 +92,20 @@ class LocalRouter(ParallelStyle):
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Router)
-        module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Replicate()], src_data_rank=None))
+        for name in ("weight", "bias"):
+            if (p := getattr(module, name)) is not None:
+                setattr(module, name, nn.Parameter(distribute_tensor(p, mesh, [Replicate()], src_data_rank=None)))
         module.forward = partial(self._route, module)  # type: ignore[method-assign]
         return module
 
     @staticmethod
     def _route(module: Router, x: Tensor) -> Tensor:
-        return module.scores(x, cast(DTensor, module.weight).to_local(grad_placements=[ROUTER_GRADIENT]))
+        def local(p: Tensor | None) -> Tensor | None:
+            return None if p is None else cast(DTensor, p).to_local(grad_placements=[ROUTER_GRADIENT])
+
+        weight = local(module.weight)
+        assert weight is not None
+        return module.scores(x, weight, local(module.bias))
 
 
 class FeedForwardInput(ParallelStyle):

@@ -16,7 +16,7 @@ from dtron.models.families import FAMILIES
 from dtron.models.flops import active_parameters, attention_flops_per_token, flops_per_token, matmul_parameters
 from dtron.models.hf import hf_dimensions
 from dtron.models.llama import FeedForward, Llama
-from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, choose_experts
+from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, Router, choose_experts
 
 D = 16
 PLAIN = MoEConfig(n_experts=8, top_k=2, expert_dim=12)
@@ -160,6 +160,31 @@ def test_experts_without_rows(counts: list[int]) -> None:
     for p in experts.parameters():
         assert p.grad is not None
         assert [bool(part.any()) for part in p.grad] == [n > 0 for n in counts]
+
+
+def test_biased_experts_and_the_clamped_activation() -> None:
+    """gpt-oss's, by its formula for every expert; both sides of the limit are met."""
+    c = MoEConfig(4, 1, 12, biases=True, swiglu_limit=1.0)
+    torch.manual_seed(0)
+    experts, router = Experts(D, c), Router(D, c)
+    with torch.no_grad():
+        for p in (*experts.parameters(), *router.parameters()):
+            p.normal_()
+    counts = [3, 0, 5, 2]
+    rows = torch.randn(sum(counts), D)
+    out, begin = experts(rows, torch.tensor(counts)), 0
+    for i, n in enumerate(counts):
+        part = rows[begin : begin + n]
+        gate = part @ experts.gate_proj[i].t() + experts.gate_proj_bias[i]
+        up = part @ experts.up_proj[i].t() + experts.up_proj_bias[i]
+        assert not n or ((gate > 1).any() and (up > 1).any() and (up < -1).any())
+        gate, up = gate.clamp(max=1.0), up.clamp(-1.0, 1.0)
+        hidden = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+        expected = hidden @ experts.down_proj[i].t() + experts.down_proj_bias[i]
+        torch.testing.assert_close(out[begin : begin + n], expected, rtol=1e-4, atol=1e-4)
+        begin += n
+    logits = rows[None] @ router.weight.t() + router.bias
+    torch.testing.assert_close(router(rows[None]), logits.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 # --- balance loss and counts

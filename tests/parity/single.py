@@ -56,6 +56,15 @@ MODELS = {
         SMALL, rope_scaling=LongRopeScaling(4.0, 24, (1.0, 1.2, 1.5, 2.0), (1.5, 3.0, 4.0, 5.0), length=SEQ)
     ),
     "scaled": replace(SMALL, rope_theta=500.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 16)),
+    "gpt oss": replace(
+        SMALL,
+        qkv_bias=True,
+        attention_sinks=True,
+        windows=(9, None),
+        n_layers=2,
+        init_std=0.14,
+        moe=MoEConfig(8, 2, 32, biases=True, swiglu_limit=0.5),
+    ),
     # Every second layer attends to the 6 last tokens.
     "windows": replace(SMALL, windows=(6, None)),
     "scores": replace(SMALL, windows=(None, 9), attention_scale=0.6, attention_softcap=1.5, attention_sinks=True),
