@@ -191,12 +191,12 @@ def _write_file(
     for name, tensor in state.items():
         if tensor.dtype == torch.float16 and not tensor.isfinite().all():
             raise UserError(f"{name} has values that float16 does not hold (above 65504, or not finite); use bfloat16")
-    written: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}  # those of a fused projection come in their order
     for name, tensor in state.items():
-        for theirs, written_as in form.written(name, tensor).items():  # parts of a fused projection come in their order
-            whole = [written[theirs], written_as] if theirs in written else [written_as]
-            written[theirs] = torch.cat(whole) if whole[1:] else written_as
-    save_file({name: tensor.contiguous() for name, tensor in written.items()}, file, metadata={"format": "pt"})
+        for theirs, written_as in form.written(name, tensor).items():
+            parts.setdefault(theirs, []).append(written_as)
+    written = {name: form.join(name, of_one).contiguous() for name, of_one in parts.items()}
+    save_file(written, file, metadata={"format": "pt"})
 
 
 def _finish(checkpoint: StoragePath, partial: Path, plan: Plan, form: Form) -> None:

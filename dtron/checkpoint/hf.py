@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.futures import Future
 
 from dtron.checkpoint.hf_folder import MERGE, files_of
-from dtron.checkpoint.hf_form import HEAD, Form, HeadOrder, form_of_folder, stack_of, their_name
+from dtron.checkpoint.hf_form import HEAD, ExpertColumns, Form, HeadOrder, form_of_folder, stack_of, their_name
 from dtron.checkpoint.reader import load_tensors
 from dtron.errors import UserError
 
@@ -61,7 +61,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: tuple["Entry", ...] = ()
-    order: HeadOrder | None = None
+    order: HeadOrder | ExpertColumns | None = None
     first: int = 0
 
     def read(self, stored: Any, part: tuple[slice, ...]) -> Tensor:
@@ -105,7 +105,13 @@ def entries_of(folder: Path) -> dict[str, Entry]:
 def _split(folder: Path, form: Form, entry: Entry) -> Iterator[tuple[str, Entry]]:
     """Our tensors in a stored one, by name: itself, or those of a fused projection. UserError if it has other rows."""
     name = form.our_name(entry.stored)
+    for part in (experts := form.split_experts(name)):
+        columns = form.order(part, len(entry.shape))
+        assert isinstance(columns, ExpertColumns)
+        yield part, replace(entry, shape=columns.shape(entry.shape))
     parts = form.split(name)
+    if experts:
+        return
     if not parts:
         yield name, entry
         return

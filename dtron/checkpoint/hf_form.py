@@ -4,7 +4,8 @@ Our names are those of most folders. Stacks are single tensors of ours and sever
 norms with weights of their own for each head. Rotary embeddings of some types rotate neighbours (2i, 2i + 1) of a head
 together, where ours rotate halves (i, i + R/2) of the R values that are rotated: the rows of q and k are then in
 another order within each head, those of their biases and norms too. Scores do not change, as q and k change alike.
-Fused projections are several of ours below one another in one tensor.
+Fused projections are several of ours below one another in one tensor. gpt-oss stacks the experts as we do, but with
+columns where ours have rows, and those of gate and up take turns in one tensor.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 from dtron.models.hf import hf_dimensions
 from dtron.models.hf_types import TYPES
 
-__all__ = ["HEAD", "PLAIN", "Form", "HeadOrder", "form_of", "form_of_folder", "stack_of", "their_name"]
+__all__ = ["HEAD", "PLAIN", "ExpertColumns", "Form", "HeadOrder", "form_of", "form_of_folder", "stack_of", "their_name"]
 
 HEAD = "model.lm_head.weight"
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
@@ -32,6 +33,8 @@ WRAPPERS = re.compile(
 OF_STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.((?:gate|up|down)_proj)\.weight")
 STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)((?:gate|up|down)_proj)")
 NORM_OF_STACK = re.compile(r"(model\.layers\.\d+\.self_attn\.[qk]_norm)\.norms\.(\d+)\.weight")
+# One of the experts' tensors where they are stacked there too, theirs and ours.
+OF_EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up|gate|up|down)(_proj(?:_bias)?)")
 NORMS = re.compile(r"(model\.layers\.\d+\.self_attn\.[qk]_norm)\.weight")
 
 
@@ -80,12 +83,41 @@ class HeadOrder:
 
 
 @dataclass(frozen=True)
+class ExpertColumns:
+    """Of all experts: ours [N, out, in] is the `at`-th of `every` matrices in theirs [N, in, every x out].
+
+    Their columns take turns. Biases are [N, out] and [N, every x out].
+    """
+
+    at: int = 0
+    every: int = 1
+
+    def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...]:
+        """Of our tensor."""
+        experts, *inputs, columns = theirs
+        return (experts, columns // self.every, *inputs)
+
+    def read(self, stored: Any, part: tuple[slice, ...]) -> Tensor:
+        """The part of our tensor, from the whole of theirs or a slice of safetensors."""
+        experts, rows, *inputs = part
+        there = (experts, *inputs, slice(rows.start * self.every, rows.stop * self.every))
+        turns = stored[there]
+        ours: Tensor = turns[..., self.at :: self.every]
+        return ours.mT if inputs else ours
+
+    def written(self, ours: Tensor) -> Tensor:
+        """Its columns, from the whole of our tensor."""
+        return ours.mT if ours.dim() == 3 else ours
+
+
+@dataclass(frozen=True)
 class Form:
     """Of the weights of one folder.
 
     renames: their part of a name between dots -> ours. norm_lists: norms with weights of their own for each head are as
     many tensors. head_size, rotated: of heads whose rows are in the other order; 0: they are not. fused: of each of
-    their fused projections the name, and the names and rows of ours in it, in their order.
+    their fused projections the name, and the names and rows of ours in it, in their order. columns: the experts are as
+    `ExpertColumns` says.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -93,6 +125,7 @@ class Form:
     head_size: int = 0
     rotated: int = 0
     fused: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+    columns: bool = False
 
     def our_name(self, stored: str) -> str:
         """`model.` and the name in the plain model.
@@ -111,7 +144,7 @@ class Form:
         return dict(zip(names, tensor.unbind() if self._is_stack(ours) else [tensor], strict=True))
 
     def _is_stack(self, ours: str) -> bool:
-        return bool(STACK.fullmatch(ours) or (self.norm_lists and NORMS.fullmatch(ours)))
+        return bool((STACK.fullmatch(ours) and not self.columns) or (self.norm_lists and NORMS.fullmatch(ours)))
 
     def their_names(self, ours: str, shape: Sequence[int]) -> list[str]:
         """The names under which our tensor of this shape is written. Those of one fused projection are one name."""
@@ -119,8 +152,13 @@ class Form:
         theirs |= {our: their for their, parts in self.fused for our, _ in parts}
 
         def renamed(name: str) -> str:
-            return ".".join(theirs.get(part, part) for part in their_name(name).split("."))
+            for our, their in theirs.items():
+                name = re.sub(rf"(?<![^.]){re.escape(our)}(?![^.])", their, name)
+            return name
 
+        if self.columns and (match := OF_EXPERTS.fullmatch(ours)):
+            return [f"{match[1]}{'down' if match[2] == 'down' else 'gate_up'}{match[3]}"]
+        ours = their_name(ours)
         if not self._is_stack(ours):
             return [renamed(ours)]
         stack, norms = STACK.fullmatch(ours), ours.removesuffix(".weight")
@@ -133,8 +171,22 @@ class Form:
         around, _, module = around.rpartition(".")
         return [(f"{around}.{our}.{leaf}", rows) for our, rows in dict(self.fused).get(module, ())]
 
-    def order(self, ours: str, dims: int) -> HeadOrder | None:
+    def split_experts(self, name: str) -> list[str]:
+        """Our tensors in one of all experts, by its name with ours around it; nothing where experts are not so."""
+        match = OF_EXPERTS.fullmatch(name) if self.columns else None
+        parts = {"gate_up": ("gate", "up"), "down": ("down",)}
+        return [f"{match[1]}{part}{match[3]}" for part in parts.get(match[2], ())] if match else []
+
+    def join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """Their tensor of this name, from what is written of each of ours in it."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack(tuple(parts), -1).flatten(-2) if ".experts." in name else torch.cat(tuple(parts))
+
+    def order(self, ours: str, dims: int) -> "HeadOrder | ExpertColumns | None":
         """The other order of rows of our tensor of so many dimensions; None: it has the same."""
+        if self.columns and (match := OF_EXPERTS.fullmatch(ours)):
+            return ExpertColumns() if match[2] == "down" else ExpertColumns(("gate", "up").index(match[2]), 2)
         if self.rotated and (match := re.search(r"\.self_attn\.[qk]_(proj|norm)\.(weight|bias)$", ours)):
             return HeadOrder(self.head_size, self.rotated, dims - 1 if match[1] == "norm" else 0)
         return None
@@ -149,7 +201,7 @@ def form_of(config: dict[str, Any], file: Path | str) -> Form:
     if not isinstance(kind, str) or kind not in TYPES:
         return PLAIN
     of_type = TYPES[kind]
-    form = Form(of_type.renames, of_type.norm_lists)
+    form = Form(of_type.renames, of_type.norm_lists, columns=of_type.expert_columns)
     if not of_type.interleaved and not of_type.fused:
         return form
     c = hf_dimensions(config, file)

@@ -60,6 +60,7 @@ class HFType:
     norm_lists: norms of queries and keys with weights of their own for each head are as many tensors.
     interleaved: rotary embeddings rotate neighbours of a head together, where ours rotate halves: the rows of q and k
         are in another order.
+    expert_columns: the experts are in few tensors, with columns where ours have rows.
     fused: (theirs, ours): projections whose rows are below one another in one tensor.
     """
 
@@ -79,6 +80,7 @@ class HFType:
     renames: tuple[tuple[str, str], ...] = ()
     norm_lists: bool = False
     interleaved: bool = False
+    expert_columns: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dtron.errors import UserError
 from dtron.models.hf_fields import Fields, is_count
+from dtron.models.hf_rope import pattern_of
 from dtron.models.llama import LlamaConfig
 
 __all__ = [
@@ -72,16 +73,7 @@ def read_windows(hf: Fields, of: Windows, file: Path | str) -> Fields:
     window: Any = hf.get("sliding_window")
     if any(slides) and not is_count(window):
         raise UserError(f"{file}: sliding_window = {window!r}, and layers have one; expected a whole number above 0")
-    return {"windows": _shortest_pattern([window if slide else None for slide in slides])}
-
-
-def _shortest_pattern(windows: list[int | None]) -> tuple[int | None, ...]:
-    """What repeats over the layers; () where there are no windows."""
-    if not any(windows):
-        return ()
-    lengths = range(1, len(windows) + 1)
-    length = next(n for n in lengths if all(window == windows[i % n] for i, window in enumerate(windows)))
-    return tuple(windows[:length])
+    return {"windows": pattern_of((window if slide else None for slide in slides), None)}
 
 
 def write_windows(c: LlamaConfig, of: Windows) -> Fields:
