@@ -79,8 +79,7 @@ class Model:
 
     name: str = key(
         "llama3",
-        "model family: llama2, llama3, llama3.1, llama3.2, smollm, qwen2, qwen3, mixtral, qwen3_moe, olmoe, or a "
-        "registered one",
+        "model family, such as llama3.1, qwen3 or gemma3 (docs/models.md has all), or a registered model",
         changes="training",
     )
     flavor: str = key("debugmodel", "size within the family, for example debugmodel, 8B, 70B")
