@@ -14,9 +14,10 @@ from dtron.checkpoint.storage import StoragePath
 from dtron.config import Config, load
 from dtron.config.declare import ANOTHER_TRAINING, Changes
 from dtron.config.keys import KEYS
-from dtron.config.sections import Checkpoint
+from dtron.config.sections import Checkpoint, Model
 from dtron.errors import UserError
 from dtron.files import acquire_lock, modified_s, write_atomically
+from dtron.models.hf import read_hf_config
 from dtron.observe.metrics import last_row
 from dtron.train.identity import differences, format_differences, run_identity
 
@@ -80,22 +81,26 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
     c, parent = config.checkpoint, Path(config.job.dump_folder)
     if c.resume_run:
         return _named_run(config, model_config, Path(c.resume_run))
-    family = f"{config.model.name}-{config.model.flavor}-"
-    stem = family + run_identity(config, model_config)
+    identity, title = run_identity(config, model_config), _title(config.model)
+    stem = f"{title}-{identity}"
     gone = ""
     if c.enable:
-        local = sorted(parent.glob(f"{family}*"), key=modified_s, reverse=True)
-        local.sort(key=lambda p: not p.name.startswith(stem))
+        # With hf_config_path the runs of an earlier version are named by a family and flavor that they are not of.
+        titles = f"{title}-", f"{config.model.name}-{config.model.flavor}-"
+        there = parent.glob("*") if parent.is_dir() else []
+        alike = [folder for folder in there if folder.name.startswith(titles) or _is_named(folder.name, identity)]
+        local = sorted(alike, key=modified_s, reverse=True)
+        local.sort(key=lambda p: not _is_named(p.name, identity))
         remote = StoragePath.at(c.folder).names() if "://" in c.folder else []
-        for folder in (*local, *(parent / name for name in remote if name.startswith(stem))):
-            if holds_checkpoints(checkpoint_folder(c, folder)) and _is_same_training(config, folder, stem):
+        for folder in (*local, *(parent / name for name in remote if _is_named(name, identity))):
+            if holds_checkpoints(checkpoint_folder(c, folder)) and _is_same_training(config, folder, identity):
                 return _resumed(config, folder)
-        gone = _what_is_gone([folder for folder in local if _is_same_training(config, folder, stem)], c)
+        gone = _what_is_gone([folder for folder in local if _is_same_training(config, folder, identity)], c)
     if c.initial_load_path:  # a resume needs it no more
         check_source(StoragePath.at(c.initial_load_path))
     if c.enable:
         for folder in local:
-            if folder.name.startswith(stem) and _has_saved_nothing(folder, c):
+            if _is_named(folder.name, identity) and _has_saved_nothing(folder, c):
                 return RunFolder(folder, _attempt(folder), False, gone or _not_resumed(config, folder))
         if c.load_step != -1:
             raise UserError(
@@ -115,6 +120,28 @@ def choose_run_folder(config: Config, model_config: Any) -> RunFolder:
         return RunFolder(folder, 1, False, gone or _not_resumed(config, folder) or beside, made=made)
 
 
+def _title(model: Model) -> str:
+    """The model in a run's name: its family and flavor, or of a config.json of Hugging Face, whose model it is.
+
+    That is the name of its folder, or its model_type where the folder's name is no model's.
+    """
+    if not model.hf_config_path:
+        return f"{model.name}-{model.flavor}"
+    path = Path(os.path.abspath(model.hf_config_path))
+    if path.is_file():
+        path = path.parent if path.name == "config.json" else path.with_suffix("")
+    hub = [part.rpartition("--")[2] for part in path.parts if part.startswith("models--")]  # of its cache
+    name = re.sub(r"[^\w.-]+", "-", hub[-1] if hub else path.name).strip("-.")
+    if not name or re.fullmatch(r"hf|model|checkpoint|step-\d+", name):
+        name = str(read_hf_config(model.hf_config_path)[0]["model_type"])
+    return name
+
+
+def _is_named(name: str, identity: str) -> bool:
+    """Whether a folder of this name is of the training with this identity."""
+    return re.fullmatch(rf".+-{identity}(-\d+)?", name) is not None
+
+
 def _resumed(config: Config, folder: Path) -> RunFolder:
     folder.mkdir(parents=True, exist_ok=True)  # the checkpoints may be elsewhere
     before = _last_config(folder)
@@ -130,8 +157,8 @@ def _named_run(config: Config, model_config: Any, folder: Path) -> RunFolder:
         raise UserError(f"{key} is no run folder: it has no config.toml; name one, such as outputs/NAME")
     if not holds_checkpoints(checkpoint_folder(config.checkpoint, folder)):
         raise UserError(f"{key} has no checkpoint to continue from; leave the key out to start a run of its own")
-    stem = f"{config.model.name}-{config.model.flavor}-{run_identity(config, model_config)}"
-    fixed: tuple[Changes, ...] = ("training",) if folder.name.startswith(stem) else ("training", "dimensions")
+    named = _is_named(folder.name, run_identity(config, model_config))
+    fixed: tuple[Changes, ...] = ("training",) if named else ("training", "dimensions")
     if found := differences(config, before, fixed):
         raise UserError(
             f"{key} is of another training: {format_differences(found)}; a run continues with another optimizer.lr or "
@@ -141,13 +168,13 @@ def _named_run(config: Config, model_config: Any, folder: Path) -> RunFolder:
     return _resumed(config, folder)
 
 
-def _is_same_training(config: Config, folder: Path, stem: str) -> bool:
+def _is_same_training(config: Config, folder: Path, identity: str) -> bool:
     """Whether the last attempt there was of this very training; by its name alone where it left no configuration.
 
     The name vouches for the dimensions, which may be spelled otherwise. A run that was continued with other
     hyperparameters keeps the name of its first ones.
     """
-    before, named = _last_config(folder), folder.name.startswith(stem)
+    before, named = _last_config(folder), _is_named(folder.name, identity)
     if before is None:
         return named
     return not differences(config, before, [kind for kind in ANOTHER_TRAINING if not named or kind != "dimensions"])

@@ -37,7 +37,18 @@ def run_identity(config: Config, model_config: Any) -> str:
     """
     keys = changed_keys(config, [kind for kind in ANOTHER_TRAINING if kind != "dimensions"])
     named = {key: _each(value, _own_name) if KEYS[key].changes == "location" else value for key, value in keys.items()}
-    return digest([named, dataclasses.asdict(model_config)])
+    return digest([named, _not_default(model_config)])
+
+
+def _not_default(value: Any) -> Any:
+    """The fields of a dataclass that are not at their defaults, in those that it holds too."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = [field for field in dataclasses.fields(value) if field.compare]
+    changed = {
+        field.name: getattr(value, field.name) for field in fields if getattr(value, field.name) != field.default
+    }
+    return {type(value).__name__: {name: _not_default(given) for name, given in changed.items()}}
 
 
 def differences(config: Config, earlier: Config, changes: Collection[Changes]) -> list[Difference]:

@@ -1,5 +1,6 @@
 """Where a run writes: resumed where the same run left checkpoints, fresh otherwise, and nothing is overwritten."""
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -125,6 +126,64 @@ def test_without_checkpoints_every_run_is_fresh(tmp_path: Path) -> None:
     left_by(tmp_path, name, off)
     assert choose(tmp_path, off) == (f"{name}-2", None, 1)
     assert choose(tmp_path, off) == (f"{name}-3", None, 1)
+
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "intermediate_size": 768,
+}  # fmt: skip
+
+
+def config_json(file: Path) -> Path:
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(LLAMA))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "title"),
+    [
+        ("models/Falcon3-7B/config.json", "models/Falcon3-7B", "Falcon3-7B"),
+        ("models/Falcon3-7B/config.json", "models/Falcon3-7B/config.json", "Falcon3-7B"),
+        ("a model, mine/config.json", "a model, mine", "a-model-mine"),
+        ("models--tii--Falcon3-7B/snapshots/0a1b/config.json", "models--tii--Falcon3-7B/snapshots/0a1b", "Falcon3-7B"),
+        ("sizes/falcon3.json", "sizes/falcon3.json", "falcon3"),
+        ("run/checkpoint/step-500/config.json", "run/checkpoint/step-500", "llama"),
+        ("x/hf/config.json", "x/hf/", "llama"),
+    ],
+)  # fmt: skip
+def test_a_run_with_a_config_json_is_named_by_its_model(file: str, given: str, title: str, tmp_path: Path) -> None:
+    config_json(tmp_path / file)
+    arguments = ["--job.dump_folder", str(tmp_path / "out"), "--model.hf_config_path", f"{tmp_path}/{given}"]
+    config = load([*BASE.split(), *arguments])
+    model_config = resolve(config, 1).model_config
+    name = choose_run_folder(config, model_config).path.name
+    assert name == f"{title}-{run_identity(config, model_config)}"
+
+
+def test_a_run_of_a_config_json_is_found_under_an_older_name_and_after_a_move(tmp_path: Path) -> None:
+    folder = config_json(tmp_path / "models" / "Falcon3-7B" / "config.json").parent
+    arguments = f"--model.hf_config_path {folder}"
+    name, _, _ = choose(tmp_path, arguments)
+    save(tmp_path, name, 10)
+    assert choose(tmp_path, arguments) == (name, "step-10", 2)
+    for older in (name.replace("Falcon3-7B", "llama3-debugmodel"), "llama3-debugmodel-0a1b2c3d"):
+        (tmp_path / "outputs" / name).rename(tmp_path / "outputs" / older)
+        (tmp_path / "outputs" / older / "config.toml").write_text(to_toml(config_of(tmp_path, arguments)))
+        assert choose(tmp_path, arguments) == (older, "step-10", 2)
+        assert choose(tmp_path, f"{arguments} --debug.seed 1")[1] is None
+        (tmp_path / "outputs" / older).rename(tmp_path / "outputs" / name)
+    moved = folder.rename(folder.with_name("my-falcon"))
+    assert choose(tmp_path, f"--model.hf_config_path {moved}") == (name, "step-10", 2)
+
+
+def test_a_field_that_a_later_version_adds_makes_no_run_another_one() -> None:
+    config = load(BASE.split())
+    fields = [("dim", int), ("scaling", Any, None)]
+    before = dataclasses.make_dataclass("Sizes", fields)(64)
+    after = dataclasses.make_dataclass("Sizes", [*fields, ("windows", tuple, ())])
+    assert run_identity(config, before) == run_identity(config, after(64))
+    assert len({run_identity(config, size) for size in (before, after(65), after(64, 1), after(64, None, (4,)))}) == 4
 
 
 def test_a_run_that_saved_nothing_yet_begins_again_in_its_folder(tmp_path: Path) -> None:
