@@ -11,15 +11,19 @@ Ranks of other machines report that they lost contact (`LostContactError`) after
 since then are lost. A rank that is alive and stuck is the watchdog's (`dtron/ranks/watchdog.py`).
 """
 
+import json
 import logging
 import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dtron.errors import UserError
@@ -173,3 +177,8 @@ def tell_torchrun(error: BaseException) -> None:
     handler = get_error_handler()
     handler.initialize()
     handler.record_exception(error)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and sys.version_info < (3, 11):  # whose exc_info keeps a traceback that was taken off the error
+        data = json.loads(Path(file).read_text())
+        data["message"]["extraInfo"]["py_callstack"] = "".join(traceback.format_exception(error))
+        Path(file).write_text(json.dumps(data))
