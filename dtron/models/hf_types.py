@@ -5,17 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtron.models import hf_variants as parts
 from dtron.models.hf_fields import Fields, read_experts, write_experts
-from dtron.models.hf_variants import (
-    GEMMA,
-    read_cohere,
-    read_granite,
-    read_stablelm,
-    write_cohere,
-    write_granite,
-    write_stablelm,
-)
-from dtron.models.hf_windows import EVERYWHERE, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows
+from dtron.models.hf_windows import EVERYWHERE, GEMMA2, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows
 from dtron.models.llama import LlamaConfig
 from dtron.models.variants import Variant
 
@@ -96,7 +88,12 @@ GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
 
 
 TIED: Fields = {"tie_word_embeddings": True}
-GELU = {"hidden_act": ("gelu_pytorch_tanh", "gelu", None)}  # Gemma's "gelu" is the same
+# Gemma 1's "gelu" is the same; of the later ones the field is another.
+GELU = {"hidden_act": ("gelu_pytorch_tanh", "gelu", None), "hidden_activation": ("gelu_pytorch_tanh", None)}
+GEMMA_DEFAULTS = TIED | {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+GLM_DEFAULTS: Fields = {
+    "head_dim": 128, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5, "attention_bias": True,
+}  # fmt: skip
 RELU2 = {"hidden_act": ("relu2", None)}
 BOTH_WAYS = {"use_bidirectional_attention": (False, None)}
 
@@ -149,7 +146,7 @@ TYPES: dict[str, HFType] = {
         windows=QWEN, biases=ATTENTION_BIAS,
     ),
     "granite": HFType(
-        "GraniteForCausalLM", biases=BIASES, read=read_granite, write=write_granite,
+        "GraniteForCausalLM", biases=BIASES, read=parts.read_granite, write=parts.write_granite,
         defaults={
             "num_key_value_heads": None, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
             "attention_multiplier": 1.0,
@@ -160,9 +157,20 @@ TYPES: dict[str, HFType] = {
         defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, biases=ATTENTION_BIAS,
     ),
     "gemma": HFType(
-        "GemmaForCausalLM", flags={"variant": GEMMA}, defaults=TIED | {"head_dim": 256},
+        "GemmaForCausalLM", flags={"variant": parts.GEMMA}, defaults=TIED | {"head_dim": 256},
         biases=ATTENTION_BIAS,
         legal=GELU | BOTH_WAYS,
+    ),
+    "gemma2": HFType(
+        "Gemma2ForCausalLM", read=parts.read_gemma2, write=parts.write_gemma2, activation="hidden_activation",
+        biases=ATTENTION_BIAS, windows=GEMMA2, legal=GELU | BOTH_WAYS,
+        defaults=GEMMA_DEFAULTS | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    ),
+    "gemma3_text": HFType(
+        "Gemma3ForCausalLM", flags={"qk_norm": True}, read=parts.read_gemma3, write=parts.write_gemma2,
+        activation="hidden_activation", windows=parts.GEMMA3_WINDOWS, biases=ATTENTION_BIAS,
+        legal=GELU | BOTH_WAYS | {"attn_logit_softcapping": (None,)},
+        defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
     ),
     "arcee": HFType(
         "ArceeForCausalLM", flags={"variant": Variant(activation="relu2", gated=False)}, legal=RELU2,
@@ -174,15 +182,40 @@ TYPES: dict[str, HFType] = {
         biases=BIASES,
     ),
     "cohere": HFType(
-        "CohereForCausalLM", biases=ATTENTION_BIAS, read=read_cohere, write=write_cohere, eps="layer_norm_eps",
-        interleaved=True,
+        "CohereForCausalLM", biases=ATTENTION_BIAS, read=parts.read_cohere, write=parts.write_cohere,
+        eps="layer_norm_eps", interleaved=True,
         defaults=TIED | {
             "num_key_value_heads": None, "layer_norm_eps": 1e-5, "rope_theta": 500000.0, "logit_scale": 0.0625,
         },
     ),
+    "cohere2": HFType(
+        "Cohere2ForCausalLM", read=parts.read_cohere2, write=parts.write_cohere, eps="layer_norm_eps", interleaved=True,
+        head_size_of_its_own=False, biases=ATTENTION_BIAS, windows=parts.COHERE2_WINDOWS,
+        legal={"use_qk_norm": (False, None)},
+        defaults=TIED | {
+            "num_key_value_heads": None, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "sliding_window": 4096,
+        },
+    ),
+    "glm": HFType(
+        "GlmForCausalLM", biases={"attention_bias": ("qkv_bias",)}, partial_rotary=True,
+        interleaved=True, defaults=GLM_DEFAULTS, fused=(GATE_UP,),
+    ),
+    "glm4": HFType(
+        "Glm4ForCausalLM", flags={"variant": Variant(norms="both")}, biases={"attention_bias": ("qkv_bias",)},
+        partial_rotary=True, interleaved=True, defaults=GLM_DEFAULTS, fused=(GATE_UP,),
+        renames=(
+            ("post_self_attn_layernorm", "post_attention_layernorm"),
+            ("post_attention_layernorm", "pre_feedforward_layernorm"),
+            ("post_mlp_layernorm", "post_feedforward_layernorm"),
+        ),
+    ),
+    "exaone4": HFType(
+        "Exaone4ForCausalLM", flags={"qk_norm": True, "variant": Variant(norms="after")}, read=parts.read_exaone4,
+        windows=parts.EXAONE4_WINDOWS, defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    ),
     "stablelm": HFType(
-        "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=read_stablelm,
-        write=write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
+        "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=parts.read_stablelm,
+        write=parts.write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
         legal={"hidden_dropout": (0, None)},
         defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         renames=(("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")), norm_lists=True,

@@ -7,17 +7,25 @@ fields of config.json.
 from dataclasses import replace
 from pathlib import Path
 
-from dtron.models.hf_fields import Fields, positive
+from dtron.errors import UserError
+from dtron.models.hf_fields import Fields, is_count, positive
+from dtron.models.hf_windows import all_but_every, read_windows
 from dtron.models.llama import LlamaConfig
 from dtron.models.variants import Variant
 
 __all__ = [
     "ACTIVATIONS",
     "COHERE",
+    "COHERE2_WINDOWS",
+    "EXAONE4_WINDOWS",
     "GEMMA",
     "GEMMA2",
+    "GEMMA3_WINDOWS",
     "read_cohere",
+    "read_cohere2",
+    "read_exaone4",
     "read_gemma2",
+    "read_gemma3",
     "read_granite",
     "read_stablelm",
     "write_cohere",
@@ -30,6 +38,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2
 GEMMA = Variant("rms_1p", activation="gelu_tanh", embedding_multiplier="sqrt")
 GEMMA2 = replace(GEMMA, norms="both")
 COHERE = Variant("layer", norms="parallel")
+GEMMA3_WINDOWS, COHERE2_WINDOWS, EXAONE4_WINDOWS = all_but_every(6), all_but_every(4), all_but_every(4, optional=True)
 
 
 def read_granite(hf: Fields, file: Path | str) -> Fields:
@@ -75,6 +84,22 @@ def write_gemma2(c: LlamaConfig) -> Fields:
     }
 
 
+def read_gemma3(hf: Fields, file: Path | str) -> Fields:
+    """Layers with a window have a rotary base of their own, and no scaling."""
+    rope = hf.get("rope_parameters") or {}
+    local = rope.get("sliding_attention", {})
+    if (rope and not all(isinstance(fields, dict) for fields in rope.values())) or not isinstance(local, dict):
+        raise UserError(f"{file}: rope_parameters = {rope!r}; expected settings by kind of layer")
+    if local.get("rope_type", "default") != "default":
+        raise UserError(
+            f"{file}: rope_type {local['rope_type']!r} of sliding_attention cannot be represented; expected default"
+        )
+    theta = positive({"rope_theta": hf["rope_local_base_freq"]} | local, "rope_theta", file)
+    windows = read_windows(hf, GEMMA3_WINDOWS, file)["windows"]
+    ropes = tuple("global" if window is None else "local" for window in windows)
+    return read_gemma2(hf, file) | {"ropes": ropes, "local_rope_theta": theta}
+
+
 def read_cohere(hf: Fields, file: Path | str) -> Fields:
     per_head = bool(hf.get("use_qk_norm"))
     return {"variant": replace(COHERE, norm_per_head=per_head, logits_multiplier=positive(hf, "logit_scale", file))}
@@ -83,6 +108,24 @@ def read_cohere(hf: Fields, file: Path | str) -> Fields:
 def write_cohere(c: LlamaConfig) -> Fields:
     per_head = {"use_qk_norm": True} if c.variant.norm_per_head else {}
     return {"logit_scale": c.variant.logits_multiplier, **per_head}
+
+
+def read_cohere2(hf: Fields, file: Path | str) -> Fields:
+    """Layers without a window have no positions."""
+    windows = read_windows(hf, COHERE2_WINDOWS, file)["windows"]
+    ropes = tuple("none" if window is None else "global" for window in windows)
+    return read_cohere(hf, file) | {"ropes": ropes or ("none",)}
+
+
+def read_exaone4(hf: Fields, file: Path | str) -> Fields:
+    """As Cohere 2, but with positions everywhere where no layer has a window."""
+    pattern = hf.get("sliding_window_pattern")
+    if not hf.get("layer_types") and not (pattern is None or is_count(pattern)):
+        raise UserError(f"{file}: sliding_window_pattern = {pattern!r} without layer_types; expected a whole number")
+    windows = read_windows(hf, EXAONE4_WINDOWS, file)["windows"]
+    if hf["sliding_window"] is not None and not windows:
+        return {"ropes": ("none",)}
+    return {"ropes": tuple("none" if window is None else "global" for window in windows)}
 
 
 def read_stablelm(hf: Fields, file: Path | str) -> Fields:

@@ -14,7 +14,7 @@ from dtron.models.hf_rope import pattern_of
 from dtron.models.llama import LlamaConfig
 
 __all__ = [
-    "EVERYWHERE", "MINISTRAL", "NOWHERE", "QWEN", "QWEN_MOE", "Windows", "all_but_every", "read_windows",
+    "EVERYWHERE", "GEMMA2", "MINISTRAL", "NOWHERE", "QWEN", "QWEN_MOE", "Windows", "all_but_every", "read_windows",
     "write_windows",
 ]  # fmt: skip
 
@@ -38,14 +38,21 @@ def _by_layer(slides: Callable[[Fields, int], bool], **more: bool) -> Windows:
     return Windows(lambda hf: [slides(hf, i) for i in range(hf["num_hidden_layers"])], **more)
 
 
-def all_but_every(n: int) -> Windows:
-    """All layers but each n-th, unless `sliding_window_pattern` is another number."""
-    return _by_layer(lambda hf, i: (i + 1) % (hf.get("sliding_window_pattern") or n) != 0)
+def all_but_every(n: int, *, optional: bool = False) -> Windows:
+    """All layers but each n-th, unless `sliding_window_pattern` is another number. optional: or the window is null."""
+
+    def slides(hf: Fields, i: int) -> bool:
+        if optional and hf["sliding_window"] is None:
+            return False
+        return bool((i + 1) % (hf.get("sliding_window_pattern") or n))
+
+    return _by_layer(slides)
 
 
 NOWHERE = _by_layer(lambda hf, i: False)
 EVERYWHERE = _by_layer(lambda hf, i: hf["sliding_window"] is not None, layer_types=False)
 MINISTRAL = _by_layer(lambda hf, i: hf["sliding_window"] is not None)
+GEMMA2 = _by_layer(lambda hf, i: i % 2 == 0)
 QWEN_MOE = _by_layer(lambda hf, i: hf["use_sliding_window"], layer_types=False, switch=True)
 QWEN = _by_layer(lambda hf, i: hf["use_sliding_window"] and i >= hf["max_window_layers"], switch=True)
 

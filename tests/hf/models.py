@@ -1,5 +1,6 @@
 """Hugging Face models with random weights: the published config.json of each, its sizes shrunk."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ PHI3 = {
     "eos_token_id": 2,
 }  # fmt: skip
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.0, 1.1, 1.25], "long_factor": [1.05, 1.5, 3.0, 24.0]}
+# The published multiplier of the embedding, 12, makes a small random model repeat one token.
 GRANITE = {
     "model_type": "granite", "attention_bias": False, "attention_dropout": 0.0, "attention_multiplier": 0.015625,
-    "embedding_multiplier": 12.0, "hidden_act": "silu", "logits_scaling": 8.0, "max_position_embeddings": 4096,
+    "embedding_multiplier": 0.5, "hidden_act": "silu", "logits_scaling": 8.0, "max_position_embeddings": 4096,
     "mlp_bias": False, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000,
     "tie_word_embeddings": True,
 }  # fmt: skip
@@ -51,6 +53,19 @@ OLMO2 = {
 GEMMA = {
     "model_type": "gemma", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 16, "hidden_act": "gelu",
     "max_position_embeddings": 8192, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+}  # fmt: skip
+GEMMA2 = {
+    "model_type": "gemma2", "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 5.0, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 2,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "query_pre_attn_scalar": 7,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "sliding_window": 8,
+}  # fmt: skip
+GEMMA3 = {
+    "model_type": "gemma3_text", "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 32768, "num_key_value_heads": 2, "query_pre_attn_scalar": 7, "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 8,
+    "sliding_window_pattern": 2,
 }  # fmt: skip
 ARCEE = {
     "model_type": "arcee", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 8, "hidden_act": "relu2",
@@ -76,6 +91,23 @@ STABLELM = {
     "layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25, "qk_layernorm": False,
     "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": False, "use_parallel_residual": False,
     "use_qkv_bias": True, "num_attention_heads": 4,
+}  # fmt: skip
+COHERE2 = {
+    "model_type": "cohere2", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "layer_switch": 2,
+    "layer_norm_eps": 1e-5, "logit_scale": 0.25, "max_position_embeddings": 8192, "order_of_interleaved_layers":
+    "local_attn_first", "position_embedding_type": "rope_gptj", "rope_scaling": None, "rope_theta": 50000, "rotary_pct":
+    1.0, "sliding_window": 8, "sliding_window_pattern": 2, "use_embedding_sharing": True, "use_gated_activation": True,
+    "use_parallel_block": True, "use_parallel_embedding": True,
+}  # fmt: skip
+GLM4 = {
+    "model_type": "glm4", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 16, "hidden_act": "silu",
+    "max_position_embeddings": 32768, "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "pad_token_id": 0,
+}  # fmt: skip
+EXAONE4 = {
+    "model_type": "exaone4", "attention_dropout": 0.0, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 65536, "rope_theta": 1000000, "sliding_window": None, "sliding_window_pattern": None,
+    "layer_types": ["full_attention"] * 3, "rope_scaling": SCALING | {"factor": 16.0}, "tie_word_embeddings": True,
 }  # fmt: skip
 MIXTRAL = {
     "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
@@ -170,6 +202,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "granite-3.0-2b-base": GRANITE,
     "OLMo-2-1124-7B": OLMO2,
     "gemma-7b": GEMMA,
+    "gemma-2-9b": GEMMA2,
+    "gemma-3-1b-pt": GEMMA3,
+    "c4ai-command-r7b-12-2024": COHERE2,
+    "glm-4-9b-chat-hf": GLM4 | {"model_type": "glm", "attention_bias": True},
+    "GLM-4-9B-0414": GLM4,
+    "EXAONE-4.0-1.2B": EXAONE4,
+    "EXAONE-4.0-32B": EXAONE4
+    | {
+        "sliding_window": 8, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "AFM-4.5B": ARCEE,
     "Minitron-4B-Base": NEMOTRON,
     "c4ai-command-r-v01": COHERE,
@@ -193,10 +236,15 @@ def config_json(name: str, **change: Any) -> dict[str, Any]:
     return {**SHRUNK, **PUBLISHED[name], **change}
 
 
+def attention(config: dict[str, Any]) -> str:
+    """transformers' implementation of it; "sdpa" knows no soft cap."""
+    return "eager" if config.get("attn_logit_softcapping") else "sdpa"
+
+
 def random_model(name: str, dtype: torch.dtype = torch.float32, **change: Any) -> PreTrainedModel:
     """Weights far enough from 0 and 1 that a wrong one changes the logits."""
     config = config_json(name, **change)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention(config))
     g = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
@@ -215,7 +263,8 @@ def tokens() -> torch.Tensor:
 
 def load_random(folder: Path | str) -> PreTrainedModel:
     """transformers' own model, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    implementation = attention(json.loads((Path(folder) / "config.json").read_text()))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation).eval()
 
 
 @torch.no_grad()
