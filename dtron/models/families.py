@@ -24,7 +24,7 @@ _LLAMA3 = {
 }
 _QWEN2: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
 _QWEN3: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, "head_dim": 128}
-_SCALED = {factor: Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)}
+_SCALED = {factor: Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 16.0, 32.0)}
 _SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": _SCALED[32.0], "tie_embeddings": True}
 
 _MIXTRAL: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-5}
@@ -42,6 +42,25 @@ _NEMOTRON: dict[str, Any] = {
     "head_dim": 128, "partial_rotary_factor": 0.5, "variant": replace(_ARCEE, norm="layer_1p"),
 }  # fmt: skip
 _STABLELM: dict[str, Any] = {"partial_rotary_factor": 0.25, "variant": Variant("layer_bias")}
+
+
+_GEMMA3: dict[str, Any] = {
+    "head_dim": 256, "norm_eps": 1e-6, "tie_embeddings": True, "qk_norm": True, "attention_scale": 256**-0.5,
+    "rope_theta": 1e6, "ropes": (*5 * ("local",), "global"), "windows": (*5 * (512,), None),
+    "variant": replace(_GEMMA["variant"], norms="both"),
+}  # fmt: skip
+_GLM4: dict[str, Any] = {"partial_rotary_factor": 0.5, "variant": Variant(norms="both")}
+_EXAONE4: dict[str, Any] = {"qk_norm": True, "rope_theta": 1e6, "variant": Variant(norms="after")}
+_COHERE2: dict[str, Any] = {
+    "rope_theta": 50000.0, "tie_embeddings": True, "ropes": (*3 * ("global",), "none"),
+    "windows": (*3 * (4096,), None), "variant": Variant("layer", norms="parallel", logits_multiplier=0.25),
+}  # fmt: skip
+
+
+def _gemma2(head_size: int, scalar: float, window: int = 4096) -> dict[str, Any]:
+    variant = replace(_GEMMA["variant"], norms="both", logits_softcap=30.0)
+    scores = {"attention_scale": scalar**-0.5, "attention_softcap": 50.0, "windows": (window, None)}
+    return _GEMMA | {"variant": variant, "head_dim": head_size} | scores
 
 
 def _granite(embedding: float, logits: float, residual: float, attention: float) -> dict[str, Any]:
@@ -134,6 +153,17 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "2B": _model(256000, 2048, 18, 8, 1, 16384, **_GEMMA),
         "7B": _model(256000, 3072, 28, 16, 16, 24576, **_GEMMA),
     },
+    "gemma2": {
+        "debugmodel": replace(_DEBUG, **_gemma2(64, 64, 256)),
+        "2B": _model(256000, 2304, 26, 8, 4, 9216, **_gemma2(256, 256)),
+        "9B": _model(256000, 3584, 42, 16, 8, 14336, **_gemma2(256, 256)),
+        "27B": _model(256000, 4608, 46, 32, 16, 36864, **_gemma2(128, 144)),
+    },
+    "gemma3": {
+        "debugmodel": replace(_DEBUG, **_GEMMA3 | {"head_dim": 64, "windows": (*5 * (256,), None)}),
+        "270M": _model(262144, 640, 18, 4, 1, 2048, **_GEMMA3),
+        "1B": _model(262144, 1152, 26, 4, 1, 6912, **_GEMMA3),
+    },
     "arcee": {
         "debugmodel": replace(_DEBUG, variant=_ARCEE),
     },
@@ -146,6 +176,24 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "aya-23-8B": _model(256000, 4096, 32, 32, 8, 14336, **_cohere(0.0625, 10000.0)),
         "command-r": _model(256000, 8192, 40, 64, 64, 22528, **_cohere(0.0625, 8e6)),
         "command-r-plus": _model(256000, 12288, 64, 96, 8, 33792, **_cohere(0.8333333333333334, 7.5e7, True)),
+    },
+    "cohere2": {
+        "debugmodel": replace(_DEBUG, **_COHERE2),
+        "command-r7b": _model(256000, 4096, 32, 32, 8, 14336, **_COHERE2),
+        "command-a": _model(256000, 12288, 64, 96, 8, 36864, **_COHERE2),
+    },
+    "glm4": {
+        "debugmodel": replace(_DEBUG, **_GLM4),
+        "9B": _model(151552, 4096, 40, 32, 2, 13696, **_GLM4, qkv_bias=True),
+        "32B": _model(151552, 6144, 61, 48, 2, 23040, **_GLM4, head_dim=128),
+    },
+    "exaone4": {
+        "debugmodel": replace(_DEBUG, **_EXAONE4, tie_embeddings=True, rope_scaling=_SCALED[16.0]),
+        "1.2B": _model(102400, 2048, 30, 32, 8, 4096, **_EXAONE4, tie_embeddings=True, rope_scaling=_SCALED[16.0]),
+        "32B": _model(
+            102400, 5120, 64, 40, 8, 27392, **_EXAONE4, rope_scaling=_SCALED[16.0], windows=(*3 * (4096,), None),
+            ropes=(*3 * ("global",), "none"),
+        ),
     },
     "stablelm": {
         "debugmodel": replace(_DEBUG, **_STABLELM, qkv_bias=True),

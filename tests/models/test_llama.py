@@ -162,6 +162,17 @@ PARAMETERS = {
     ("olmo2", "32B"): 32_234_279_936,
     ("gemma", "2B"): 2_506_172_416,
     ("gemma", "7B"): 8_537_680_896,
+    ("gemma2", "2B"): 2_614_341_888,
+    ("gemma2", "9B"): 9_241_705_984,
+    ("gemma2", "27B"): 27_227_128_320,
+    ("gemma3", "270M"): 268_098_176,
+    ("gemma3", "1B"): 999_885_952,
+    ("cohere2", "command-r7b"): 8_028_033_024,
+    ("cohere2", "command-a"): 111_057_580_032,
+    ("glm4", "9B"): 9_400_279_040,
+    ("glm4", "32B"): 32_566_081_536,
+    ("exaone4", "1.2B"): 1_279_391_488,
+    ("exaone4", "32B"): 32_003_216_384,
     ("nemotron", "minitron-4B"): 4_190_509_056,
     ("cohere", "aya-23-8B"): 8_028_033_024,
     ("cohere", "command-r"): 34_980_831_232,
@@ -177,7 +188,7 @@ def test_parameter_counts_equal_transformers_and_the_published_ones(family: str,
     config = FAMILIES[family][flavor]
     written = to_hf_config(config)
     plain = written["model_type"] in ("llama", "qwen2", "qwen3")
-    theirs = hf_config(config) if plain else AutoConfig.for_model(**written)
+    theirs = hf_config(config) if plain else AutoConfig.for_model(**written, pad_token_id=None)
     with torch.device("meta"):
         ours, hf = Llama(config), AutoModelForCausalLM.from_config(theirs)
     count = sum(p.numel() for p in ours.parameters())
