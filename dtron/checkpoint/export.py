@@ -209,7 +209,11 @@ def _finish(checkpoint: StoragePath, partial: Path, plan: Plan, form: Form) -> N
     config.pop("dtype", None)  # its newer name
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(plan) > 1:
-        sizes = [torch.Size(shape).numel() * dtype.itemsize for tensors in plan for shape, dtype in tensors.values()]
+        sizes = [
+            (torch.Size(shape).numel() + len(form.beside(name))) * dtype.itemsize
+            for tensors in plan
+            for name, (shape, dtype) in tensors.items()
+        ]
         names = [
             (theirs, i)
             for i, tensors in enumerate(plan)

@@ -93,6 +93,9 @@ def entries_of(folder: Path) -> dict[str, Entry]:
             continue
         if "lora_" in stored:
             raise UserError(f"{folder} holds a LoRA adapter ({stored}) that is not merged; {MERGE}")
+        if (constant := form.constant(form.our_name(stored))) is not None:
+            _check_constant(folder, entry, constant)
+            continue
         for name, part in _split(folder, form, entry):
             part = replace(part, order=form.order(name, len(part.shape)))
             if (other := entries.setdefault(name, part)) is not part:
@@ -100,6 +103,14 @@ def entries_of(folder: Path) -> dict[str, Entry]:
                     f"{folder} has both {other.stored} and {stored}, which are one tensor; remove one of them"
                 )
     return _stacked(folder, entries)
+
+
+def _check_constant(folder: Path, entry: Entry, value: float) -> None:
+    """UserError unless the stored number, which our model has in its code, is this."""
+    stored: Tensor = _open(folder, entry.file).get_tensor(entry.stored)
+    expected = torch.tensor(value, dtype=entry.dtype).item()
+    if stored.numel() != 1 or stored.item() != expected:
+        raise UserError(f"{folder}: {entry.stored} = {stored.tolist()} cannot be represented; expected {expected:g}")
 
 
 def _split(folder: Path, form: Form, entry: Entry) -> Iterator[tuple[str, Entry]]:

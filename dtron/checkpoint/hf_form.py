@@ -117,13 +117,14 @@ class Form:
     renames: their part of a name between dots -> ours. norm_lists: norms with weights of their own for each head are as
     many tensors. head_size, rotated: of heads whose rows are in the other order; 0: they are not. fused: of each of
     their fused projections the name, and the names and rows of ours in it, in their order. columns: the experts are as
-    `ExpertColumns` says.
+    `ExpertColumns` says. constants: names within a layer, and values, of stored numbers that are not weights of ours.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     norm_lists: bool = False
     head_size: int = 0
     rotated: int = 0
+    constants: tuple[tuple[str, float], ...] = ()
     fused: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     columns: bool = False
 
@@ -141,7 +142,20 @@ class Form:
         """Our tensor by the names under which it is written: of a stack one for each of its tensors."""
         order, names = self.order(ours, tensor.dim()), self.their_names(ours, tensor.shape)
         tensor = order.written(tensor) if order else tensor
-        return dict(zip(names, tensor.unbind() if self._is_stack(ours) else [tensor], strict=True))
+        parts = tensor.unbind() if self._is_stack(ours) else [tensor]
+        constants = [torch.tensor(value, dtype=tensor.dtype) for value in self.beside(ours).values()]
+        return dict(zip(names, [*parts, *constants], strict=True))
+
+    def constant(self, ours: str) -> float | None:
+        """The value of a stored number that is no weight, by its name as ours; None for a weight."""
+        return next(
+            (value for name, value in self.constants if re.fullmatch(rf"model\.layers\.\d+\.{name}", ours)), None
+        )
+
+    def beside(self, ours: str) -> dict[str, float]:
+        """The numbers that are written beside our tensor, by name: a layer's with its first norm."""
+        layer = re.fullmatch(r"(model\.layers\.\d+\.)input_layernorm\.weight", ours)
+        return {f"{layer[1]}{name}": value for name, value in self.constants} if layer else {}
 
     def _is_stack(self, ours: str) -> bool:
         return bool((STACK.fullmatch(ours) and not self.columns) or (self.norm_lists and NORMS.fullmatch(ours)))
@@ -152,15 +166,14 @@ class Form:
         theirs |= {our: their for their, parts in self.fused for our, _ in parts}
 
         def renamed(name: str) -> str:
-            for our, their in theirs.items():
-                name = re.sub(rf"(?<![^.]){re.escape(our)}(?![^.])", their, name)
-            return name
+            every = "|".join(map(re.escape, theirs))  # at once: a new name may be another's old one
+            return re.sub(rf"(?<![^.])({every})(?![^.])", lambda m: theirs[m[1]], name) if theirs else name
 
         if self.columns and (match := OF_EXPERTS.fullmatch(ours)):
             return [f"{match[1]}{'down' if match[2] == 'down' else 'gate_up'}{match[3]}"]
         ours = their_name(ours)
         if not self._is_stack(ours):
-            return [renamed(ours)]
+            return [renamed(ours), *map(renamed, self.beside(ours))]
         stack, norms = STACK.fullmatch(ours), ours.removesuffix(".weight")
         form = f"{stack[1]}%d.{stack[2]}.weight" if stack else f"{norms}.norms.%d.weight"
         return [renamed(form % i) for i in range(shape[0])]
@@ -201,7 +214,7 @@ def form_of(config: dict[str, Any], file: Path | str) -> Form:
     if not isinstance(kind, str) or kind not in TYPES:
         return PLAIN
     of_type = TYPES[kind]
-    form = Form(of_type.renames, of_type.norm_lists, columns=of_type.expert_columns)
+    form = Form(of_type.renames, of_type.norm_lists, constants=of_type.constants, columns=of_type.expert_columns)
     if not of_type.interleaved and not of_type.fused:
         return form
     c = hf_dimensions(config, file)

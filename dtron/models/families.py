@@ -37,9 +37,12 @@ _GEMMA: dict[str, Any] = {
     "head_dim": 256, "norm_eps": 1e-6, "tie_embeddings": True,
     "variant": Variant("rms_1p", activation="gelu_tanh", embedding_multiplier="sqrt"),
 }  # fmt: skip
-_ARCEE = Variant(activation="relu2", gated=False)
 _NEMOTRON: dict[str, Any] = {
-    "head_dim": 128, "partial_rotary_factor": 0.5, "variant": replace(_ARCEE, norm="layer_1p"),
+    "head_dim": 128, "partial_rotary_factor": 0.5, "variant": Variant("layer_1p", activation="relu2", gated=False),
+}  # fmt: skip
+_APERTUS: dict[str, Any] = {
+    "qk_norm": True, "rope_theta": 12e6, "rope_scaling": _SCALED[8.0],
+    "variant": Variant(activation="xielu", gated=False),
 }  # fmt: skip
 _STABLELM: dict[str, Any] = {"partial_rotary_factor": 0.25, "variant": Variant("layer_bias")}
 
@@ -164,9 +167,6 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "270M": _model(262144, 640, 18, 4, 1, 2048, **_GEMMA3),
         "1B": _model(262144, 1152, 26, 4, 1, 6912, **_GEMMA3),
     },
-    "arcee": {
-        "debugmodel": replace(_DEBUG, variant=_ARCEE),
-    },
     "nemotron": {
         "debugmodel": replace(_DEBUG, **_NEMOTRON | {"head_dim": 64}),
         "minitron-4B": _model(256000, 3072, 32, 24, 8, 9216, **_NEMOTRON),
@@ -194,6 +194,11 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
             102400, 5120, 64, 40, 8, 27392, **_EXAONE4, rope_scaling=_SCALED[16.0], windows=(*3 * (4096,), None),
             ropes=(*3 * ("global",), "none"),
         ),
+    },
+    "apertus": {
+        "debugmodel": replace(_DEBUG, **_APERTUS),
+        "8B": _model(131072, 4096, 32, 32, 8, 21504, **_APERTUS),
+        "70B": _model(131072, 8192, 80, 64, 8, 43008, **_APERTUS),
     },
     "stablelm": {
         "debugmodel": replace(_DEBUG, **_STABLELM, qkv_bias=True),

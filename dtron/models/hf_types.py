@@ -9,7 +9,7 @@ from dtron.models import hf_variants as parts
 from dtron.models.hf_fields import Fields, read_experts, write_experts
 from dtron.models.hf_windows import EVERYWHERE, GEMMA2, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows
 from dtron.models.llama import LlamaConfig
-from dtron.models.variants import Variant
+from dtron.models.variants import XIELU, Variant
 
 __all__ = ["DEFAULTS", "LEGAL", "TYPES", "HFType"]
 
@@ -53,6 +53,7 @@ class HFType:
     interleaved: rotary embeddings rotate neighbours of a head together, where ours rotate halves: the rows of q and k
         are in another order.
     expert_columns: the experts are in few tensors, with columns where ours have rows.
+    constants: (name within a layer, value): stored numbers that are no weights of ours.
     fused: (theirs, ours): projections whose rows are below one another in one tensor.
     """
 
@@ -73,6 +74,7 @@ class HFType:
     norm_lists: bool = False
     interleaved: bool = False
     expert_columns: bool = False
+    constants: tuple[tuple[str, float], ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
@@ -212,6 +214,13 @@ TYPES: dict[str, HFType] = {
     "exaone4": HFType(
         "Exaone4ForCausalLM", flags={"qk_norm": True, "variant": Variant(norms="after")}, read=parts.read_exaone4,
         windows=parts.EXAONE4_WINDOWS, defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    ),
+    "apertus": HFType(
+        "ApertusForCausalLM", flags={"qk_norm": True, "variant": Variant(activation="xielu", gated=False)},
+        read=parts.read_apertus, biases=ATTENTION_BIAS, legal={"hidden_act": ("xielu", None)},
+        defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_theta": 12e6},
+        renames=(("attention_layernorm", "input_layernorm"), ("feedforward_layernorm", "post_attention_layernorm")),
+        constants=(("mlp.act_fn.beta", XIELU.BETA), ("mlp.act_fn.eps", XIELU.EPS)),
     ),
     "stablelm": HFType(
         "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=parts.read_stablelm,

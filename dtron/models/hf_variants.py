@@ -11,6 +11,7 @@ from dtron.errors import UserError
 from dtron.models.hf_fields import Fields, is_count, positive
 from dtron.models.hf_windows import all_but_every, read_windows
 from dtron.models.llama import LlamaConfig
+from dtron.models.rope import Llama3Scaling
 from dtron.models.variants import Variant
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GEMMA",
     "GEMMA2",
     "GEMMA3_WINDOWS",
+    "read_apertus",
     "read_cohere",
     "read_cohere2",
     "read_exaone4",
@@ -126,6 +128,13 @@ def read_exaone4(hf: Fields, file: Path | str) -> Fields:
     if hf["sliding_window"] is not None and not windows:
         return {"ropes": ("none",)}
     return {"ropes": tuple("none" if window is None else "global" for window in windows)}
+
+
+def read_apertus(hf: Fields, file: Path | str) -> Fields:
+    """Without rotary settings of any name it has Llama 3.1's, whatever rope_theta says, as in transformers."""
+    if hf.get("rope_scaling") or hf.get("rope_parameters"):
+        return {}
+    return {"rope_theta": 12e6, "rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)}
 
 
 def read_stablelm(hf: Fields, file: Path | str) -> Fields:

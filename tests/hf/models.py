@@ -109,6 +109,12 @@ EXAONE4 = {
     "max_position_embeddings": 65536, "rope_theta": 1000000, "sliding_window": None, "sliding_window_pattern": None,
     "layer_types": ["full_attention"] * 3, "rope_scaling": SCALING | {"factor": 16.0}, "tie_word_embeddings": True,
 }  # fmt: skip
+APERTUS = {
+    "model_type": "apertus", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "xielu",
+    "hidden_dropout": 0.0, "max_position_embeddings": 65536, "mlp_bias": False, "post_norm": False, "qk_norm": True,
+    "rms_norm_eps": 1e-5, "rope_scaling": SCALING | {"type": "llama3"}, "rope_theta": 12000000,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 MIXTRAL = {
     "model_type": "mixtral", "hidden_act": "silu", "max_position_embeddings": 32768, "num_experts_per_tok": 2,
     "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
@@ -204,6 +210,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma-7b": GEMMA,
     "gemma-2-9b": GEMMA2,
     "gemma-3-1b-pt": GEMMA3,
+    "Apertus-8B-2509": APERTUS,
     "c4ai-command-r7b-12-2024": COHERE2,
     "glm-4-9b-chat-hf": GLM4 | {"model_type": "glm", "attention_bias": True},
     "GLM-4-9B-0414": GLM4,

@@ -13,6 +13,7 @@ from torch import Tensor
 from dtron.__main__ import main
 from dtron.checkpoint.hf import Entry
 from dtron.checkpoint.hf_form import Form, HeadOrder
+from dtron.errors import UserError
 from dtron.hf.read import open_model
 
 HEADS, SIZE = 4, 12
@@ -121,6 +122,29 @@ def test_a_fused_projection_that_does_not_fit_is_named(tmp_path: Path, capsys: p
     del tensors["model.layers.1.mlp.gate_up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
     assert "it has no model.layers.1.mlp.gate_up_proj.weight" in refusal()
+
+
+def test_stacks_of_norms_fused_projections_and_constants_have_their_names():
+    norms = Form(norm_lists=True, renames=(("q_layernorm", "q_norm"),))
+    ours, weight = "model.layers.0.self_attn.q_norm.weight", torch.randn(1, SIZE)
+    assert norms.their_names(ours, (2, SIZE)) == [
+        f"model.layers.0.self_attn.q_layernorm.norms.{i}.weight" for i in (0, 1)
+    ]
+    assert [t.shape for t in norms.written(ours, weight).values()] == [(SIZE,)]  # of a single head too
+    assert Form().their_names(ours, (2, SIZE)) == [ours]
+
+
+def test_a_number_that_the_model_has_in_its_code_is_checked(tmp_path: Path):
+    folder = save_random("Apertus-8B-2509", tmp_path)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.act_fn.beta"
+    assert weights[name].item() == 0.5 and name in Form(constants=(("mlp.act_fn.beta", 0.5),)).written(
+        "model.layers.1.input_layernorm.weight", torch.ones(4)
+    )
+    save_file(weights | {name: torch.tensor(0.25)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers.1.mlp.act_fn.beta = 0.25 cannot be represented; expected 0.5"):
+        open_model(str(folder), torch.device("cpu"), torch.float32)
 
 
 def test_without_the_reordering_logits_are_not_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
