@@ -158,9 +158,9 @@ class Block(nn.Module):
     def __init__(self, c: LlamaConfig, index: int) -> None:
         super().__init__()
         self.variant = c.variant
-        self.self_attn = Attention(c)
         for name in NORMS[c.variant.norms]:  # input_layernorm and post_attention_layernorm
             self.add_module(name, make_norm(c.variant, c.dim, c.norm_eps))
+        self.self_attn = Attention(c)
         self.mlp: nn.Module
         if c.moe is None or index < c.moe.n_dense_layers:
             self.mlp = FeedForward(c.dim, c.ffn_dim, c.variant, c.mlp_bias)
