@@ -1,4 +1,4 @@
-"""Parts that are not Llama's: in bf16 as in transformers, initial values, and which fields of config.json are refused."""
+"""Parts that are not Llama's: bf16 as in transformers, initial values, and fields of config.json that are refused."""
 
 from typing import Any
 
