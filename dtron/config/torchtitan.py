@@ -151,7 +151,7 @@ NAMES = {
         **dict.fromkeys(("mx", "mxfp8", "quantize.linear.mx", "quantize.grouped_mm.mx"), ": MXFP8 is not built yet"),
     },
     "name": {
-        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "llama4", "gpt_oss"), f": {EXPERTS}"),
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "llama4"), f": {EXPERTS}"),
         **dict.fromkeys(("flux", "vlm", "transformers_modeling_backend"), ": only Llama-like text models are built"),
         "llama": " is unknown; its generations are named, such as llama3",
     },

@@ -1,11 +1,12 @@
 """Published Llama-like models by family and flavor."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
-from dtron.models.rope import Llama3Scaling
+from dtron.models.rope import Llama3Scaling, YarnScaling
 from dtron.models.variants import Variant
 
 __all__ = ["FAMILIES"]
@@ -28,6 +29,11 @@ _SCALED = {factor: Llama3Scaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 16.
 _SCALED_32 = {"rope_theta": 500000.0, "rope_scaling": _SCALED[32.0], "tie_embeddings": True}
 
 _MIXTRAL: dict[str, Any] = {"rope_theta": 1e6, "norm_eps": 1e-5}
+_GPT_OSS: dict[str, Any] = {
+    "rope_theta": 150000.0, "rope_scaling": YarnScaling(32.0, 4096, truncate=False), "head_dim": 64, "qkv_bias": True,
+    "o_bias": True, "attention_sinks": True, "windows": (128, None),
+}  # fmt: skip
+_GPT_OSS_EXPERTS = partial(MoEConfig, biases=True, swiglu_limit=7.0)
 _OLMOE: dict[str, Any] = {"qk_norm_whole": True, "norm_eps": 1e-5}
 
 _OLMO2: dict[str, Any] = {
@@ -131,6 +137,13 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "debugmodel": replace(_DEBUG, **_QWEN3 | {"head_dim": 32}, moe=MoEConfig(16, 4, 128)),
         "30B-A3B": _model(151936, 2048, 48, 32, 4, 6144, **_QWEN3, moe=MoEConfig(128, 8, 768)),
         "235B-A22B": _model(151936, 4096, 94, 64, 4, 12288, **_QWEN3, moe=MoEConfig(128, 8, 1536)),
+    },
+    "gpt_oss": {
+        "debugmodel": replace(
+            _DEBUG, **_GPT_OSS | {"head_dim": 32, "windows": (64, None)}, ffn_dim=128, moe=_GPT_OSS_EXPERTS(8, 2, 128)
+        ),
+        "20B": _model(201088, 2880, 24, 64, 8, 2880, **_GPT_OSS, moe=_GPT_OSS_EXPERTS(32, 4, 2880)),
+        "120B": _model(201088, 2880, 36, 64, 8, 2880, **_GPT_OSS, moe=_GPT_OSS_EXPERTS(128, 4, 2880)),
     },
     "olmoe": {
         "debugmodel": replace(

@@ -49,7 +49,7 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
     flags_of_biases = dict.fromkeys(of_type.biases, (False, True, None))
     for field, legal in {**LEGAL, **of_type.legal, **flags_of_biases}.items():
         if hf.get(field) not in legal:
-            expected = json.dumps(legal[0])
+            expected = json.dumps(legal[0]) + of_type.hints.get(field, "")
             raise UserError(f"{file}: {field} = {hf[field]!r} cannot be represented; expected {expected}")
     needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     needed += [] if "num_key_value_heads" in of_type.defaults else ["num_key_value_heads"]

@@ -1,13 +1,14 @@
 """The model types of Hugging Face that are read and written, as a table: what makes each another than Llama."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dtron.errors import UserError
 from dtron.models import hf_variants as parts
-from dtron.models.hf_fields import Fields, read_experts, write_experts
-from dtron.models.hf_windows import EVERYWHERE, GEMMA2, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows
+from dtron.models.hf_fields import Fields, positive, read_experts, write_experts
+from dtron.models.hf_windows import EVERYWHERE, GEMMA2, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows, all_but_every
 from dtron.models.llama import LlamaConfig
 from dtron.models.variants import XIELU, Variant
 
@@ -39,6 +40,7 @@ class HFType:
         same.
     flags: of LlamaConfig, which a model of this type always has.
     defaults: what transformers takes for missing fields, where it is not in DEFAULTS.
+    hints: field -> what the message says besides where its value is not legal.
     legal: values of fields that change the architecture, where they are not in LEGAL.
     biases: fields that say whether matrices have biases -> the flags that they set.
     read: (config.json with the defaults, file) -> further fields of LlamaConfig.
@@ -62,6 +64,7 @@ class HFType:
     defaults: Fields = field(default_factory=dict)
     legal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[Fields, Path | str], Fields] = lambda hf, file: {}
     write: Callable[[LlamaConfig], Fields] = lambda c: {}
     activation: str = "hidden_act"
@@ -127,6 +130,18 @@ def _read_olmoe(hf: Fields, file: Path | str) -> Fields:
 def _write_olmoe(c: LlamaConfig) -> Fields:
     assert c.moe is not None
     return write_experts(c, "intermediate_size") | {"norm_topk_prob": c.moe.normalize_top_k}
+
+
+def _read_gpt_oss(hf: Fields, file: Path | str) -> Fields:
+    if not (hf.get("rope_scaling") or hf.get("rope_parameters")):
+        raise UserError(f"{file}: rope_scaling is missing; expected yarn's settings, which transformers then takes")
+    moe = read_experts(hf, "intermediate_size", True, file)
+    return {"moe": replace(moe, biases=True, swiglu_limit=positive(hf, "swiglu_limit", file))}
+
+
+def _write_gpt_oss(c: LlamaConfig) -> Fields:
+    assert c.moe is not None
+    return _write_mixtral(c) | {"swiglu_limit": c.moe.swiglu_limit, "swiglu_alpha": 1.702}
 
 
 def _write_phi3(c: LlamaConfig) -> Fields:
@@ -248,6 +263,20 @@ TYPES: dict[str, HFType] = {
     "qwen3_moe": HFType(
         "Qwen3MoeForCausalLM", flags={"qk_norm": True}, defaults=QWEN_WINDOW, legal=QWEN_LEGAL, experts=True,
         windows=QWEN_MOE, biases=ATTENTION_BIAS, read=_read_qwen3_moe, write=_write_qwen3_moe,
+    ),
+    "gpt_oss": HFType(
+        "GptOssForCausalLM", flags={"attention_sinks": True}, biases=ATTENTION_BIAS, windows=all_but_every(2),
+        experts=True, read=_read_gpt_oss, write=_write_gpt_oss, expert_columns=True,
+        defaults={
+            "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128, "attention_bias": True,
+            "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+        },
+        legal={"swiglu_alpha": (1.702,)},
+        hints={
+            "quantization_config": "; weights in MXFP4 are not read: take a copy in bfloat16, such as "
+            "unsloth/gpt-oss-20b-BF16, or save one with transformers' Mxfp4Config(dequantize=True)"
+        },
+        renames=(("router", "gate"), ("sinks", "sinks.weight")),
     ),
     "olmoe": HFType(
         "OlmoeForCausalLM", flags={"qk_norm_whole": True}, defaults={"rms_norm_eps": 1e-5}, experts=True,

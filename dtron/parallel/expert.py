@@ -127,7 +127,7 @@ def check_experts(c: Config, m: MoEConfig | None, dim: int, d: Degrees) -> None:
         if d.ep > 1:
             raise UserError(
                 f"parallelism.expert_parallel_degree is {d.ep}, but model.name {c.model.name} has no experts; set it "
-                "to 1, or choose a mixture of experts: mixtral, qwen3_moe, olmoe"
+                "to 1, or choose a mixture of experts: mixtral, qwen3_moe, gpt_oss, olmoe"
             )
         return
     if not 1 <= m.top_k <= m.n_experts:

@@ -144,7 +144,7 @@ def variant(config: Config, score: str, n_experts: int) -> Config:
     base = family.get(config.model.flavor)
     if base is None or base.moe is None:
         raise UserError(
-            f"model {config.model.name} {config.model.flavor} has no experts; choose mixtral, qwen3_moe or olmoe"
+            f"model {config.model.name} {config.model.flavor} has no experts; choose one of docs/experts.md"
         )
     moe = dataclasses.replace(base.moe, score=score, n_experts=n_experts, top_k=min(base.moe.top_k, n_experts))
     flavor = f"{config.model.flavor}-{score}-{n_experts}"

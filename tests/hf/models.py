@@ -130,6 +130,17 @@ OLMOE = {
     "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
     "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
 }  # fmt: skip
+GPT_OSS = {
+    "model_type": "gpt_oss", "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 3, "head_dim": 16,
+    "hidden_act": "silu", "initial_context_length": 4096, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4, "max_position_embeddings": 131072, "num_experts_per_tok": 3, "num_local_experts": 8,
+    "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 150000, "router_aux_loss_coef": 0.9,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False,
+    },
+    "sliding_window": 8, "swiglu_limit": 0.5, "tie_word_embeddings": False,
+}  # fmt: skip
 # What the model's own config.json has besides its sizes.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7b": LLAMA | {"num_key_value_heads": 8, "rope_theta": 10000.0, "max_position_embeddings": 4096},
@@ -236,6 +247,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.001, "tie_word_embeddings": False, "intermediate_size": 96,
     },
     "OLMoE-1B-7B-0924": OLMOE,
+    "gpt-oss-20b": GPT_OSS,
 }  # fmt: skip
 
 
@@ -244,8 +256,8 @@ def config_json(name: str, **change: Any) -> dict[str, Any]:
 
 
 def attention(config: dict[str, Any]) -> str:
-    """transformers' implementation of it; "sdpa" knows no soft cap."""
-    return "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    """transformers' implementation of it; "sdpa" knows no soft cap, and no sinks."""
+    return "eager" if config.get("attn_logit_softcapping") or config["model_type"] == "gpt_oss" else "sdpa"
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float32, **change: Any) -> PreTrainedModel:

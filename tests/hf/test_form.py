@@ -153,3 +153,27 @@ def test_without_the_reordering_logits_are_not_those_of_transformers(tmp_path: P
     with torch.no_grad():
         ours = open_model(str(folder), torch.device("cpu"), torch.float32).model(tokens())
     assert (ours - logits_of(folder)).abs().max() > 0.01
+
+
+def test_experts_in_one_tensor_are_read_by_their_columns():
+    """gpt-oss: [N, in, out] for our [N, out, in]; the columns of gate and up take turns."""
+    form = Form(columns=True)
+    name = "model.layers.0.mlp.experts."
+    theirs = {f"{name}gate_up_proj": torch.randn(4, 6, 10), f"{name}gate_up_proj_bias": torch.randn(4, 10)}
+    theirs |= {f"{name}down_proj": torch.randn(4, 5, 6), f"{name}down_proj_bias": torch.randn(4, 6)}
+    written: dict[str, list[torch.Tensor]] = {}
+    for stored, tensor in theirs.items():
+        for at, ours in enumerate(form.split_experts(stored)):
+            order = form.order(ours, tensor.dim())
+            whole = order.read(tensor, tuple(slice(0, n) for n in order.shape(tuple(tensor.shape))))
+            turns = tensor if "down" in ours else tensor[..., at::2]
+            assert torch.equal(whole, turns.mT if tensor.dim() == 3 else turns)
+            part = (slice(1, 3), slice(2, 5), slice(3, 6))[: tensor.dim()]
+            assert torch.equal(order.read(tensor, part), whole[part])
+            for their, columns in form.written(ours, whole).items():
+                written.setdefault(their, []).append(columns)
+    assert written.keys() == theirs.keys()
+    for stored, parts in written.items():
+        assert torch.equal(form.join(stored, parts), theirs[stored])
+    assert form.split_experts("model.layers.0.mlp.gate_proj.weight") == []
+    assert Form().split_experts(f"{name}down_proj") == []

@@ -153,6 +153,8 @@ PARAMETERS = {
     ("mixtral", "8x22B"): 140_620_634_112,
     ("qwen3_moe", "30B-A3B"): 30_532_122_624,
     ("qwen3_moe", "235B-A22B"): 235_093_634_560,
+    ("gpt_oss", "20B"): 20_914_757_184,
+    ("gpt_oss", "120B"): 116_829_156_672,
     ("olmoe", "1B-7B"): 6_919_161_856,
     ("granite", "2B"): 2_533_531_648,
     ("granite", "8B"): 8_170_848_256,
@@ -238,6 +240,9 @@ GOOD = {
 }  # fmt: skip
 
 
+GPT_OSS = {"model_type": "gpt_oss", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
 def read(tmp_path: Path, **change: object) -> LlamaConfig:
     content = {key: value for key, value in {**GOOD, **change}.items() if value != "absent"}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -283,6 +288,9 @@ def test_older_files_and_absent_fields(tmp_path: Path):
             "sliding_window = None, and layers have one",
         ),
         ({"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["full_attention"]}, "names 1 layers"),
+        (GPT_OSS, "rope_scaling is missing"),
+        (GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, "take a copy in bfloat16, such as unsloth/gpt"),
+        (GPT_OSS | {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0"),
         (
             {"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["chunked_attention"] * 2},
             "layer_types = ['chunked_attention', 'chunked_attention'] cannot be represented",

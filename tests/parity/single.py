@@ -59,6 +59,7 @@ MODELS = {
     "gpt oss": replace(
         SMALL,
         qkv_bias=True,
+        o_bias=True,
         attention_sinks=True,
         windows=(9, None),
         n_layers=2,
