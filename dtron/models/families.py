@@ -39,6 +39,11 @@ _OLMOE: dict[str, Any] = {"qk_norm_whole": True, "norm_eps": 1e-5}
 _OLMO2: dict[str, Any] = {
     "qk_norm_whole": True, "norm_eps": 1e-6, "rope_theta": 500000.0, "variant": Variant(norms="after"),
 }  # fmt: skip
+# As published, with the scaling by which layers without a window were trained further to 65,536 tokens.
+_OLMO3: dict[str, Any] = _OLMO2 | {
+    "windows": (4096, 4096, 4096, None), "ropes": ("local", "local", "local", "global"), "local_rope_theta": 500000.0,
+    "rope_scaling": YarnScaling(8.0, 8192, attention_factor=1.2079441541679836),
+}  # fmt: skip
 _GEMMA: dict[str, Any] = {
     "head_dim": 256, "norm_eps": 1e-6, "tie_embeddings": True,
     "variant": Variant("rms_1p", activation="gelu_tanh", embedding_multiplier="sqrt"),
@@ -163,6 +168,11 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "7B": _model(100352, 4096, 32, 32, 32, 11008, **_OLMO2),
         "13B": _model(100352, 5120, 40, 40, 40, 13824, **_OLMO2),
         "32B": _model(100352, 5120, 64, 40, 8, 27648, **_OLMO2),
+    },
+    "olmo3": {
+        "debugmodel": replace(_DEBUG, **_OLMO3 | {"windows": (64, 64, 64, None)}, n_kv_heads=8),
+        "7B": _model(100278, 4096, 32, 32, 32, 11008, **_OLMO3),
+        "32B": _model(100278, 5120, 64, 40, 8, 27648, **_OLMO3),
     },
     "gemma": {
         "debugmodel": replace(_DEBUG, **_GEMMA | {"head_dim": 64}),

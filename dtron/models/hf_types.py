@@ -8,7 +8,18 @@ from typing import Any
 from dtron.errors import UserError
 from dtron.models import hf_variants as parts
 from dtron.models.hf_fields import Fields, positive, read_experts, write_experts
-from dtron.models.hf_windows import EVERYWHERE, GEMMA2, MINISTRAL, NOWHERE, QWEN, QWEN_MOE, Windows, all_but_every
+from dtron.models.hf_rope import pattern_of, read_rope
+from dtron.models.hf_windows import (
+    EVERYWHERE,
+    GEMMA2,
+    MINISTRAL,
+    NOWHERE,
+    QWEN,
+    QWEN_MOE,
+    Windows,
+    all_but_every,
+    read_windows,
+)
 from dtron.models.llama import LlamaConfig
 from dtron.models.variants import XIELU, Variant
 
@@ -144,6 +155,19 @@ def _write_gpt_oss(c: LlamaConfig) -> Fields:
     return _write_mixtral(c) | {"swiglu_limit": c.moe.swiglu_limit, "swiglu_alpha": 1.702}
 
 
+OLMO3 = all_but_every(4)
+
+
+def _read_olmo3(hf: Fields, file: Path | str) -> Fields:
+    """A rope_scaling that is given beside no kinds of layers is of those without a window."""
+    rope = read_rope(hf, file)
+    if not rope["rope_scaling"] or "ropes" in rope:
+        return {}
+    windows = read_windows(hf, OLMO3, file)["windows"] or (None,)
+    kinds = ["local" if windows[i % len(windows)] else "global" for i in range(hf["num_hidden_layers"])]
+    return {"ropes": pattern_of(kinds, "global"), "local_rope_theta": rope["rope_theta"]}
+
+
 def _write_phi3(c: LlamaConfig) -> Fields:
     """Its readers take the trained length from outside the rotary settings."""
     trained = getattr(c.rope_scaling, "original_max_position_embeddings", None)
@@ -172,6 +196,13 @@ TYPES: dict[str, HFType] = {
     "olmo2": HFType(
         "Olmo2ForCausalLM", flags={"qk_norm_whole": True, "variant": Variant(norms="after")},
         defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5}, biases=ATTENTION_BIAS,
+    ),
+    "olmo3": HFType(
+        "Olmo3ForCausalLM", flags={"qk_norm_whole": True, "variant": Variant(norms="after")}, windows=OLMO3,
+        read=_read_olmo3, biases=ATTENTION_BIAS,
+        defaults={
+            "num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "sliding_window": 4096,
+        },
     ),
     "gemma": HFType(
         "GemmaForCausalLM", flags={"variant": parts.GEMMA}, defaults=TIED | {"head_dim": 256},

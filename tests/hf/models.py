@@ -130,6 +130,16 @@ OLMOE = {
     "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
     "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
 }  # fmt: skip
+OLMO3 = {
+    "model_type": "olmo3", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"], "num_hidden_layers": 5,
+    "max_position_embeddings": 65536, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 500000,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+        "original_max_position_embeddings": 8192, "rope_type": "yarn",
+    },
+    "sliding_window": 8, "tie_word_embeddings": False,
+}  # fmt: skip
 GPT_OSS = {
     "model_type": "gpt_oss", "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 3, "head_dim": 16,
     "hidden_act": "silu", "initial_context_length": 4096, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -218,6 +228,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "granite-3.0-2b-base": GRANITE,
     "OLMo-2-1124-7B": OLMO2,
+    "Olmo-3-1025-7B": OLMO3,
+    "Olmo-3, no scaling": OLMO3 | {"rope_scaling": None, "num_key_value_heads": 2},
     "gemma-7b": GEMMA,
     "gemma-2-9b": GEMMA2,
     "gemma-3-1b-pt": GEMMA3,
