@@ -62,6 +62,8 @@ def convert(
     n = sum(p.numel() for p in model.parameters())
     whose = "Hugging Face" if found.kind == "hf" else found.kind
     say(f"{found.path}: {n / 1e6:,.1f}M parameters, {whose}")
+    if found.warning:
+        say(found.warning)
     with one_rank():
         if found.kind != "dtron":
             tensors = _map(found.path, model) if found.kind == "hf" else _read(found.path, model)

@@ -19,7 +19,7 @@ from dtron.data.tokenizer import TextEncoder, holds_tokenizer, read_tokenizer
 from dtron.errors import UserError
 from dtron.files import modified_s
 from dtron.hf.prompts import unpacked
-from dtron.models.hf import from_hf_config
+from dtron.models.hf import dropouts_of, from_hf_config
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.parallel.compose import ParallelModel, TokenMean
 from dtron.registry import cross_entropy
@@ -38,6 +38,12 @@ class Found:
     assets: dict[str, bytes]
     config: LlamaConfig
 
+    @property
+    def warning(self) -> str:
+        """A line on what of its config.json dtron does not do; empty where that is nothing."""
+        dropouts = dropouts_of(json.loads(self.assets.get("config.json", b"{}")), str(self.path))
+        return f"warning: {self.path}/config.json has {dropouts}: dtron trains without dropout" if dropouts else ""
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -46,7 +52,7 @@ class OpenedModel:
     encoder: None where no tokenizer lies beside the weights. stop_ids: tokens that end a text.
     bos_id: the token that begins one, None where the files name none. max_positions: the longest sequence it was made
     for, in tokens, None where not known. name: what was opened, for messages. generation: the object of its
-    generation_config.json. assets: the files beside its weights.
+    generation_config.json. assets: the files beside its weights. warning: see `Found.warning`.
     """
 
     model: Llama
@@ -57,6 +63,7 @@ class OpenedModel:
     name: str
     generation: dict[str, Any] = field(default_factory=dict)
     assets: dict[str, bytes] = field(default_factory=dict)
+    warning: str = ""
 
 
 def folder_at(path: str) -> StoragePath:
@@ -136,7 +143,7 @@ def open_model(path: str, device: torch.device, dtype: torch.dtype) -> OpenedMod
     longest = config.get("max_position_embeddings")
     return OpenedModel(
         model, encoder, ends, begins[0] if begins else None, longest if isinstance(longest, int) else None,
-        str(found.path), generation, found.assets,
+        str(found.path), generation, found.assets, found.warning,
     )  # fmt: skip
 
 

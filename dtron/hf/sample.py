@@ -104,6 +104,8 @@ def sample(
         raise UserError(
             f"{opened.name} has no tokenizer: expected tokenizer.json (and tokenizer_config.json) beside its weights"
         )
+    if opened.warning:
+        err.write(opened.warning + "\n")
     encoder, as_json = opened.encoder, any(prompt.line is not None for prompt in prompts)
     for number, prompt in enumerate(prompts):
         # A template has its own token that begins a text.

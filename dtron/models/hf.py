@@ -8,12 +8,12 @@ from typing import Any
 from dtron.errors import UserError
 from dtron.models.hf_fields import Fields, check_counts, is_count, positive
 from dtron.models.hf_rope import read_rope, write_rope
-from dtron.models.hf_types import DEFAULTS, LEGAL, TYPES, HFType
+from dtron.models.hf_types import DEFAULTS, DROPOUTS, LEGAL, TYPES, HFType
 from dtron.models.hf_variants import ACTIVATIONS
 from dtron.models.hf_windows import read_windows, write_windows
 from dtron.models.llama import LlamaConfig
 
-__all__ = ["from_hf_config", "hf_dimensions", "read_hf_config", "to_hf_config"]
+__all__ = ["dropouts_of", "from_hf_config", "hf_dimensions", "read_hf_config", "to_hf_config"]
 
 
 def from_hf_config(path: Path | str, key: str = "model.hf_config_path") -> LlamaConfig:
@@ -57,6 +57,7 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
     for name in ("num_key_value_heads", "head_dim"):
         if hf.get(name) is not None and not is_count(hf[name]):
             raise UserError(f"{file}: {name} = {hf[name]!r}; expected a whole number above 0")
+    dropouts_of(hf, file)
     vocab, dim, layers, heads, ffn = (hf[name] for name in needed[:5])
     head_size = hf.get("head_dim") or dim // heads
     if head_size != dim // heads and not of_type.head_size_of_its_own:
@@ -71,6 +72,20 @@ def hf_dimensions(hf: Fields, file: Path | str) -> LlamaConfig:
     if mistakes := [rope.mistake for rope in config.all_ropes if rope and rope.mistake]:
         raise UserError(f"{file}: {mistakes[0]}")
     return config
+
+
+def dropouts_of(hf: Fields, file: Path | str) -> str:
+    """The dropouts above 0 in the object of a config.json, with their values; empty without any.
+
+    A model is the same with and without; but dtron trains without. UserError where one is no share.
+    """
+    of_type = TYPES.get(str(hf.get("model_type")))
+    hf = (of_type.defaults if of_type else {}) | hf
+    found = {name: hf[name] for name in DROPOUTS if hf.get(name)}
+    for name, value in found.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise UserError(f"{file}: {name} = {value!r}; expected a number in [0, 1)")
+    return ", ".join(f"{name} = {value:g}" for name, value in found.items())
 
 
 def to_hf_config(c: LlamaConfig) -> Fields:

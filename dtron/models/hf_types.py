@@ -7,7 +7,7 @@ from typing import Any
 
 from dtron.errors import UserError
 from dtron.models import hf_variants as parts
-from dtron.models.hf_fields import Fields, positive, read_experts, write_experts
+from dtron.models.hf_fields import Fields, check_counts, positive, read_experts, write_experts
 from dtron.models.hf_rope import pattern_of, read_rope
 from dtron.models.hf_windows import (
     EVERYWHERE,
@@ -23,7 +23,7 @@ from dtron.models.hf_windows import (
 from dtron.models.llama import LlamaConfig
 from dtron.models.variants import XIELU, Variant
 
-__all__ = ["DEFAULTS", "LEGAL", "TYPES", "HFType"]
+__all__ = ["DEFAULTS", "DROPOUTS", "LEGAL", "TYPES", "HFType"]
 
 # What transformers takes for fields that a config.json does not have. num_key_value_heads is not here: it has another
 # default in each type.
@@ -33,7 +33,6 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
     "clip_qkv": (None,),
@@ -41,6 +40,8 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "router_jitter_noise": (0, None),
     "shared_expert_intermediate_size": (None,),
 }
+# Shares of values that a training sets to 0, which ours does not.
+DROPOUTS = ("attention_dropout", "residual_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ GLM_DEFAULTS: Fields = {
     "head_dim": 128, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5, "attention_bias": True,
 }  # fmt: skip
 RELU2 = {"hidden_act": ("relu2", None)}
+PHI = Variant("layer_bias", norms="parallel", activation="gelu_tanh", gated=False)
+PHI_LEGAL = {"hidden_act": ("gelu_new", "gelu_pytorch_tanh", None), "qk_layernorm": (False, None)}
 BOTH_WAYS = {"use_bidirectional_attention": (False, None)}
 
 
@@ -168,6 +171,22 @@ def _read_olmo3(hf: Fields, file: Path | str) -> Fields:
     return {"ropes": pattern_of(kinds, "global"), "local_rope_theta": rope["rope_theta"]}
 
 
+def _read_smollm3(hf: Fields, file: Path | str) -> Fields:
+    """Which layers have no positions: those of a list with 0, else every n-th."""
+    layers, every = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
+    given = hf.get("no_rope_layers")
+    if given is None:
+        check_counts({"no_rope_layer_interval": every}, file)
+        given = [int((layer + 1) % every != 0) for layer in range(layers)]
+    if not isinstance(given, list) or len(given) < layers or any(has not in (0, 1) for has in given):
+        raise UserError(f"{file}: no_rope_layers = {given!r}; expected a list of {layers} numbers, 0 or 1")
+    return {"ropes": pattern_of(("global" if has else "none" for has in given[:layers]), "global")}
+
+
+def _write_smollm3(c: LlamaConfig) -> Fields:
+    return {"no_rope_layers": [int(c.rope(layer) is not None) for layer in range(c.n_layers)]}
+
+
 def _write_phi3(c: LlamaConfig) -> Fields:
     """Its readers take the trained length from outside the rotary settings."""
     trained = getattr(c.rope_scaling, "original_max_position_embeddings", None)
@@ -185,6 +204,31 @@ TYPES: dict[str, HFType] = {
     "qwen3": HFType(
         "Qwen3ForCausalLM", flags={"qk_norm": True}, defaults={"head_dim": 128} | QWEN_WINDOW, legal=QWEN_LEGAL,
         windows=QWEN, biases=ATTENTION_BIAS,
+    ),
+    "smollm3": HFType(
+        "SmolLM3ForCausalLM", biases=BIASES, read=_read_smollm3, write=_write_smollm3,
+        defaults=TIED | {"rope_theta": 2000000.0, "no_rope_layer_interval": 4},
+    ),
+    "seed_oss": HFType(
+        "SeedOssForCausalLM", write=lambda c: {"attention_dropout": 0.0, "residual_dropout": 0.0},
+        biases={"attention_bias": ("qkv_bias",), "attention_out_bias": ("o_bias",), "mlp_bias": ("mlp_bias",)},
+        defaults={"head_dim": 128, "attention_bias": True, "attention_dropout": 0.1, "residual_dropout": 0.1},
+    ),
+    "internlm3": HFType(
+        None, defaults={"head_dim": 128, "rms_norm_eps": 1e-5}, biases=BIASES,
+        legal={"qkv_bias": (False, None), "bias": (False, None)},  # older names
+    ),
+    "ernie4_5": HFType(
+        None, interleaved=True, biases={"use_bias": ("qkv_bias", "o_bias", "mlp_bias")},
+        defaults=TIED | {"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+    ),
+    "phi": HFType(
+        "PhiForCausalLM", partial_rotary=True, head_size_of_its_own=False, eps="layer_norm_eps", legal=PHI_LEGAL,
+        flags=dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True) | {"variant": PHI},
+        defaults={"num_key_value_heads": None, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        renames=(
+            ("dense", "o_proj"), ("fc1", "up_proj"), ("fc2", "down_proj"), ("final_layernorm", "norm"),
+        ),
     ),
     "granite": HFType(
         "GraniteForCausalLM", biases=BIASES, read=parts.read_granite, write=parts.write_granite,
@@ -272,6 +316,10 @@ TYPES: dict[str, HFType] = {
         "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=parts.read_stablelm,
         write=parts.write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
         legal={"hidden_dropout": (0, None)},
+
+
+        "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=read_stablelm,
+        write=write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
         defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         renames=(("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")), norm_lists=True,
     ),

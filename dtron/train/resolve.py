@@ -19,7 +19,7 @@ from dtron.config.torchtitan import said_of
 from dtron.data.loader import check_dataloader
 from dtron.errors import Mistakes, UserError
 from dtron.mesh import Degrees, resolve_degrees
-from dtron.models.hf import from_hf_config
+from dtron.models.hf import dropouts_of, hf_dimensions, read_hf_config
 from dtron.models.hf_rope import read_scaling
 from dtron.models.llama import LlamaConfig
 from dtron.models.rope import SCALINGS, LengthScaling, RopeScaling
@@ -162,7 +162,13 @@ def _model(c: Config) -> tuple[ModelSpec, Any]:
     """The family and the flavor's dimensions with the overrides applied."""
     spec: ModelSpec = registry.look_up("model", c.model.name, "model.name")
     if c.model.hf_config_path:
-        model_config: Any = from_hf_config(c.model.hf_config_path)
+        hf, file = read_hf_config(c.model.hf_config_path)
+        model_config: Any = hf_dimensions(hf, file)
+        if (dropouts := dropouts_of(hf, file)) and not c.validation.only:
+            raise UserError(
+                f"model.hf_config_path: {file} has {dropouts}, and dtron trains without dropout: set it to 0 there, or "
+                "in a copy of the file that model.hf_config_path names"
+            )
     elif c.model.flavor in spec.flavors:
         model_config = spec.flavors[c.model.flavor]
     else:

@@ -37,6 +37,32 @@ PHI3 = {
     "original_max_position_embeddings": 4096, "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+SMOLLM3 = {
+    "model_type": "smollm3", "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False,
+    "max_position_embeddings": 65536, "max_window_layers": 28, "no_rope_layer_interval": 4, "pretraining_tp": 2,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "use_sliding_window": False, "num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 4,
+}  # fmt: skip
+SEED_OSS = {
+    "model_type": "seed_oss", "attention_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0,
+    "attention_out_bias": False, "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 524288,
+    "mlp_bias": False, "rms_norm_eps": 1e-6, "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0,
+    "tie_word_embeddings": False, "use_cache": True,
+}  # fmt: skip
+INTERNLM3 = {
+    "model_type": "internlm3", "attention_dropout": 0.0, "bias": False, "qkv_bias": False, "head_dim": 8,
+    "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+    "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}, "rope_theta": 50000000, "tie_word_embeddings": False,
+}  # fmt: skip
+ERNIE = {
+    "model_type": "ernie4_5", "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "head_dim": 16, "rope_theta": 500000.0, "use_bias": False, "tie_word_embeddings": True,
+}  # fmt: skip
+PHI2 = {
+    "model_type": "phi", "attention_dropout": 0.0, "embd_pdrop": 0.0, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 2048, "partial_rotary_factor": 0.5, "qk_layernorm": False, "resid_pdrop": 0.0,
+    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "num_key_value_heads": 8,
+}  # fmt: skip
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.0, 1.1, 1.25], "long_factor": [1.05, 1.5, 3.0, 24.0]}
 # The published multiplier of the embedding, 12, makes a small random model repeat one token.
 GRANITE = {
@@ -203,6 +229,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": False,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "SmolLM3-3B": SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0]},
+    "SmolLM3-3B, its layers by the interval": SMOLLM3 | {"no_rope_layer_interval": 2, "attention_bias": True},
+    "Seed-OSS-36B": SEED_OSS,
+    "Seed-OSS-36B, with output bias": SEED_OSS | {"attention_out_bias": True, "mlp_bias": True},
+    "internlm3-8b-instruct": INTERNLM3,
+    "ERNIE-4.5-0.3B-PT": ERNIE,
+    "ERNIE-4.5, with biases": ERNIE | {"use_bias": True, "tie_word_embeddings": False},
+    "phi-2": PHI2,
     "Phi-3-mini-128k-instruct": PHI3
     | {
         "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": LONGROPE,

@@ -184,6 +184,17 @@ def test_a_config_that_is_not_the_weights_is_refused(
     assert said in answer and str(broken) in answer
 
 
+def test_dropout_is_told(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((broken / "config.json").read_text())
+    for dropout, told in ((0.0, False), (0.1, True)):
+        (broken / "config.json").write_text(json.dumps(content | {"attention_dropout": dropout}))
+        assert main(["convert", str(broken), str(tmp_path / f"out-{dropout}")]) == 0
+        said = capsys.readouterr().out
+        warning = "/config.json has attention_dropout = 0.1: dtron trains without dropout"
+        assert (warning in said) == told
+        assert (warning in open_model(str(broken), CPU, torch.float32).warning) == told
+
+
 def test_a_tensor_too_many_is_named(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_tensor(broken, "model.layers.0.self_attn.q_proj.bias", torch.zeros(64))
     assert "which has no model.layers.0.self_attn.q_proj.bias" in refused(capsys, broken, tmp_path / "out")

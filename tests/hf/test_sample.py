@@ -388,6 +388,11 @@ def test_more_positions_than_the_model_was_made_for_are_reported(model: Llama, e
     assert "warning" not in written(opened(model, encoder, max_positions=length), ["abc"], SampleOptions(30))[1]
 
 
+def test_a_warning_of_the_opened_model_is_written_once(model: Llama, encoder: TextEncoder):
+    err = written(opened(model, encoder, warning="warning: has dropout"), ["abc", "d"], SampleOptions(3))[1]
+    assert err.startswith("warning: has dropout\n---") and err.count("warning") == 1
+
+
 def test_no_tokenizer(model: Llama):
     with pytest.raises(UserError, match="tiny has no tokenizer: expected tokenizer.json"):
         written(opened(model, None), ["a"], SampleOptions())

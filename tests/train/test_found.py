@@ -1,5 +1,6 @@
 """Faults that a new user found: each is refused, or right, from now on."""
 
+import json
 import math
 from pathlib import Path
 
@@ -79,6 +80,25 @@ def test_hf_config_that_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="holds a JSON list"):
         resolve(load([*TINY, "--model.hf_config_path", str(tmp_path)]), 1)
+
+
+def test_dropout_is_refused_in_training_alone(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": "seed_oss", "num_hidden_layers": 2, "intermediate_size": 96, "residual_dropout": 0.05}
+    given = [*TINY, "--model.hf_config_path", str(tmp_path)]
+
+    def write(**more: object) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(sizes | config | more))
+
+    write()
+    with pytest.raises(UserError, match="attention_dropout = 0.1, residual_dropout = 0.05, and dtron trains without"):
+        resolve(load(given), 1)  # the one is transformers' default
+    resolve(load([*given, "--validation.only", "--checkpoint.initial_load_path", "x"]), 1)
+    write(attention_dropout=0, residual_dropout=0.0)
+    resolve(load(given), 1)
+    write(attention_dropout="x")
+    with pytest.raises(UserError, match=r"attention_dropout = 'x'; expected a number in \[0, 1\)"):
+        resolve(load(given), 1)
 
 
 def _evaluate_other_size() -> list[float]:
