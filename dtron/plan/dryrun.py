@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from dtron import registry
 from dtron.checkpoint.files import Progress
 from dtron.checkpoint.load import create_state
-from dtron.config import replace
+from dtron.config import Config, replace
 from dtron.data.loader import Batch
 from dtron.errors import UserError
 from dtron.mesh import Mesh
-from dtron.models.spec import experts_of
+from dtron.models.spec import experts_of, layers_of
 from dtron.parallel.compose import materialize, wrap_on_meta
+from dtron.parallel.incompatible import FEATURES
 from dtron.plan import torch_internals
 from dtron.plan.record import StepRecord
 from dtron.plan.recorder import Recorder
+from dtron.plan.replay import Replay, UnlikeError
 from dtron.plan.taps import tap
 from dtron.train.balance import Balance
 from dtron.train.guard import StepGuard
@@ -33,23 +36,52 @@ from dtron.train.setup import Setup
 from dtron.train.step import Step
 from dtron.train.tally import Tally
 
-__all__ = ["build_step", "dry_run", "fake_batch", "host_value"]
+__all__ = ["build_step", "dry_run", "dry_run_stages", "fake_batch", "host_value"]
 
 CPU = torch.device("cpu")
 
 
-def dry_run(setup: Setup, rank: int, *, gloo: bool = False) -> StepRecord:
+def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True) -> StepRecord:
     """Record the steady step of `rank` in the world of `setup`. Needs a process without a process group.
 
-    gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers.
-    Experts are taken to be in balance, documents to be whole sequences, and compiled blocks to be eager, which hold
-    more. UserError with CPU offload, which a dry run does not know.
+    gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers, what
+    RMSNorm keeps where it is not one operator.
+    replay: record blocks that are alike once (`replay.py`), where that is possible. Experts are taken to be in balance,
+    documents to be whole sequences, and compiled blocks to be eager, which hold more. UserError with CPU offload, which
+    a dry run does not know.
     """
     if setup.config.training.enable_cpu_offload:
         raise UserError("a dry run does not know training.enable_cpu_offload; set it false")
+    if replay and _can_replay(setup.config):
+        try:
+            return _dry_run(setup, rank, gloo, True)
+        except Exception as error:  # a pipeline raises another one from it
+            if not _is_unlike(error):
+                raise
+    return _dry_run(setup, rank, gloo, False)
+
+
+def dry_run_stages(setup: Setup) -> list[StepRecord]:
+    """Record one rank of each pipeline rank's stages."""
+    return [dry_run(setup, pp_rank * setup.degrees.stage) for pp_rank in range(setup.degrees.pp)]
+
+
+def _is_unlike(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, UnlikeError) or _is_unlike(error.__cause__))
+
+
+def _can_replay(c: Config) -> bool:
+    """Not where backwards are split, nor where gradients are added up in place, from the second microbatch on."""
+    return not FEATURES["zero-bubble schedule"](c) and c.training.mixed_precision_param != "float32"
+
+
+def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
     fake = torch_internals.FakeTensorMode(allow_non_fake_inputs=True)
-    with torch_internals.fake_world(rank, setup.degrees.world), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # the marks of `taps` are views
+    world = torch_internals.fake_world(rank, setup.degrees.world)
+    with world, warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # marks of `replay.py`
+        if not gloo:
+            stack.enter_context(torch_internals.fused_norms())
         recorder = Recorder(host_value(setup), gloo)
 
         @contextlib.contextmanager
@@ -60,10 +92,10 @@ def dry_run(setup: Setup, rank: int, *, gloo: bool = False) -> StepRecord:
         step = build_step(setup, recorded)
         recorder.groups = _dimensions(step.mesh)
         with recorded():
-            return _record(setup, rank, step, recorder)
+            return _record(setup, rank, step, recorder, replay)
 
 
-def _record(setup: Setup, rank: int, step: Step, recorder: Recorder) -> StepRecord:
+def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: bool) -> StepRecord:
     """Record the step from a state in which the optimizer has its own, as all steps but the first find it."""
     model = step.model
     recorder.tag((p for _, p in model.named_parameters()), "parameters")
@@ -71,7 +103,7 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder) -> StepReco
         create_state(optimizer)
         state = (value for values in optimizer.state.values() for value in values.values())
         recorder.tag((value for value in state if isinstance(value, Tensor)), "optimizer state")
-    _tap_modules(step, recorder)
+    replays = _tap_modules(step, recorder, replay)
     batch = fake_batch(step, setup)
     recorder.tag(batch[:2], "batch")
     before, sent = len(recorder.events), len(recorder.messages)
@@ -90,7 +122,7 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder) -> StepReco
         start_bytes=recorder.level(before),
         collectives=recorder.collectives(sent),
         flops=dict(recorder.flops),
-        replayed=0,
+        replayed=sum(part.replayed for part in replays),
     )
 
 
@@ -143,22 +175,20 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
     return {torch_internals.world_name(): "world"} | found
 
 
-def _tap_modules(step: Step, recorder: Recorder) -> None:
-    """Let the recorder know which module is at work, and which of the model's tensors are gradients."""
+def _tap_modules(step: Step, recorder: Recorder, replay: bool) -> list[Replay]:
+    """Let the recorder know which module is at work and which tensors are gradients; of each part what is replayed."""
     model = step.model
-    for part in model.parts:
-        for name, module in _scopes(part):
-            module.forward = tap(recorder, name, module.forward)
+    replays = [Replay(recorder) for _ in model.parts]
+    for part, replayed in zip(model.parts, replays, strict=True):
+        for name, module in part.named_children():
+            if name != "layers":
+                module.forward = tap(recorder, name, module.forward)
+        for index, block in layers_of(part).items():
+            name, nested = f"layers.{index}", any(isinstance(m, FSDPModule) for m in list(block.modules())[1:])
+            block.forward = replayed.tap(name, block) if replay and not nested else tap(recorder, name, block.forward)
     model.loss.token_loss = tap(recorder, "loss", model.loss.token_loss)
     model.forward_backward = _computing(recorder, model)  # type: ignore[method-assign]
-
-
-def _scopes(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in part.named_children():
-        if name == "layers":
-            yield from ((f"layers.{index}", block) for index, block in child.named_children())
-        else:
-            yield name, child
+    return replays
 
 
 def _computing(recorder: Recorder, model: Any) -> Callable[..., Tensor]:

@@ -23,12 +23,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 __all__ = [
     "FakeTensorMode",
+    "dtensor",
     "fake_world",
     "fsdp_gathered",
+    "fused_norms",
     "group_called",
     "group_name",
     "in_backward",
     "kept_while_sent",
+    "local_and_spec",
     "random_states_seen",
     "received",
     "shape_propagation_seen",
@@ -76,7 +79,17 @@ def world_name() -> str:
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return local_and_spec(tensor)[0].untyped_storage()
+
+
+def local_and_spec(tensor: Tensor) -> tuple[Tensor, Any]:
+    """This rank's part of a DTensor, and what describes the whole; a plain tensor and None."""
+    return (tensor._local_tensor, tensor._spec) if isinstance(tensor, DTensor) else (tensor, None)
+
+
+def dtensor(local: Tensor, spec: Any) -> DTensor:
+    """The DTensor of that description whose part here is `local`."""
+    return DTensor(local, spec, requires_grad=False)
 
 
 @contextlib.contextmanager
@@ -106,6 +119,23 @@ def shape_propagation_seen(begins: Callable[[], None], ends: Callable[[], None])
             ends()
 
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated):
+        yield
+
+
+@contextlib.contextmanager
+def fused_norms() -> Iterator[None]:
+    """Let RMSNorm be one operator, as on CUDA: it keeps its input and one fp32 number a row. On a CPU it is several."""
+
+    def forward(x: Tensor, shape: list[int], weight: Any = None, eps: Any = None) -> tuple[Tensor, Tensor]:
+        rows = [*x.shape[: x.dim() - len(shape)], *(1 for _ in shape)]
+        return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+
+    def backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: Any, wanted: list[bool]) -> tuple[Any, Any]:
+        return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_fused_rms_norm", forward, "CPU", allow_override=True)
+        library.impl("_fused_rms_norm_backward", backward, "CPU", allow_override=True)
         yield
 
 
