@@ -315,11 +315,6 @@ TYPES: dict[str, HFType] = {
     "stablelm": HFType(
         "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=parts.read_stablelm,
         write=parts.write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
-        legal={"hidden_dropout": (0, None)},
-
-
-        "StableLmForCausalLM", biases={"use_qkv_bias": ("qkv_bias",)}, read=read_stablelm,
-        write=write_stablelm, eps="layer_norm_eps", head_size_of_its_own=False, partial_rotary=True,
         defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         renames=(("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")), norm_lists=True,
     ),

@@ -278,11 +278,23 @@ SIZES = {
     ("qwen3_moe", "235B-A22B"): (235.1, 22.2),
     ("olmoe", "1B-7B"): (6.92, 1.28),
 }
+# Its model card (arXiv 2508.10925).
+GPT_OSS = {("gpt_oss", "20B"): (20.91, 3.61), ("gpt_oss", "120B"): (116.83, 5.13)}
 
 
 def test_every_flavor_is_compared() -> None:
     flavors = {(family, name) for family, of in FAMILIES.items() for name, c in of.items() if c.moe is not None}
-    assert flavors - {(family, "debugmodel") for family, _ in flavors} == set(SIZES)
+    assert flavors - {(family, "debugmodel") for family, _ in flavors} == {*SIZES, *GPT_OSS}
+
+
+@pytest.mark.parametrize("flavor", ["20B", "120B"])
+def test_parameters_of_gpt_oss_are_the_published_ones(flavor: str) -> None:
+    config = FAMILIES["gpt_oss"][flavor]
+    with torch.device("meta"):
+        model = Llama(config)
+    active = active_parameters(model) - config.vocab_size * config.dim  # the model card leaves the look-up out
+    total = sum(p.numel() for p in model.parameters())
+    assert (round(total / 1e9, 2), round(active / 1e9, 2)) == GPT_OSS["gpt_oss", flavor]
 
 
 @pytest.mark.parametrize(("family", "flavor"), SIZES)
