@@ -44,6 +44,10 @@ _OLMO3: dict[str, Any] = _OLMO2 | {
     "windows": (4096, 4096, 4096, None), "ropes": ("local", "local", "local", "global"), "local_rope_theta": 500000.0,
     "rope_scaling": YarnScaling(8.0, 8192, attention_factor=1.2079441541679836),
 }  # fmt: skip
+_STARCODER2: dict[str, Any] = {
+    "qkv_bias": True, "o_bias": True, "mlp_bias": True, "windows": (4096,), "tie_embeddings": True,
+    "variant": Variant("layer_bias", activation="gelu_tanh", gated=False),
+}  # fmt: skip
 _GEMMA: dict[str, Any] = {
     "head_dim": 256, "norm_eps": 1e-6, "tie_embeddings": True,
     "variant": Variant("rms_1p", activation="gelu_tanh", embedding_multiplier="sqrt"),
@@ -173,6 +177,11 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "debugmodel": replace(_DEBUG, **_OLMO3 | {"windows": (64, 64, 64, None)}, n_kv_heads=8),
         "7B": _model(100278, 4096, 32, 32, 32, 11008, **_OLMO3),
         "32B": _model(100278, 5120, 64, 40, 8, 27648, **_OLMO3),
+    },
+    "starcoder2": {
+        "debugmodel": replace(_DEBUG, **_STARCODER2 | {"windows": (256,)}),
+        "3B": _model(49152, 3072, 30, 24, 2, 12288, **_STARCODER2, rope_theta=999999.4420358813),
+        "7B": _model(49152, 4608, 32, 36, 4, 18432, **_STARCODER2, rope_theta=1e6),
     },
     "gemma": {
         "debugmodel": replace(_DEBUG, **_GEMMA | {"head_dim": 64}),

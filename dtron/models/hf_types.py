@@ -10,6 +10,7 @@ from dtron.models import hf_variants as parts
 from dtron.models.hf_fields import Fields, check_counts, positive, read_experts, write_experts
 from dtron.models.hf_rope import pattern_of, read_rope
 from dtron.models.hf_windows import (
+    CWM,
     EVERYWHERE,
     GEMMA2,
     MINISTRAL,
@@ -41,7 +42,7 @@ LEGAL: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (None,),
 }
 # Shares of values that a training sets to 0, which ours does not.
-DROPOUTS = ("attention_dropout", "residual_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
+DROPOUTS = ("attention_dropout", "embedding_dropout", "residual_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,16 @@ TYPES: dict[str, HFType] = {
             "num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "sliding_window": 4096,
         },
     ),
+    "cwm": HFType(
+        "CwmForCausalLM", read=parts.llama3_rope(1e6, 16.0), windows=CWM,
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "head_dim": 128, "sliding_window": 8192},
+    ),
+    "starcoder2": HFType(
+        "Starcoder2ForCausalLM", flags={"variant": Variant("layer_bias", activation="gelu_tanh", gated=False)},
+        eps="norm_epsilon", windows=EVERYWHERE, biases={"use_bias": ("qkv_bias", "o_bias", "mlp_bias")},
+        defaults=TIED | {"norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None},
+        legal={"hidden_act": ("gelu_pytorch_tanh", None)}, renames=(("c_fc", "up_proj"), ("c_proj", "down_proj")),
+    ),
     "gemma": HFType(
         "GemmaForCausalLM", flags={"variant": parts.GEMMA}, defaults=TIED | {"head_dim": 256},
         biases=ATTENTION_BIAS,
@@ -257,6 +268,12 @@ TYPES: dict[str, HFType] = {
         "Gemma2ForCausalLM", read=parts.read_gemma2, write=parts.write_gemma2, activation="hidden_activation",
         biases=ATTENTION_BIAS, windows=GEMMA2, legal=GELU | BOTH_WAYS,
         defaults=GEMMA_DEFAULTS | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    ),
+    "vaultgemma": HFType(
+        "VaultGemmaForCausalLM", read=parts.read_vaultgemma, write=parts.write_gemma2, activation="hidden_activation",
+        biases=ATTENTION_BIAS, windows=GEMMA2, legal=GELU,
+        defaults=GEMMA_DEFAULTS | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        renames=(("pre_feedforward_layernorm", "post_attention_layernorm"),),
     ),
     "gemma3_text": HFType(
         "Gemma3ForCausalLM", flags={"qk_norm": True}, read=parts.read_gemma3, write=parts.write_gemma2,
@@ -307,7 +324,7 @@ TYPES: dict[str, HFType] = {
     ),
     "apertus": HFType(
         "ApertusForCausalLM", flags={"qk_norm": True, "variant": Variant(activation="xielu", gated=False)},
-        read=parts.read_apertus, biases=ATTENTION_BIAS, legal={"hidden_act": ("xielu", None)},
+        read=parts.llama3_rope(12e6, 8.0), biases=ATTENTION_BIAS, legal={"hidden_act": ("xielu", None)},
         defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_theta": 12e6},
         renames=(("attention_layernorm", "input_layernorm"), ("feedforward_layernorm", "post_attention_layernorm")),
         constants=(("mlp.act_fn.beta", XIELU.BETA), ("mlp.act_fn.eps", XIELU.EPS)),

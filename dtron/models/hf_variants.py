@@ -4,6 +4,7 @@ Readers take (config.json with the defaults, file) and give fields of LlamaConfi
 fields of config.json.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ __all__ = [
     "GEMMA",
     "GEMMA2",
     "GEMMA3_WINDOWS",
-    "read_apertus",
+    "llama3_rope",
     "read_cohere",
     "read_cohere2",
     "read_exaone4",
@@ -30,6 +31,7 @@ __all__ = [
     "read_gemma3",
     "read_granite",
     "read_stablelm",
+    "read_vaultgemma",
     "write_cohere",
     "write_gemma2",
     "write_granite",
@@ -102,6 +104,11 @@ def read_gemma3(hf: Fields, file: Path | str) -> Fields:
     return read_gemma2(hf, file) | {"ropes": ropes, "local_rope_theta": theta}
 
 
+def read_vaultgemma(hf: Fields, file: Path | str) -> Fields:
+    fields = read_gemma2(hf, file)
+    return fields | {"variant": replace(fields["variant"], norms="before")}
+
+
 def read_cohere(hf: Fields, file: Path | str) -> Fields:
     per_head = bool(hf.get("use_qk_norm"))
     return {"variant": replace(COHERE, norm_per_head=per_head, logits_multiplier=positive(hf, "logit_scale", file))}
@@ -130,11 +137,15 @@ def read_exaone4(hf: Fields, file: Path | str) -> Fields:
     return {"ropes": tuple("none" if window is None else "global" for window in windows)}
 
 
-def read_apertus(hf: Fields, file: Path | str) -> Fields:
-    """Without rotary settings of any name it has Llama 3.1's, whatever rope_theta says, as in transformers."""
-    if hf.get("rope_scaling") or hf.get("rope_parameters"):
-        return {}
-    return {"rope_theta": 12e6, "rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)}
+def llama3_rope(theta: float, factor: float) -> Callable[[Fields, Path | str], Fields]:
+    """A reader: without rotary settings of any name it is Llama 3's, whatever rope_theta says, as in transformers."""
+
+    def read(hf: Fields, file: Path | str) -> Fields:
+        if hf.get("rope_scaling") or hf.get("rope_parameters"):
+            return {}
+        return {"rope_theta": theta, "rope_scaling": Llama3Scaling(factor, 1.0, 4.0, 8192)}
+
+    return read
 
 
 def read_stablelm(hf: Fields, file: Path | str) -> Fields:

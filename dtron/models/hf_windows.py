@@ -14,8 +14,8 @@ from dtron.models.hf_rope import pattern_of
 from dtron.models.llama import LlamaConfig
 
 __all__ = [
-    "EVERYWHERE", "GEMMA2", "MINISTRAL", "NOWHERE", "QWEN", "QWEN_MOE", "Windows", "all_but_every", "read_windows",
-    "write_windows",
+    "CWM", "EVERYWHERE", "GEMMA2", "MINISTRAL", "NOWHERE", "QWEN", "QWEN_MOE", "Windows", "all_but_every",
+    "read_windows", "write_windows",
 ]  # fmt: skip
 
 NAMES = {False: "full_attention", True: "sliding_attention"}
@@ -53,6 +53,7 @@ NOWHERE = _by_layer(lambda hf, i: False)
 EVERYWHERE = _by_layer(lambda hf, i: hf["sliding_window"] is not None, layer_types=False)
 MINISTRAL = _by_layer(lambda hf, i: hf["sliding_window"] is not None)
 GEMMA2 = _by_layer(lambda hf, i: i % 2 == 0)
+CWM = _by_layer(lambda hf, i: i % 4 != 0)
 QWEN_MOE = _by_layer(lambda hf, i: hf["use_sliding_window"], layer_types=False, switch=True)
 QWEN = _by_layer(lambda hf, i: hf["use_sliding_window"] and i >= hf["max_window_layers"], switch=True)
 

@@ -93,6 +93,16 @@ GEMMA3 = {
     "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 8,
     "sliding_window_pattern": 2,
 }  # fmt: skip
+CWM = {
+    "model_type": "cwm", "attention_dropout": 0.0, "head_dim": 16, "hidden_act": "silu", "mlp_bias": False,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_scaling": SCALING | {"factor": 16.0},
+    "rope_theta": 1000000.0, "sliding_window": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+STARCODER2 = {
+    "model_type": "starcoder2", "attention_dropout": 0.0, "embedding_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 16384, "mlp_type": "default", "norm_epsilon": 1e-5, "norm_type": "layer_norm",
+    "residual_dropout": 0.0, "rope_theta": 999999.4420358813, "sliding_window": 8, "use_bias": True,
+}  # fmt: skip
 ARCEE = {
     "model_type": "arcee", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 8, "hidden_act": "relu2",
     "max_position_embeddings": 65536, "mlp_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
@@ -264,6 +274,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "OLMo-2-1124-7B": OLMO2,
     "Olmo-3-1025-7B": OLMO3,
     "Olmo-3, no scaling": OLMO3 | {"rope_scaling": None, "num_key_value_heads": 2},
+    "cwm": CWM,
+    "starcoder2-3b": STARCODER2,
+    "vaultgemma-1b": GEMMA2 | {"model_type": "vaultgemma"},
     "gemma-7b": GEMMA,
     "gemma-2-9b": GEMMA2,
     "gemma-3-1b-pt": GEMMA3,

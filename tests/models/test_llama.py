@@ -179,6 +179,8 @@ PARAMETERS = {
     ("exaone4", "32B"): 32_003_216_384,
     ("apertus", "8B"): 8_053_338_176,
     ("apertus", "70B"): 70_599_864_480,
+    ("starcoder2", "3B"): 3_030_371_328,
+    ("starcoder2", "7B"): 7_173_923_840,
     ("nemotron", "minitron-4B"): 4_190_509_056,
     ("cohere", "aya-23-8B"): 8_028_033_024,
     ("cohere", "command-r"): 34_980_831_232,

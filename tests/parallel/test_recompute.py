@@ -122,7 +122,7 @@ def test_by_operation_keeps_the_products_but_o_and_down_and_the_attention(name: 
     qkv = ["addmm" if CONFIGS[name].qkv_bias else "mm"] * 3
     after = {  # without o, and without down but of the experts
         id(DENSE): ["addmm" if CONFIGS[name].mlp_bias else "mm"] * 2,
-        id(UNGATED): ["mm"],
+        id(UNGATED): ["addmm" if CONFIGS[name].mlp_bias else "mm"],
         id(MIXTURE): ["mm", *["grouped_product"] * 3],
         id(SHARED): ["mm", *["grouped_product"] * 3, "mm", "mm"],
     }
