@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dtron.errors import UserError
 from dtron.models.attention import CausalAttention, dense_mask
 from dtron.models.llama import Llama
+from dtron.models.rope import LongRopeScaling
 
 __all__ = ["CachedAttention", "CachedModel", "SampleOptions", "filter_logits", "generate", "options_of"]
 
@@ -92,16 +93,21 @@ class CachedModel:
             CachedAttention(max_len, block.self_attn.core, model.config.window(i)) for i, block in enumerate(blocks)
         ]
         self.device = next(model.parameters()).device
-        self.length = 0  # tokens read
+        self.ids: list[int] = []  # tokens read
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> Tensor:
         """Append `ids` to the sequence; the logits [V] of the token after them, in fp32."""
-        x = torch.tensor([ids], device=self.device)  # [1, S]
-        positions = torch.arange(self.length, self.length + len(ids), device=self.device)[None]
+        first, scaling = len(self.ids), self.model.config.rope_scaling
+        self.ids += ids
+        if isinstance(scaling, LongRopeScaling) and first <= scaling.original_max_position_embeddings < len(self.ids):
+            first = 0  # all frequencies change at this length, so that the keys are computed anew, as in transformers
+            for cache in self.caches:
+                cache.length = 0
+        x = torch.tensor([self.ids[first:]], device=self.device)  # [1, S]
+        positions = torch.arange(first, len(self.ids), device=self.device)[None]
         with self._with_caches():
             h = self.model(x, positions)  # [1, S, E]
-        self.length += len(ids)
         return self.model.logits(h[0, -1]).float()  # of the last token alone: [S, V] of a long prompt is gigabytes
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
-from dtron.models.rope import Llama3Scaling, YarnScaling
+from dtron.models.rope import DynamicScaling, Llama3Scaling, YarnScaling
 from dtron.models.variants import Variant
 
 __all__ = ["FAMILIES"]
@@ -60,6 +60,15 @@ _APERTUS: dict[str, Any] = {
     "variant": Variant(activation="xielu", gated=False),
 }  # fmt: skip
 _STABLELM: dict[str, Any] = {"partial_rotary_factor": 0.25, "variant": Variant("layer_bias")}
+
+_SMOLLM3: dict[str, Any] = {
+    "rope_theta": 5e6, "norm_eps": 1e-6, "tie_embeddings": True, "ropes": ("global", "global", "global", "none"),
+}  # fmt: skip
+_SEED_OSS: dict[str, Any] = {"rope_theta": 1e7, "norm_eps": 1e-6, "qkv_bias": True, "head_dim": 128}
+_PHI: dict[str, Any] = {
+    "qkv_bias": True, "o_bias": True, "mlp_bias": True, "head_bias": True,
+    "variant": Variant("layer_bias", norms="parallel", activation="gelu_tanh", gated=False),
+}  # fmt: skip
 
 
 _GEMMA3: dict[str, Any] = {
@@ -135,6 +144,48 @@ FAMILIES: dict[str, dict[str, LlamaConfig]] = {
         "Ministral-8B": _model(131072, 4096, 36, 32, 8, 12288, rope_theta=1e8, windows=(32768,)),
         "Nemo-12B": _model(131072, 5120, 40, 32, 8, 14336, head_dim=128, rope_theta=1e6),
         "Small-24B": _model(131072, 5120, 40, 32, 8, 32768, head_dim=128, rope_theta=1e8),
+    },
+    "yi": {
+        "debugmodel": replace(_DEBUG, rope_theta=5e6),
+        "6B": _model(64000, 4096, 32, 32, 4, 11008, rope_theta=5e6),
+        "1.5-9B": _model(64000, 4096, 48, 32, 4, 11008, rope_theta=5e6, norm_eps=1e-6),
+        "34B": _model(64000, 7168, 60, 56, 8, 20480, rope_theta=5e6),
+    },
+    "deepseek_llm": {
+        "debugmodel": replace(_DEBUG, norm_eps=1e-6),
+        "7B": _model(102400, 4096, 30, 32, 32, 11008, norm_eps=1e-6),
+        "67B": _model(102400, 8192, 95, 64, 8, 22016, norm_eps=1e-6),
+    },
+    # Other positions and biases than Llama's, and other names in Hugging Face's folders.
+    "smollm3": {
+        "debugmodel": replace(_DEBUG, **_SMOLLM3),
+        "3B": _model(128256, 2048, 36, 16, 4, 11008, **_SMOLLM3),
+    },
+    "seed_oss": {
+        "debugmodel": replace(_DEBUG, **_SEED_OSS | {"head_dim": 64}),
+        "36B": _model(155136, 5120, 64, 80, 8, 27648, **_SEED_OSS),
+    },
+    "internlm3": {
+        "debugmodel": replace(_DEBUG, rope_theta=5e7, rope_scaling=DynamicScaling(6.0, 32768)),
+        "8B": _model(
+            128512, 4096, 48, 32, 2, 10240, rope_theta=5e7, rope_scaling=DynamicScaling(6.0, 32768)
+        ),
+    },
+    "ernie4_5": {
+        "debugmodel": replace(_DEBUG, rope_theta=500000.0, head_dim=64, tie_embeddings=True),
+        "0.3B": _model(103424, 1024, 18, 16, 2, 3072, rope_theta=500000.0, head_dim=128, tie_embeddings=True),
+    },
+    "phi": {
+        "debugmodel": replace(_DEBUG, **_PHI, n_kv_heads=8, partial_rotary_factor=0.5),
+        "1.5": _model(51200, 2048, 24, 32, 32, 8192, **_PHI, partial_rotary_factor=0.5),
+        "2": _model(51200, 2560, 32, 32, 32, 10240, **_PHI, partial_rotary_factor=0.4),
+    },
+    # Those with longrope, the 128k versions and Phi-4-mini, by their config.json, which has its many factors.
+    "phi3": {
+        "debugmodel": replace(_DEBUG, windows=(2047,), partial_rotary_factor=0.75),
+        "mini-4k": _model(32064, 3072, 32, 32, 32, 8192, windows=(2047,)),
+        "medium-4k": _model(32064, 5120, 40, 40, 10, 17920, windows=(2047,)),
+        "phi-4": _model(100352, 5120, 40, 40, 10, 17920, rope_theta=250000.0),
     },
     # Mixtures of experts. Where every layer is one, ffn_dim is not used; it is what the config.json says.
     "mixtral": {

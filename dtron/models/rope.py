@@ -6,8 +6,8 @@ Shape letters: B sequences, S tokens, D how many values of a head are rotated.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "YarnScaling",
+    "for_length",
     "rope_frequencies",
     "rope_table",
     "rotate",
@@ -197,6 +198,14 @@ class LongRopeScaling(LengthScaling):
     def scale(self, freq: Tensor, rope: Rope, length: int) -> Tensor:
         divisors = self.long_factor if length > self.original_max_position_embeddings else self.short_factor
         return freq / torch.tensor(divisors, dtype=torch.float32, device=freq.device)
+
+
+def for_length(config: Any, length: int) -> Any:
+    """The dimensions of any model for sequences of this length, in tokens, where its rotary scaling depends on it."""
+    scaling = getattr(config, "rope_scaling", None)
+    if not isinstance(scaling, LengthScaling):
+        return config
+    return replace(config, rope_scaling=replace(scaling, length=length))
 
 
 SCALINGS: dict[str, type[RopeScaling]] = {

@@ -22,7 +22,7 @@ from dtron.mesh import Degrees, resolve_degrees
 from dtron.models.hf import dropouts_of, hf_dimensions, read_hf_config
 from dtron.models.hf_rope import read_scaling
 from dtron.models.llama import LlamaConfig
-from dtron.models.rope import SCALINGS, LengthScaling, RopeScaling
+from dtron.models.rope import SCALINGS, RopeScaling, for_length
 from dtron.models.spec import ModelSpec, experts_of, meta_model, needs_masks
 from dtron.observe.profiler import check_profiling
 from dtron.parallel.context import check_sequence
@@ -180,11 +180,8 @@ def _model(c: Config) -> tuple[ModelSpec, Any]:
         given["rope_scaling"] = _rope_scaling(c.model.rope_scaling)
     if lacking := [name for name in given if not hasattr(model_config, name)]:
         raise UserError(f"model.{lacking[0]} cannot be set: {c.model.name} has no such dimension")
-    scaling = given.get("rope_scaling", getattr(model_config, "rope_scaling", None))
-    if isinstance(scaling, LengthScaling):
-        evaluated = c.validation.seq_len if c.validation.only else None
-        given["rope_scaling"] = dataclasses.replace(scaling, length=evaluated or c.training.seq_len)
-    return spec, dataclasses.replace(model_config, **given)
+    evaluated = c.validation.seq_len if c.validation.only else None
+    return spec, for_length(dataclasses.replace(model_config, **given), evaluated or c.training.seq_len)
 
 
 def _rope_scaling(keys: RopeScalingKeys) -> RopeScaling | None:

@@ -326,7 +326,8 @@ def random_model(name: str, dtype: torch.dtype = torch.float32, **change: Any) -
     g = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in parameter_name else 0.0, 0.1, generator=g)
+            weight_of_norm = "norm" in parameter_name and not parameter_name.endswith(".bias")
+            p.normal_(1.0 if weight_of_norm else 0.0, 0.1, generator=g)
     return model.to(dtype).eval()
 
 

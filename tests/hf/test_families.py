@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hf.models import PUBLISHED, config_json, load_random, save_random
 from parity.layout import CPU, Case, build_config, local, with_keys
-from parity.single import CLIP, ROWS, batch, off
+from parity.single import CLIP, ROWS, SEQ, batch, off
 from ranks import Ranks
 
 from dtron import registry
@@ -23,6 +23,7 @@ from dtron.hf.generate import generate
 from dtron.hf.read import open_model
 from dtron.mesh import Degrees, Mesh
 from dtron.models.hf import from_hf_config
+from dtron.models.rope import for_length
 from dtron.models.spec import meta_model
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.train.guard import StepGuard
@@ -73,7 +74,7 @@ def continue_training(before: str, after: str, degrees: Degrees) -> Continued:
     """The job of one rank: load a folder, train, and compare with the folder of the trained weights."""
     case = Case("", degrees, {"training.expert_balance_loss": 0.0, "training.expert_bias_rate": 0.0})
     config = with_keys(build_config(case), {"training.steps": STEPS, "optimizer.lr": LR})
-    dimensions = from_hf_config(before)
+    dimensions = for_length(from_hf_config(before), SEQ)
     mesh = Mesh(degrees, "cpu", dimensions.moe is not None)
     spec = registry.look_up("model", "llama3", "model.name")
 
