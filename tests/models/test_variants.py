@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hf.models import config_json
+from parity.single import MODELS, plain_model
 from torch import nn
 from transformers.activations import XIELUActivation
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
@@ -12,6 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 
 from dtron.errors import UserError
+from dtron.hf.generate import CachedModel
 from dtron.models.families import FAMILIES
 from dtron.models.hf import hf_dimensions
 from dtron.models.init import initial_rows, llama_init_std
@@ -58,6 +60,12 @@ def test_gemmas_embedding_is_scaled_by_a_rounded_number():
 def test_logits_are_scaled_before_they_are_capped():
     logits = scale_logits(Variant(logits_multiplier=2.0, logits_softcap=3.0), torch.tensor([0.0, 1.0, 100.0]))
     torch.testing.assert_close(logits, 3 * torch.tanh(torch.tensor([0.0, 2 / 3, 200 / 3])))
+
+
+@torch.no_grad()
+def test_a_sampled_tokens_logits_are_scaled_too():
+    model = plain_model(MODELS["gemma"])
+    torch.testing.assert_close(CachedModel(model, 3).read([5, 6, 7]), model(torch.tensor([[5, 6, 7]]))[0, -1])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "nemotron", "apertus", "cohere"])

@@ -291,7 +291,7 @@ def _missing(case: Case, ranks: list[Trained], expected: Run, optimizer: str) ->
     for r in ranks:
         for name, count in r.elements.items():
             compared[name] = compared.get(name, 0) + count
-    copy_of = {"lm_head.weight": "embed_tokens.weight"} if "tied" in case.model else {}
+    copy_of = {"lm_head.weight": "embed_tokens.weight"} if MODELS[case.model].tie_embeddings else {}
     names = {copy_of.get(name, name) for name in compared}
     lost = [name for name in expected.weights if name not in names]
     partly = [name for name, n in compared.items() if not n or n % expected.weights[copy_of.get(name, name)].numel()]
