@@ -153,6 +153,8 @@ def fitting_entries(
     """
     folder = hf_folder.local(checkpoint)
     entries = hf.entries_of(folder)
+    if not (folder / "config.json").is_file():
+        log.warning("%s has no config.json; its weights are taken to have Llama's names and order of rows", folder)
     expected = {f"model.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
     form, tied = hf_form.form_of_folder(folder), hf_form.HEAD not in expected
     if tied and hf.EMBEDDING not in entries and hf_form.HEAD in entries:  # some save the one under the other name

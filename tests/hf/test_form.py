@@ -13,8 +13,12 @@ from torch import Tensor
 from dtron.__main__ import main
 from dtron.checkpoint.hf import Entry
 from dtron.checkpoint.hf_form import Form, HeadOrder
+from dtron.checkpoint.load import fitting_entries
+from dtron.checkpoint.storage import StoragePath
 from dtron.errors import UserError
 from dtron.hf.read import open_model
+from dtron.models.hf import from_hf_config
+from dtron.models.llama import Llama
 
 HEADS, SIZE = 4, 12
 
@@ -177,3 +181,14 @@ def test_experts_in_one_tensor_are_read_by_their_columns():
         assert torch.equal(form.join(stored, parts), theirs[stored])
     assert form.split_experts("model.layers.0.mlp.gate_proj.weight") == []
     assert Form().split_experts(f"{name}down_proj") == []
+
+
+def test_a_folder_that_does_not_say_its_type_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = save_random("helium-1-preview-2b", tmp_path)
+    with torch.device("meta"):
+        model = Llama(from_hf_config(folder))
+    fitting_entries(StoragePath.at(folder), model)
+    assert not caplog.messages
+    (folder / "config.json").unlink()
+    fitting_entries(StoragePath.at(folder), model)
+    assert "has no config.json; its weights are taken to have Llama's names and order of rows" in caplog.messages[0]
