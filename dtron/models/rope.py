@@ -41,7 +41,7 @@ class Rope:
     def mistake(self) -> str:
         """Why heads cannot be rotated so; empty where they can."""
         if self.size < 2 or self.size % 2:
-            return f"{self.size} of the values of each head are rotated; expected an even number, for pairs"
+            return f"the head size {self.size}, as far as it is rotated, is odd; the rotary embedding needs pairs"
         if isinstance(s := self.scaling, LongRopeScaling):
             for name, divisors in ("short_factor", s.short_factor), ("long_factor", s.long_factor):
                 if len(divisors) != self.size // 2:
