@@ -165,6 +165,8 @@ class Block(nn.Module):
         if c.moe is None or index < c.moe.n_dense_layers:
             self.mlp = FeedForward(c.dim, c.ffn_dim, c.variant, c.mlp_bias)
         else:
+            if (c.variant.activation, c.variant.gated) != ("silu", True):
+                raise ValueError(f"experts have no activation {c.variant.activation}; expected a gated silu")
             shared = FeedForward(c.dim, c.moe.shared_dim, c.variant) if c.moe.shared_dim else None
             self.mlp = MixtureOfExperts(c.dim, c.moe, shared)
 

@@ -175,10 +175,10 @@ def test_a_scaling_without_its_type_is_told(tmp_path: Path):
 
 
 def test_heads_that_cannot_be_rotated_are_named(tmp_path: Path):
-    assert Rope(1e4, 15).mistake.startswith("15 of the values of each head are rotated; expected an even number")
+    assert Rope(1e4, 15).mistake.startswith("the head size 15, as far as it is rotated, is odd")
     assert Rope(1e4, 62, LongRopeScaling(4.0, 16, SHORT[:31], LONG)).mistake == (
         "long_factor has 32 numbers; expected 31, one for each rotated pair"
     )
     assert not Rope(1e4, 64, LongRopeScaling(4.0, 16, SHORT, LONG)).mistake
-    with pytest.raises(UserError, match="model: 33 of the values of each head are rotated"):
+    with pytest.raises(UserError, match="model: the head size 33, as far as it is rotated, is odd"):
         resolved(tmp_path, "", "--model.dim", "264")

@@ -1,5 +1,6 @@
 """Parts that are not Llama's: bf16 as in transformers, initial values, and fields of config.json that are refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,12 @@ def test_gemmas_embedding_is_scaled_by_a_rounded_number():
 def test_logits_are_scaled_before_they_are_capped():
     logits = scale_logits(Variant(logits_multiplier=2.0, logits_softcap=3.0), torch.tensor([0.0, 1.0, 100.0]))
     torch.testing.assert_close(logits, 3 * torch.tanh(torch.tensor([0.0, 2 / 3, 200 / 3])))
+
+
+def test_experts_with_another_activation_are_refused():
+    config = replace(FAMILIES["mixtral"]["debugmodel"], variant=Variant(activation="relu2"))
+    with torch.device("meta"), pytest.raises(ValueError, match="experts have no activation relu2"):
+        Llama(config)
 
 
 @torch.no_grad()
