@@ -282,7 +282,7 @@ def grown_shapes(
     """Of the embedding and the head, by our names, the shapes that the model has with more rows than those there."""
     return {
         name: expected[name]
-        for name in (EMBEDDING, HEAD)
+        for name in (EMBEDDING, HEAD, HEAD.replace("weight", "bias"))
         if name in shapes and name in expected
         if shapes[name][0] < expected[name][0] and shapes[name][1:] == expected[name][1:]
     }

@@ -1,13 +1,14 @@
 """Weights that leave for Hugging Face and come back, as their user sees it: through torchrun and train.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from frontdoor import CONFIG, Run, torchrun
-from hf.models import save_random
+from hf.models import config_json, save_random
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,8 +18,10 @@ from dtron.config import load
 from dtron.data.tokenizer import train_bpe
 from dtron.errors import UserError
 from dtron.hf.read import open_model
-from dtron.models.hf import hf_dimensions, to_hf_config
+from dtron.models.hf import from_hf_config, hf_dimensions, to_hf_config
 from dtron.models.rope import YarnScaling
+from dtron.models.variants import Variant
+from dtron.train.initial import check_initial
 from dtron.train.resolve import resolve
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "a model that cannot leave is a toy's"] * 40
@@ -149,6 +152,20 @@ def write(folder: Path, config: str) -> None:
 
 def keep(model: Any, config: Any) -> Any:
     return model
+
+
+def test_every_field_of_the_config_json_beside_the_weights_is_compared(tmp_path: Path) -> None:
+    """Most do not show in the shapes of the weights."""
+    (tmp_path / "config.json").write_text(json.dumps(config_json("SmolLM3-3B")))
+    config = load(["--checkpoint.initial_load_path", str(tmp_path)])
+    there = from_hf_config(tmp_path)
+    check_initial(config, there)
+    for name, value in (
+        ("ropes", ()), ("partial_rotary_factor", 0.5), ("o_bias", True), ("windows", (9,)), ("attention_scale", 0.5),
+        ("variant", Variant(logits_multiplier=2.0)),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"the model has {name} .* but the weights in"):
+            check_initial(config, replace(there, **{name: value}))
 
 
 def resolved(folder: Path, *more: str) -> Any:

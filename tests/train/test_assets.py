@@ -257,6 +257,17 @@ def test_more_rows_keep_the_old_and_initialize_the_new_on_every_layout(tied: boo
         assert (moment[:320] == 1).all() and (moment[320:] == 0).all() and moment.shape == (352, 64)
 
 
+def test_more_rows_of_a_head_with_a_bias_and_of_a_model_with_fused_projections(ranks: Any, tmp_path: Path) -> None:
+    for name, kv_heads, stored in (("phi-2", 8, "lm_head.bias"), ("Phi-4", 4, "model.embed_tokens.weight")):
+        folder = save_random(name, tmp_path / name)
+        layout = f"--tp 2 --model.hf_config_path {folder}"
+        tensors, _ = ranks.run(2, loaded, str(folder), f"{layout} --model.n_kv_heads {kv_heads}")[0]
+        grown = tensors["model." + stored.removeprefix("model.")]
+        assert len(grown) == 352 and np.array_equal(
+            grown[:320], load_file(folder / "model.safetensors")[stored].numpy()
+        )
+
+
 def write(folder: str, tensors: dict[str, Any]) -> None:
     write_checkpoint(StoragePath.at(folder), tensors, Manifest(Progress(step=3), {}), {})
 
