@@ -136,7 +136,6 @@ def _written(c: LlamaConfig, kind: str, of_type: HFType) -> Fields:
         of_type.eps: c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
-        "pad_token_id": None,  # some types have a default beyond a small vocabulary
     }
     biases = {field: getattr(c, flags[0]) for field, flags in of_type.biases.items()}
     rope, windows = write_rope(c, partial=of_type.partial_rotary), write_windows(c, of_type.windows)
