@@ -15,6 +15,7 @@ from dtron.data.sources import Source, SourceSpec, SplitSource, open_source
 from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError, quiet_broken_pipe
 from dtron.hf import sample
+from dtron.plan import command as plan
 
 __all__ = ["main"]
 
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     sample.add_arguments(commands.add_parser("sample", help="let a model continue text"))
     text = "check and measure the machines before a run"
     preflight.add_arguments(commands.add_parser("preflight", help=text, allow_abbrev=False))
+    text = "rank the layouts of a model on GPUs that need not be there"
+    plan.add_arguments(commands.add_parser("plan", help=text, allow_abbrev=False))
     arguments = argparse.Namespace(after_interrupt="", takes_keys=False)
     try:
         with quiet_broken_pipe():

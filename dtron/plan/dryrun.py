@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True) -> StepRecord:
     """Record the steady step of `rank` in the world of `setup`. Needs a process without a process group.
 
-    gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers,
+    gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers, and
     what RMSNorm keeps where it is not one operator.
     replay: record blocks that are alike once (`replay.py`), where that is possible. Experts are taken to be in balance,
     documents to be whole sequences, and compiled blocks to be eager, which hold more. UserError with CPU offload, which

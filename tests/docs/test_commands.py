@@ -21,6 +21,7 @@ from dtron.data.tokenizer import train_bpe
 from dtron.hf import sample
 from dtron.models.families import FAMILIES
 from dtron.models.hf import to_hf_config
+from dtron.plan import command as plan
 from dtron.train.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +111,7 @@ def check_tool(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         (dtron.__main__, "_convert"),
         (sample, "run"),
         (preflight, "run"),
+        (plan, "run"),
     ):
         monkeypatch.setattr(module, name, lambda given: load(given.keys) if given.keys else None)
     assert dtron.__main__.main(arguments) == 0

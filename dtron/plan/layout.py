@@ -1,0 +1,120 @@
+"""A model's sizes and a layout, as the closed forms of memory and time read them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dtron.errors import UserError
+from dtron.models.spec import experts_of
+from dtron.parallel.pipeline import split_by_cost
+
+__all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Dimensions of a Llama-like model. ffn: of a block's feed-forward; with experts that of one expert."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    vocab: int
+    tied: bool = False
+    experts: int = 0
+    top_k: int = 0
+
+    @classmethod
+    def of(cls, m: Any) -> "Sizes":
+        """Of a model's configuration. UserError where it is no Llama-like one."""
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim", "head_size")
+        if lacking := [name for name in names if not hasattr(m, name)]:
+            raise UserError(
+                f"the planner knows Llama-like models, and this one's configuration has no {lacking[0]}; record single "
+                "layouts of it by dtron.plan.dryrun"
+            )
+        moe, tied = experts_of(m), getattr(m, "tie_embeddings", False)
+        ffn = moe.expert_dim if moe else m.ffn_dim
+        experts = (moe.n_experts, moe.top_k) if moe else (0, 0)
+        return cls(m.dim, m.n_layers, m.n_heads, m.n_kv_heads, m.head_size, ffn, m.vocab_size, tied, *experts)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one block."""
+        return self.dim * self.head_size * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one block's feed-forward, of all experts together."""
+        return 3 * self.dim * self.ffn * max(1, self.experts)
+
+    @property
+    def block_parameters(self) -> int:
+        return self.attention_parameters + self.expert_parameters + self.dim * (2 + self.experts)
+
+    @property
+    def active_block_parameters(self) -> int:
+        """What multiplies one token."""
+        ffn = 3 * self.dim * self.ffn * (self.top_k if self.experts else 1)
+        return self.attention_parameters + ffn + self.dim * self.experts
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.block_parameters + self.vocab * self.dim * (1 if self.tied else 2) + self.dim
+
+    def flops_per_token(self, seq_len: float, causal: bool = False) -> float:
+        """Forward and backward, as `dtron/models/flops.py` counts; causal: attention only where it is not masked."""
+        attention = (6 if causal else 12) * self.heads * self.head_size * seq_len
+        return 6 * (self.layers * self.active_block_parameters + self.vocab * self.dim) + self.layers * attention
+
+
+@dataclass(frozen=True)
+class Layout:
+    """microbatch: sequences in one forward; microbatches: of an optimizer step, on each rank.
+
+    virtual: stages per pipeline rank. recompute: none, op, second (every second block) or full. reshard: whether
+    gathered weights are freed between forward and backward.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    microbatch: int = 1
+    microbatches: int = 1
+    virtual: int = 1
+    recompute: str = "op"
+    reshard: bool = True
+
+    @property
+    def gpus(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    def tokens(self, seq_len: int) -> int:
+        """Of one microbatch on a rank of cp; tp splits them further where the sequence is split."""
+        return self.microbatch * seq_len // self.cp
+
+
+def layers_per_stage(s: Sizes, seq_len: int, n_stages: int) -> list[int]:
+    """As dtron splits them: the head counts as its FLOPs."""
+    if n_stages == 1:
+        return [s.layers]
+    block = 6.0 * s.active_block_parameters + 12 * s.heads * s.head_size * seq_len
+    return split_by_cost([block] * s.layers, n_stages, 0.0, 6.0 * s.vocab * s.dim)
+
+
+def in_flight(layout: Layout, rank: int) -> int:
+    """Most microbatches that a pipeline rank has gone forward with and not backward, each of its stages counted."""
+    if layout.pp == 1:
+        return 1
+    if layout.virtual == 1:
+        return min(layout.microbatches, layout.pp - rank)
+    warm_up = (layout.virtual - 1) * layout.pp + 2 * (layout.pp - rank - 1)
+    return min(layout.microbatches * layout.virtual, warm_up + 1)

@@ -1,0 +1,143 @@
+"""The peak of memory in closed form, in microseconds: for ranking layouts, of which the best are then recorded.
+
+The most of three moments (bf16 compute, fp32 state and reductions, AdamW, CUDA's operators):
+
+* the loss, when all activations are kept and the logits exist several times;
+* the backward of a block, with what it recomputes, its weights and gradients, and the last reduction's input;
+* the end, when the gradients of the last unit are reduced.
+
+Letters as in the models: E hidden size, F of the feed-forward, H and K heads, D head size, V vocabulary, T tokens.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
+
+__all__ = ["Memory", "block_bytes_per_token", "closed_form_peak", "reserved_bytes"]
+
+BF16, FP32 = 2, 4
+LOGITS = 12  # bytes for each logit at the loss: in bf16, fp32 and twice more in its backward
+SHARDED_LOGITS = 16  # with tensor parallel, one fp32 copy more
+# What a GPU holds besides, not measured here: torch's CUDA context, cuBLAS's workspaces, NCCL's buffers of each
+# dimension that communicates; and what the caching allocator reserves beyond the peak, as a share of it.
+CONTEXT, WORKSPACES, COMMUNICATOR = 0.5 * 2**30, 64 * 2**20, 0.4 * 2**30
+FRAGMENTATION = 0.05
+
+
+def reserved_bytes(peak: float, layout: Layout) -> float:
+    """What a GPU needs for a peak of `peak` bytes, with expandable segments."""
+    a = layout
+    dimensions = sum(degree > 1 for degree in (a.pp, a.dp_replicate, a.dp_shard * a.cp, a.cp, a.tp, a.ep))
+    return peak * (1 + FRAGMENTATION) + CONTEXT + WORKSPACES + COMMUNICATOR * (dimensions + (a.gpus > 1))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak; moment: loss, block or end. The rest says what there is at any moment."""
+
+    peak: float
+    moment: str
+    state: float
+    gradients: float
+    activations: float
+    gathered: float
+    logits: float
+    receive: float
+
+
+@cache
+def block_bytes_per_token(s: Sizes, tp: int, recompute: str) -> tuple[float, float]:
+    """(kept from forward to backward, made again in the backward) by one block, in bytes per token of the rank."""
+    heads, x = s.heads / tp, BF16 * s.dim / tp
+    qkv, out = BF16 * (s.heads + 2 * s.kv_heads) * s.head_size / tp, BF16 * s.heads * s.head_size / tp
+    lse, norms = FP32 * heads, 2 * FP32 / tp
+    gathered = BF16 * s.dim  # a norm's output; with sequence parallel gathered for the projections
+    if s.experts:  # rows are not gathered: each rank of tp routes its own tokens
+        rows = s.top_k / tp
+        ffn = rows * (6 * s.dim + 8 * s.ffn + 50) + (FP32 * s.dim + 3 * FP32 * s.experts + BF16 * s.dim) / tp
+        ffn_op = rows * (6 * s.dim + 4 * s.ffn + 50)
+    else:
+        ffn, ffn_op = gathered + 4 * BF16 * s.ffn / tp, 2 * BF16 * s.ffn / tp
+    whole = 2 * x + gathered + qkv + out + lse + norms + ffn
+    scattered = 2 * x if tp > 1 else 0.0
+    kept = {"none": whole, "op": x + qkv + out + lse + ffn_op + scattered, "full": x}
+    kept["second"] = (whole + x) / 2
+    again = {"none": 0.0, "op": whole - kept["op"], "full": whole - x, "second": whole - x}
+    return kept[recompute], again[recompute]
+
+
+def closed_form_peak(s: Sizes, layout: Layout, seq_len: int) -> Memory:
+    """Of the rank that holds most: pipeline ranks differ, and the first, second and last are looked at."""
+    ranks = {0, min(1, layout.pp - 1), layout.pp - 1}
+    return max((_of_rank(s, layout, seq_len, rank) for rank in ranks), key=lambda memory: memory.peak)
+
+
+def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
+    """Of pipeline rank `rank`."""
+    tp, shards, tokens = a.tp, a.dp_shard * a.cp, a.tokens(seq_len)
+    n_stages = a.pp * a.virtual
+    split = layers_per_stage(s, seq_len, n_stages)
+    stages = range(rank, n_stages, a.pp)
+    first, last = 0 in stages, n_stages - 1 in stages
+    layers = sum(split[stage] for stage in stages)
+    # Parameters of one tensor rank, whole over the shards; experts are split by ep, not by tp.
+    dense = s.attention_parameters / tp + s.dim * (2 + s.experts)
+    ffn = s.expert_parameters / (a.ep if s.experts else tp)
+    block = dense + ffn
+    matrix = s.vocab * s.dim / tp
+    outer = matrix * (first + last - (s.tied and first and last))
+    local = (layers * dense + outer) / shards + layers * ffn / (shards * tp / a.ep if s.experts else shards)
+    state = 12.0 * local
+
+    kept, again = block_bytes_per_token(s, tp, a.recompute)
+    live = in_flight(a, rank)
+    hidden = BF16 * s.dim * tokens / tp
+    activations = live * layers / a.virtual * kept * tokens + 2 * hidden * last + tokens * (4 * s.head_size + 16)
+    again *= tokens
+    receive = 0.0
+    logits = tokens * s.vocab / tp if last else 0.0
+    head = BF16 * matrix if last else 0.0
+    unsharded = layers * block + outer
+    if a.pp > 1:
+        passed = sum((stage > 0) + (stage < n_stages - 1) for stage in stages)
+        receive = passed * hidden * a.microbatches
+        activations -= live * hidden * (not first or a.virtual > 1)  # received inputs are the first blocks' inputs
+        gathered, gradients = BF16 * unsharded, FP32 * unsharded
+        # The stage keeps the logits of the microbatch before, and more of those in flight.
+        waiting = BF16 * logits * (a.microbatches > 1) + (BF16 + FP32) * logits * (max(1, live // a.virtual) - 1)
+        held_at_loss, held_at_block, prefetched = 0.0, 0.0, 0.0
+    else:
+        tied_root = s.tied
+        gathered = head + (BF16 * matrix if tied_root and not last else 0.0)
+        gathered += 0.0 if a.reshard else BF16 * (layers * block + (0 if tied_root else matrix))
+        gradients = FP32 * local if a.microbatches > 1 else 0.0
+        waiting = 0.0
+        held_at_loss = FP32 * matrix if a.microbatches > 1 else 0.0
+        held_at_block = 0.0 if tied_root else FP32 * matrix
+        prefetched = BF16 * block if a.reshard and layers > 1 else 0.0
+    fixed = state + receive + waiting
+    loss = fixed + activations + gathered + gradients + held_at_loss
+    loss += (SHARDED_LOGITS if tp > 1 else LOGITS) * logits
+    # A block's backward: its own gathered weights and gradients, the next one's weights, temporaries of SwiGLU.
+    own = (BF16 * block if a.reshard and a.pp == 1 else 0.0) + prefetched + BF16 * block
+    rows = tokens * (s.top_k / tp if s.experts else 1 / tp)
+    temporary = 3 * BF16 * s.ffn * rows
+    ring = tokens * (8 * s.heads + 2 * BF16 * s.kv_heads * a.cp) * s.head_size / tp if a.cp > 1 else 0.0
+    without_head = gathered - (head if a.pp == 1 and not s.tied else 0.0)
+    inside = fixed + again + own + max(temporary, ring) + without_head
+    one_less = activations * (1 - 1 / max(1, layers))
+    if a.pp == 1:
+        block_peak = inside + gradients + max(activations + held_at_block, one_less + FP32 * block)
+    elif a.microbatches * a.virtual > live:
+        block_peak = inside + gradients + activations
+    else:  # all forwards come before the first backward, when there are no gradients
+        block_peak = inside + max(activations, activations * (1 - 1 / live) + gradients)
+        loss -= gradients * last
+    alone = 2 if shards == 1 else 1  # FSDP on one rank divides into another copy
+    largest = max(block, matrix if first or last else 0.0)
+    end = fixed + max(gradients, FP32 * local) + (BF16 + FP32 * alone) * largest + (FP32 * block if a.pp == 1 else 0)
+    if a.pp > 1:
+        end = fixed + gradients + FP32 * alone * largest + FP32 * local
+    peak, moment = max((loss, "loss"), (block_peak, "block"), (end, "end"))
+    return Memory(peak, moment, state, gradients, activations, gathered, 12 * logits, receive)

@@ -1,0 +1,179 @@
+"""What `dtron plan` prints and writes."""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dtron.config import Config, read, replace
+from dtron.config.cli import parse_arguments
+from dtron.config.toml import toml_value
+from dtron.errors import Mistakes, UserError
+from dtron.plan.hardware import Hardware, read_hardware
+from dtron.plan.layout import Layout, Sizes
+from dtron.plan.search import Candidate, Search, layout_keys, search
+from dtron.train.resolve import resolve
+from dtron.train.setup import Setup
+
+__all__ = ["main"]
+
+SHOWN_REASONS = 8
+PARTS = {  # of a step's time, in the table
+    "matmul": ("matmul_s",),
+    "attn": ("attention_s",),
+    "memory": ("memory_bound_s", "other_s"),
+    "again": ("recompute_s",),
+    "tp": ("tensor_s",),
+    "cp": ("context_s",),
+    "ep": ("expert_s",),
+    "dp": ("data_s",),
+    "bubble": ("bubble_s",),
+    "pp": ("pipeline_s",),
+    "opt": ("optimizer_s",),
+}
+
+
+def main(given: argparse.Namespace, keys: list[str]) -> None:
+    """Run the command. UserError for what cannot be planned."""
+    if given.gpus < 1 or given.top < 1 or given.exact < 0:
+        raise UserError("--gpus and --top must be 1 or more, --exact 0 or more")
+    hw = read_hardware(given.hardware)
+    fixed = {name: setting.value for name, setting in parse_arguments(keys, Mistakes()).items()}
+    reading = read(["--job.config_file", given.config, *keys])
+    reading.mistakes.raise_any()
+    config = reading.config
+    setup = _any_setup(config)
+    batch = _global_batch(config, given.global_batch_tokens, given.gpus)
+    found = search(config, setup, given.gpus, hw, fixed, batch, given.exact)
+    if not found.candidates:
+        raise UserError(_nothing_fits(config, setup, given, hw, fixed, batch, found))
+    if given.json:
+        print(json.dumps([c.as_dict() for c in found.candidates[: given.top]], indent=1))
+    else:
+        print(table(config, Sizes.of(setup.model_config), hw, given.gpus, batch, found, given.top))
+        if given.explain:
+            print(explain(found.candidates[0], hw))
+    if given.out:
+        Path(given.out).write_text(as_toml(found.candidates[0].layout, given.config, given.out))
+        if not given.json:
+            print(f"\nwritten to {given.out}: train.py --job.config_file {given.out}")
+
+
+def _any_setup(config: Config) -> Setup:
+    """The model, checked on one rank, where no layout can be at fault."""
+    for name in ("pipeline_parallel_degree", "data_parallel_replicate_degree", "data_parallel_shard_degree",
+                 "context_parallel_degree", "tensor_parallel_degree", "expert_parallel_degree"):  # fmt: skip
+        config = replace(config, f"parallelism.{name}", 1)
+    config = replace(replace(config, "training.global_batch_size", -1), "training.local_batch_size", 1)
+    return resolve(config, 1, "cuda")
+
+
+def _global_batch(config: Config, tokens: int | None, gpus: int) -> int:
+    """In sequences."""
+    if tokens is not None:
+        if tokens < config.training.seq_len:
+            raise UserError(
+                f"--global-batch-tokens {tokens} is less than one sequence, training.seq_len {config.training.seq_len}"
+            )
+        return tokens // config.training.seq_len
+    if config.training.global_batch_size > 0:
+        return config.training.global_batch_size
+    return config.training.local_batch_size * gpus
+
+
+def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: Search, top: int) -> str:
+    """The fastest layouts with where their time goes, in percent, and why others are not among them."""
+    seq_len = config.training.seq_len
+    width = 1 + max(len(describe(c.layout)) for c in found.candidates[:top])
+    style = "compiled" if config.compile.enable else "eager"
+    lines = [
+        f"{s.parameters / 1e9:.1f}B parameters on {gpus} x {hw.name}, {batch} x {seq_len} tokens a step, {style}: "
+        f"{found.looked_at:,} layouts",
+        "",
+        f"{'':3}{'layout':{width}}{'mb x n':>9} {'recompute':9}{'tok/s/GPU':>10}{'MFU':>6}{'step s':>8}{'GiB':>8}"
+        + "".join(f"{name:>7}" for name in PARTS),
+    ]
+    for number, c in enumerate(found.candidates[:top], 1):
+        t = dataclasses.asdict(c.time)
+        shares = "".join(f"{100 * sum(t[n] for n in names) / c.time.step_s:7.1f}" for names in PARTS.values())
+        a = c.layout
+        lines.append(
+            f"{number:<3}{describe(a):{width}}{f'{a.microbatch} x {a.microbatches}':>9} {a.recompute:9}"
+            f"{c.time.tokens_per_s:10,.0f}{c.time.mfu_full:6.1%}{c.time.step_s:8.2f}"
+            f"{c.reserved_bytes / 2**30:7.1f}{'*' if c.exact else ' '}{shares}"
+        )
+    lines += ["", f"GiB: of {hw.memory_bytes / 2**30:.1f}, with what a GPU holds besides; * recorded by a dry run."]
+    lines += ["MFU: attention in full. Columns from matmul on: percent of the step."]
+    if config.training.mixed_precision_param != "bfloat16":
+        lines += ["Speed and estimated memory are those of bfloat16; training.mixed_precision_param says otherwise."]
+    node = hw.gpus_per_node
+    if any(c.layout.tp > node or c.layout.ep > node for c in found.candidates[:top]):
+        lines.append(f"Where tp or ep is more than {node}, it leaves the node; that is in the price.")
+    if found.rejected:
+        lines += ["", "Not among them:", *(f"  {line}" for line in found.rejected[:SHOWN_REASONS])]
+        if (more := len(found.rejected) - SHOWN_REASONS) > 0:
+            lines.append(f"  and {more} families more that do not fit")
+    return "\n".join(lines)
+
+
+def describe(a: Layout) -> str:
+    """In words, without what is 1."""
+    degrees = {"pp": a.pp, "dp_replicate": a.dp_replicate, "dp_shard": a.dp_shard, "cp": a.cp, "tp": a.tp, "ep": a.ep}
+    text = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one GPU"
+    return text + (" interleaved" if a.virtual > 1 else "") + ("" if a.reshard or a.pp > 1 else " no reshard")
+
+
+def explain(c: Candidate, hw: Hardware) -> str:
+    """The terms of one layout."""
+    lines = ["", f"{describe(c.layout)}: a step of {c.time.step_s:.3f} s is"]
+    terms = [
+        (k, v)
+        for k, v in dataclasses.asdict(c.time).items()
+        if k.endswith("_s") and k not in ("step_s", "tokens_per_s")
+    ]
+    lines += [
+        f"  {v:9.4f} s  {k.removesuffix('_s').replace('_', ' ')}" for k, v in sorted(terms, key=lambda t: -t[1]) if v
+    ]
+    m = c.memory
+    lines.append(f"in closed form the peak is {m.peak / 2**30:.2f} GiB, at the moment '{m.moment}', and there are")
+    rows = ("state", m.state), ("gradients", m.gradients), ("activations", m.activations), ("gathered", m.gathered)
+    for name, size in (*rows, ("logits", m.logits), ("receive", m.receive)):
+        if size:
+            lines.append(f"  {size / 2**30:9.2f} GiB {name}")
+    how = "recorded" if c.exact else "estimated"
+    lines.append(f"{how} peak {c.peak_bytes / 2**30:.2f} GiB")
+    lines.append(f"with what a GPU holds besides {c.reserved_bytes / 2**30:.2f} of {hw.memory_bytes / 2**30:.1f} GiB")
+    return "\n".join(lines)
+
+
+def as_toml(layout: Layout, config_file: str, out: str) -> str:
+    """A file that has `config_file` as its base and the layout's keys."""
+    base = os.path.relpath(config_file, Path(out).parent)
+    sections: dict[str, list[str]] = {}
+    for name, value in layout_keys(layout).items():
+        section, _, leaf = name.rpartition(".")
+        sections.setdefault(section, []).append(f"{leaf} = {toml_value(value)}")
+    blocks = ["\n".join([f"[{name}]", *lines]) for name, lines in sections.items()]
+    return "\n\n".join([f"# dtron plan: {describe(layout)}\nbase = {toml_value(base)}", *blocks]) + "\n"
+
+
+def _nothing_fits(
+    config: Config, setup: Setup, given: Any, hw: Hardware, fixed: dict[str, Any], batch: int, found: Search
+) -> str:
+    """What is too big, and the smallest power of two of nodes on which the model would fit."""
+    if found.smallest is None:
+        return "no layout is legal:\n" + "\n".join(found.rejected[:SHOWN_REASONS])
+    lines = [f"no layout of {given.gpus} x {hw.name} fits; what needs least:", *found.rejected[:3]]
+    gpus = given.gpus
+    for _ in range(10):
+        gpus *= 2
+        try:
+            larger = search(config, setup, gpus, hw, fixed, max(batch, gpus), 0)
+        except UserError:
+            continue
+        if larger.candidates:
+            lines.append(f"it would on {gpus} GPUs: {describe(larger.candidates[0].layout)}")
+            break
+    return "\n".join(lines)

@@ -1,0 +1,245 @@
+"""Every layout of a model on a number of GPUs: which fit, how fast they are, and why the others do not fit.
+
+The closed forms rank all of them; dtron's own checks (`dtron/train/resolve.py`) judge the best, and a dry run records
+the peak of the first few.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dtron.config import Config, flatten, replace
+from dtron.errors import UserError
+from dtron.plan.dryrun import dry_run
+from dtron.plan.hardware import Hardware
+from dtron.plan.layout import Layout, Sizes
+from dtron.plan.memory import Memory, closed_form_peak, reserved_bytes
+from dtron.plan.timemodel import COMPILED, EAGER, Prediction, predict
+from dtron.train.resolve import resolve
+from dtron.train.setup import Setup
+
+__all__ = ["Candidate", "Search", "layout_keys", "search"]
+
+P = "parallelism."
+MICROBATCHES = (1, 2, 4, 8, 16)  # sequences in one forward
+LARGEST_CP = 32
+RECORDED = 3  # microbatches of a dry run without a pipeline: later ones find what the second found
+TRIES = 3  # dry runs for each layout that is to be recorded, if some do not fit
+RECOMPUTE = {
+    "none": ("none", "2"),
+    "op": ("selective", "op"),
+    "second": ("selective", "2"),
+    "full": ("full", "2"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its predictions; peak_bytes: recorded where exact, else of the closed form."""
+
+    layout: Layout
+    memory: Memory
+    time: Prediction
+    peak_bytes: float
+    reserved_bytes: float
+    fits: bool
+    exact: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: keys of the configuration, and the figures in seconds and bytes."""
+        t = self.time
+        return {
+            "keys": layout_keys(self.layout),
+            "gpus": self.layout.gpus,
+            "step_s": t.step_s,
+            "tokens_per_s_per_gpu": t.tokens_per_s,
+            "mfu_full": t.mfu_full,
+            "mfu_causal": t.mfu_causal,
+            "peak_bytes": round(self.peak_bytes),
+            "reserved_bytes": round(self.reserved_bytes),
+            "fits": self.fits,
+            "exact": self.exact,
+            "terms_s": {
+                k: v for k, v in dataclasses.asdict(t).items() if k.endswith("_s") and k[:4] not in ("step", "toke")
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Search:
+    """candidates: those that fit, fastest first. rejected: lines that say why others are not among them.
+
+    smallest: of those that do not fit, the one that needs least; None without such.
+    """
+
+    candidates: list[Candidate]
+    rejected: list[str]
+    smallest: Candidate | None
+    looked_at: int
+
+
+def layout_keys(a: Layout) -> dict[str, Any]:
+    """The keys of the configuration that make a layout."""
+    mode, option = RECOMPUTE[a.recompute]
+    pipeline = a.pp > 1
+    keys: dict[str, Any] = {
+        P + "pipeline_parallel_degree": a.pp,
+        P + "data_parallel_replicate_degree": a.dp_replicate,
+        P + "data_parallel_shard_degree": a.dp_shard,
+        P + "context_parallel_degree": a.cp,
+        P + "tensor_parallel_degree": a.tp,
+        P + "expert_parallel_degree": a.ep,
+        P + "fsdp_reshard_after_forward": "default" if a.reshard or pipeline else "never",
+        "training.local_batch_size": a.microbatch * (a.microbatches if pipeline else 1),
+        "training.global_batch_size": a.microbatch * a.microbatches * a.dp,
+        "activation_checkpoint.mode": mode,
+        "activation_checkpoint.selective_ac_option": option,
+    }
+    if pipeline:
+        keys[P + "pipeline_parallel_microbatch_size"] = a.microbatch
+        keys[P + "pipeline_parallel_schedule"] = "1F1B" if a.virtual == 1 else "Interleaved1F1B"
+    return keys
+
+
+def search(
+    config: Config, setup: Setup, gpus: int, hw: Hardware, fixed: Mapping[str, Any], global_batch: int, exact: int
+) -> Search:
+    """All layouts on `gpus` GPUs. fixed: keys that are not changed. global_batch: sequences in a step.
+
+    setup: of any layout, for the model. exact: of the fastest, so many are recorded. UserError where none is legal.
+    """
+    s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
+    style = COMPILED if config.compile.enable else EAGER
+    found: list[Candidate] = []
+    too_big: dict[tuple[int, int, int], Candidate] = {}
+    looked_at, families = 0, set()
+    for layout in layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node):
+        if not _allowed(layout, fixed):
+            continue
+        looked_at += 1
+        memory = closed_form_peak(s, layout, seq_len)
+        needed = reserved_bytes(memory.peak, layout)
+        fits = needed <= hw.memory_bytes
+        family = layout.pp, layout.tp, layout.cp
+        if fits:
+            families.add(family)
+            time = predict(s, layout, seq_len, hw, style)
+            found.append(Candidate(layout, memory, time, memory.peak, needed, fits))
+        elif family not in too_big or needed < too_big[family].reserved_bytes:
+            time = predict(s, layout, seq_len, hw, style)
+            too_big[family] = Candidate(layout, memory, time, memory.peak, needed, fits)
+    if not looked_at:
+        raise UserError(
+            f"no layout of {gpus} GPUs makes a global batch of {global_batch} sequences with the keys that are given; "
+            "change --gpus, --global-batch-tokens or training.global_batch_size, or give fewer keys"
+        )
+    found.sort(key=lambda c: -c.time.tokens_per_s)
+    nearest = sorted(too_big.items(), key=lambda item: item[1].reserved_bytes)
+    reasons = [_too_big(c, hw) for family, c in nearest if family not in families]
+    legal, illegal = _legal(config, found, gpus, hw, exact)
+    smallest = min(too_big.values(), key=lambda c: c.reserved_bytes, default=None)
+    return Search(legal, illegal + reasons, smallest, looked_at)
+
+
+def layouts(s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int) -> Iterator[Layout]:
+    """Layouts whose degrees divide what they split, and that make the global batch."""
+    for tp in _divisors(gpus, min(s.kv_heads, 2 * per_node)):
+        for pp in _divisors(gpus // tp, s.layers):
+            for cp in _divisors(gpus // tp // pp, LARGEST_CP):
+                dp = gpus // tp // pp // cp
+                if s.heads % tp or s.kv_heads % tp or seq_len % (2 * cp if cp > 1 else 1) or seq_len // cp % tp:
+                    continue
+                for replicate in _divisors(dp, dp):
+                    for ep in _divisors(dp // replicate * cp * tp, max(1, s.experts)):
+                        if not s.experts or s.experts % ep == 0:
+                            first = Layout(pp, replicate, dp // replicate, cp, tp, ep)
+                            yield from _batches(s, first, global_batch)
+
+
+def _batches(s: Sizes, first: Layout, global_batch: int) -> Iterator[Layout]:
+    """The microbatches, schedules, recomputations and reshardings of given degrees."""
+    for microbatch in MICROBATCHES:
+        if global_batch % (first.dp * microbatch):
+            continue
+        microbatches = global_batch // first.dp // microbatch
+        virtuals = (1, 2) if first.pp > 1 and 2 * first.pp <= s.layers else (1,)
+        for virtual in virtuals:
+            if first.pp > 1 and (microbatches < first.pp or (virtual > 1 and microbatches % first.pp)):
+                continue
+            for recompute in RECOMPUTE:
+                for reshard in (True, False) if first.pp == 1 and first.dp_shard * first.cp > 1 else (first.pp == 1,):
+                    yield dataclasses.replace(
+                        first, microbatch=microbatch, microbatches=microbatches, virtual=virtual, recompute=recompute,
+                        reshard=reshard,
+                    )  # fmt: skip
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def _allowed(layout: Layout, fixed: Mapping[str, Any]) -> bool:
+    return all(fixed.get(name, value) in (value, -1) for name, value in layout_keys(layout).items()) if fixed else True
+
+
+def _too_big(c: Candidate, hw: Hardware) -> str:
+    a, m = c.layout, c.memory
+    terms = {"parameters, optimizer": m.state, "gradients": m.gradients, "activations": m.activations}
+    terms |= {"gathered weights": m.gathered, "logits": m.logits, "receive buffers": m.receive}
+    most = max(terms, key=lambda name: terms[name])
+    return (
+        f"pp {a.pp} tp {a.tp} cp {a.cp}: needs {c.reserved_bytes / 2**30:.0f} GiB of {hw.memory_bytes / 2**30:.0f} at "
+        f"least, {terms[most] / 2**30:.0f} of them {most}"
+    )
+
+
+def with_keys(config: Config, layout: Layout) -> Config:
+    """The configuration in another layout."""
+    known = flatten(config)
+    for name, value in layout_keys(layout).items():
+        if known[name] != value:
+            config = replace(config, name, value)
+    return config
+
+
+def _legal(
+    config: Config, found: Iterable[Candidate], gpus: int, hw: Hardware, exact: int, most: int = 50
+) -> tuple[list[Candidate], list[str]]:
+    """The first candidates that dtron's checks accept, of which `exact` are recorded; why others are not among them."""
+    legal: list[Candidate] = []
+    reasons: dict[str, int] = {}
+    attempts = recorded = 0
+    for candidate in found:
+        if len(legal) == most:
+            break
+        try:
+            setup = resolve(with_keys(config, candidate.layout), gpus, "cuda")
+        except UserError as error:
+            reason = str(error).splitlines()[0]
+            reasons[reason] = reasons.get(reason, 0) + 1
+            continue
+        if recorded < exact and attempts < TRIES * exact:
+            attempts += 1
+            candidate = record(candidate, setup, hw)
+            if not candidate.fits:
+                line = f"recorded peak {candidate.peak_bytes / 2**30:.1f} GiB, more than estimated: does not fit"
+                reasons[line] = reasons.get(line, 0) + 1
+                continue
+            recorded += 1
+        legal.append(candidate)
+    return legal, [f"{count} of the fastest: {reason}" for reason, count in reasons.items()]
+
+
+def record(candidate: Candidate, setup: Setup, hw: Hardware) -> Candidate:
+    """The candidate with the peak that dry runs of its first, second and last pipeline rank record."""
+    a, d = candidate.layout, setup.degrees
+    if d.pp == 1 and a.microbatches > RECORDED:
+        rows = a.microbatch * RECORDED * d.dp
+        setup = dataclasses.replace(setup, config=replace(setup.config, "training.global_batch_size", rows))
+    ranks = {0, min(1, d.pp - 1), d.pp - 1}
+    peak = max(dry_run(setup, rank * d.stage).peak.total for rank in ranks)
+    needed = reserved_bytes(peak, a)
+    return dataclasses.replace(
+        candidate, peak_bytes=peak, reserved_bytes=needed, fits=needed <= hw.memory_bytes, exact=True
+    )

@@ -1,0 +1,126 @@
+"""The closed forms against dry runs and published steps, and what `dtron plan` makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_peak import setup_of
+
+from dtron.__main__ import main
+from dtron.config import load
+from dtron.errors import UserError
+from dtron.models.families import FAMILIES
+from dtron.models.flops import flops_per_token
+from dtron.models.spec import meta_model
+from dtron.plan.dryrun import dry_run
+from dtron.plan.hardware import HARDWARE, read_hardware
+from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
+from dtron.plan.memory import closed_form_peak
+from dtron.plan.search import layout_keys, layouts, with_keys
+from dtron.plan.timemodel import predict
+from dtron.registry import look_up
+from dtron.train.resolve import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+DEBUG = str(ROOT / "configs/debug.toml")
+WIDE = "--model.dim 1024 --model.n_heads 8 --model.n_kv_heads 4 --model.ffn_dim 3584 --model.vocab_size 32000"
+
+
+@pytest.mark.parametrize("name", ["llama3-8B", "smollm-1.7B", "qwen3_moe-30B-A3B", "mixtral-8x7B"])
+def test_sizes_are_those_of_the_model(name: str) -> None:
+    family, flavor = name.split("-", 1)
+    spec, m = look_up("model", family, ""), FAMILIES[family][flavor]
+    model, s = meta_model(spec, m), Sizes.of(m)
+    assert s.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
+    flops = flops_per_token(model, m.n_layers, spec.attention_flops(m, 4096))
+    assert s.flops_per_token(4096) == pytest.approx(flops, rel=1e-3)
+
+
+CASES = {
+    "fsdp8": Layout(dp_shard=8, microbatch=2, microbatches=2, recompute="op"),
+    "fsdp2 tp2": Layout(dp_shard=2, tp=2, microbatch=1, recompute="none"),
+    "hsdp cp2": Layout(dp_replicate=2, dp_shard=4, cp=2, microbatch=1, recompute="full", reshard=False),
+    "pp2": Layout(pp=2, dp_shard=4, microbatch=1, microbatches=8, recompute="op", reshard=False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_near_the_recorded_one(name: str) -> None:
+    layout = CASES[name]
+    start = setup_of(f"{WIDE} --training.seq_len 2048", 1)
+    setup = resolve(with_keys(start.config, layout), layout.gpus, "cuda")
+    recorded = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in range(layout.pp))
+    closed = closed_form_peak(Sizes.of(setup.model_config), layout, 2048).peak
+    assert closed == pytest.approx(recorded, rel=0.08)
+
+
+def test_layouts_are_what_dtron_accepts() -> None:
+    """Every layout of 8 GPUs passes the checks of train.py, and all degrees are among them."""
+    config = load(["--job.config_file", DEBUG])
+    s = Sizes.of(setup_of("--model.n_layers 2", 1).model_config)
+    found = list(layouts(s, config.training.seq_len, 8, 16, 8))
+    assert {layout.gpus for layout in found} == {8}
+    for name, values in {"tp": {1, 2}, "pp": {1, 2}, "cp": {1, 2, 4, 8}, "dp_replicate": {1, 2, 4, 8}}.items():
+        assert {getattr(layout, name) for layout in found} == values
+    for layout in found[::37]:
+        resolve(with_keys(config, layout), 8, "cpu")
+
+
+def test_more_of_a_resource_is_never_slower() -> None:
+    s, layout = Sizes.of(FAMILIES["llama3"]["8B"]), Layout(dp_shard=16, microbatch=1, microbatches=4)
+    h100, h200 = (predict(s, layout, 8192, HARDWARE[name]) for name in ("h100", "h200"))
+    assert h200.step_s < h100.step_s
+    assert 0.3 < h100.mfu_causal < h100.mfu_full < 0.8
+    parts = [
+        getattr(h100, name) for name in vars(h100) if name.endswith("_s") and name not in ("step_s", "tokens_per_s")
+    ]
+    assert sum(parts) == pytest.approx(h100.step_s)
+
+
+def test_microbatches_in_flight() -> None:
+    assert [in_flight(Layout(pp=4, microbatches=8), rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert in_flight(Layout(pp=4, microbatches=2), 0) == 2
+    assert in_flight(Layout(), 0) == 1
+    assert sorted(layers_per_stage(Sizes.of(FAMILIES["llama3"]["405B"]), 8192, 16)) == [7] * 2 + [8] * 14
+
+
+def test_the_command_ranks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.toml"
+    arguments = ["plan", DEBUG, "--gpus", "8", "--exact", "1", "--json", "--out", str(out), "--top", "3"]
+    assert main([*arguments, "--training.global_batch_size", "16", "--tp", "2"]) == 0
+    best, *others = json.loads(capsys.readouterr().out)
+    assert best["fits"] and best["exact"] and best["gpus"] == 8 and len(others) == 2
+    assert best["tokens_per_s_per_gpu"] >= others[0]["tokens_per_s_per_gpu"] > 0
+    assert sum(best["terms_s"].values()) == pytest.approx(best["step_s"])
+    config = load(["--job.config_file", str(out)])
+    assert config.parallelism.tensor_parallel_degree == 2  # a key that was given
+    resolve(config, 8, "cpu")
+
+
+def test_the_table_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"name": "h100", "memory_bytes": 2.2e9, "gpus_per_node": 2}))
+    arguments = ["plan", DEBUG, "--gpus", "4", "--exact", "0", "--hardware", str(small), "--explain"]
+    assert main([*arguments, "--global-batch-tokens", "1024"]) == 0
+    text = capsys.readouterr().out
+    assert "Not among them:" in text and "GiB of 2 at least" in text and "a step of" in text
+
+
+def test_bad_input_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="did you mean h100"):
+        read_hardware("h1000")
+    assert main(["plan", DEBUG, "--gpus", "8", "--exact", "0", "--training.global_batch_size", "7", "--cp", "1"]) == 1
+    assert "makes a global batch of 7 sequences" in capsys.readouterr().err
+    tiny = tmp_path / "tiny.json"
+    tiny.write_text(json.dumps({"name": "h100", "memory_bytes": 1e6}))
+    assert main(["plan", DEBUG, "--gpus", "2", "--exact", "0", "--hardware", str(tiny)]) == 1
+    assert "no layout of 2 x h100 fits" in capsys.readouterr().err
+
+
+def test_keys_of_a_layout() -> None:
+    keys = layout_keys(
+        Layout(pp=2, dp_shard=2, microbatch=2, microbatches=4, virtual=2, recompute="full", reshard=False)
+    )
+    assert keys["training.local_batch_size"] == 8 and keys["training.global_batch_size"] == 16
+    assert keys["parallelism.pipeline_parallel_schedule"] == "Interleaved1F1B"
+    assert keys["parallelism.fsdp_reshard_after_forward"] == "default"
