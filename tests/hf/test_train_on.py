@@ -71,7 +71,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
 
     @cache
     def make(name: str) -> Path:
-        config = AutoConfig.for_model(**to_hf_config(MODELS[name]))
+        config = AutoConfig.for_model(**to_hf_config(MODELS[name]), pad_token_id=None)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         g = torch.Generator().manual_seed(7)
         with torch.no_grad():

@@ -182,6 +182,8 @@ def keys_read(source: str) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Attribute):
             read |= {declared_in(kind, node.attr) for kind in kinds(node.value)}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "vars":  # all at once
+            read |= {declared_in(kind, f.name) for kind in kinds(node.args[0]) for f in dataclasses.fields(kind)}
         # getattr(section, key), with the keys as strings in the module
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
             strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
