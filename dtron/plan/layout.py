@@ -1,6 +1,7 @@
 """A model's sizes and a layout, as the closed forms of memory and time read them."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from dtron.errors import UserError
@@ -102,6 +103,7 @@ class Layout:
         return self.microbatch * seq_len // self.cp
 
 
+@cache
 def layers_per_stage(s: Sizes, seq_len: int, n_stages: int) -> list[int]:
     """As dtron splits them: the head counts as its FLOPs."""
     if n_stages == 1:

@@ -24,7 +24,10 @@ __all__ = ["Candidate", "Search", "layout_keys", "search"]
 P = "parallelism."
 MICROBATCHES = (1, 2, 4, 8, 16)  # sequences in one forward
 LARGEST_CP = 32
-RECORDED = 3  # microbatches of a dry run without a pipeline: later ones find what the second found
+# Microbatches of a dry run: without a pipeline so many, with one so many for each of its ranks. Later ones find what
+# those found, but for their rows of the batch and what they are received into, which is added.
+RECORDED, RECORDED_ROUNDS = 3, 4
+MOST_REFUSED = 30
 TRIES = 3  # dry runs for each layout that is to be recorded, if some do not fit
 RECOMPUTE = {
     "none": ("none", "2"),
@@ -103,11 +106,19 @@ def layout_keys(a: Layout) -> dict[str, Any]:
 
 
 def search(
-    config: Config, setup: Setup, gpus: int, hw: Hardware, fixed: Mapping[str, Any], global_batch: int, exact: int
+    config: Config,
+    setup: Setup,
+    gpus: int,
+    hw: Hardware,
+    fixed: Mapping[str, Any],
+    global_batch: int,
+    exact: int,
+    top: int,
 ) -> Search:
     """All layouts on `gpus` GPUs. fixed: keys that are not changed. global_batch: sequences in a step.
 
-    setup: of any layout, for the model. exact: of the fastest, so many are recorded. UserError where none is legal.
+    setup: of any layout, for the model. exact: of the fastest, so many are recorded. top: candidates that are wanted.
+    UserError where no layout makes the batch.
     """
     s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
     style = COMPILED if config.compile.enable else EAGER
@@ -137,7 +148,7 @@ def search(
     found.sort(key=lambda c: -c.time.tokens_per_s)
     nearest = sorted(too_big.items(), key=lambda item: item[1].reserved_bytes)
     reasons = [_too_big(c, hw) for family, c in nearest if family not in families]
-    legal, illegal = _legal(config, found, gpus, hw, exact)
+    legal, illegal = _legal(config, found, gpus, hw, exact, top)
     smallest = min(too_big.values(), key=lambda c: c.reserved_bytes, default=None)
     return Search(legal, illegal + reasons, smallest, looked_at)
 
@@ -204,18 +215,24 @@ def with_keys(config: Config, layout: Layout) -> Config:
 
 
 def _legal(
-    config: Config, found: Iterable[Candidate], gpus: int, hw: Hardware, exact: int, most: int = 50
+    config: Config, found: Iterable[Candidate], gpus: int, hw: Hardware, exact: int, top: int
 ) -> tuple[list[Candidate], list[str]]:
-    """The first candidates that dtron's checks accept, of which `exact` are recorded; why others are not among them."""
+    """The first `top` candidates that dtron's checks accept, `exact` of them recorded; why others are not there."""
     legal: list[Candidate] = []
     reasons: dict[str, int] = {}
     attempts = recorded = 0
+    refused: set[tuple[int, ...]] = set()  # degrees; a check of a large model takes half a second
     for candidate in found:
-        if len(legal) == most:
+        if len(legal) == top or len(refused) > MOST_REFUSED:
             break
+        a = candidate.layout
+        degrees = a.pp, a.dp_replicate, a.dp_shard, a.cp, a.tp, a.ep
+        if degrees in refused:
+            continue
         try:
             setup = resolve(with_keys(config, candidate.layout), gpus, "cuda")
         except UserError as error:
+            refused.add(degrees)
             reason = str(error).splitlines()[0]
             reasons[reason] = reasons.get(reason, 0) + 1
             continue
@@ -234,11 +251,14 @@ def _legal(
 def record(candidate: Candidate, setup: Setup, hw: Hardware) -> Candidate:
     """The candidate with the peak that dry runs of its first, second and last pipeline rank record."""
     a, d = candidate.layout, setup.degrees
-    if d.pp == 1 and a.microbatches > RECORDED:
-        rows = a.microbatch * RECORDED * d.dp
-        setup = dataclasses.replace(setup, config=replace(setup.config, "training.global_batch_size", rows))
-    ranks = {0, min(1, d.pp - 1), d.pp - 1}
-    peak = max(dry_run(setup, rank * d.stage).peak.total for rank in ranks)
+    recorded = min(a.microbatches, RECORDED if d.pp == 1 else RECORDED_ROUNDS * d.pp)
+    shorter = dataclasses.replace(a, microbatches=recorded)
+    setup = dataclasses.replace(setup, config=with_keys(setup.config, shorter))
+    peak = 0.0
+    for rank in {0, min(1, d.pp - 1), d.pp - 1}:
+        found = dry_run(setup, rank * d.stage).peak
+        each = (found.parts.get("receive buffers", 0) + found.parts.get("batch", 0)) / recorded
+        peak = max(peak, found.total + (a.microbatches - recorded) * each)
     needed = reserved_bytes(peak, a)
     return dataclasses.replace(
         candidate, peak_bytes=peak, reserved_bytes=needed, fits=needed <= hw.memory_bytes, exact=True
