@@ -28,6 +28,7 @@ LARGEST_CP = 32
 # those found, but for their rows of the batch and what they are received into, which is added.
 RECORDED, RECORDED_ROUNDS = 3, 4
 MOST_REFUSED = 30
+MARGIN = 0.04  # by which the closed form was too low at most, in all but one of 40 layouts
 TRIES = 3  # dry runs for each layout that is to be recorded, if some do not fit
 RECOMPUTE = {
     "none": ("none", "2"),
@@ -130,7 +131,7 @@ def search(
             continue
         looked_at += 1
         memory = closed_form_peak(s, layout, seq_len)
-        needed = reserved_bytes(memory.peak, layout)
+        needed = reserved_bytes(memory.peak * (1 + MARGIN), layout)
         fits = needed <= hw.memory_bytes
         family = layout.pp, layout.tp, layout.cp
         if fits:

@@ -16,7 +16,7 @@ from dtron.plan.dryrun import dry_run
 from dtron.plan.hardware import HARDWARE, read_hardware
 from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 from dtron.plan.memory import closed_form_peak
-from dtron.plan.search import layout_keys, layouts, with_keys
+from dtron.plan.search import Candidate, layout_keys, layouts, record, with_keys
 from dtron.plan.timemodel import predict
 from dtron.registry import look_up
 from dtron.train.resolve import resolve
@@ -124,3 +124,15 @@ def test_keys_of_a_layout() -> None:
     assert keys["training.local_batch_size"] == 8 and keys["training.global_batch_size"] == 16
     assert keys["parallelism.pipeline_parallel_schedule"] == "Interleaved1F1B"
     assert keys["parallelism.fsdp_reshard_after_forward"] == "default"
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2, microbatches=24, reshard=False), Layout(dp_shard=2, microbatches=6)])
+def test_a_dry_run_of_fewer_microbatches_tells_the_peak_of_all(layout: Layout) -> None:
+    s = setup_of(f"{WIDE} --training.seq_len 512", 1)
+    setup = resolve(with_keys(s.config, layout), layout.gpus, "cuda")
+    memory = closed_form_peak(Sizes.of(setup.model_config), layout, 512)
+    time = predict(Sizes.of(setup.model_config), layout, 512, HARDWARE["h100"])
+    candidate = record(Candidate(layout, memory, time, 0.0, 0.0, False), setup, HARDWARE["h100"])
+    whole = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in range(layout.pp))
+    assert candidate.exact and candidate.fits
+    assert candidate.peak_bytes == pytest.approx(whole, rel=1e-3)
