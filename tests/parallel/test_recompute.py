@@ -81,8 +81,9 @@ EXPECTED = {
 _WITH_SHARED = replace(
     FAMILIES["qwen3_moe"]["debugmodel"], moe=MoEConfig(16, 4, 128, shared_dim=128, n_dense_layers=1, score="sigmoid")
 )
-# On CPU scores with a soft cap are computed by the formula, which has no kernel whose result could be kept.
-_DEBUG_MODELS = {name: replace(flavors["debugmodel"], attention_softcap=None) for name, flavors in FAMILIES.items()}
+# On CPU scores with a soft cap or sinks are computed by the formula, which has no kernel whose result could be kept.
+_WITH_KERNEL: dict[str, Any] = {"attention_softcap": None, "attention_sinks": False}
+_DEBUG_MODELS = {name: replace(flavors["debugmodel"], **_WITH_KERNEL) for name, flavors in FAMILIES.items()}
 CONFIGS = _DEBUG_MODELS | {
     "shared expert": _WITH_SHARED,
     "biases": replace(FAMILIES["llama3"]["debugmodel"], qkv_bias=True, o_bias=True, mlp_bias=True),
@@ -120,10 +121,11 @@ def test_by_operation_keeps_the_products_but_o_and_down_and_the_attention(name: 
 
     monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
     qkv = ["addmm" if CONFIGS[name].qkv_bias else "mm"] * 3
+    router = "addmm" if CONFIGS[name].moe and CONFIGS[name].moe.biases else "mm"
     after = {  # without o, and without down but of the experts
         id(DENSE): ["addmm" if CONFIGS[name].mlp_bias else "mm"] * 2,
         id(UNGATED): ["addmm" if CONFIGS[name].mlp_bias else "mm"],
-        id(MIXTURE): ["mm", *["grouped_product"] * 3],
+        id(MIXTURE): [router, *["grouped_product"] * 3],
         id(SHARED): ["mm", *["grouped_product"] * 3, "mm", "mm"],
     }
     for index in (0, 1):
