@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="the run's TOML file")
     add("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    add("--hardware", default="h100", metavar="H", help="a100-40gb, a100, h100 (default), h200, b200, or a JSON file")
+    text = "a100-40gb, a100, h100 (default), h200, b200, or a JSON file: of dtron preflight, or with figures"
+    add("--hardware", default="h100", metavar="H", help=text)
     text = "tokens in an optimizer step (default: training.global_batch_size of CONFIG)"
     add("--global-batch-tokens", type=int, metavar="T", help=text)
     add("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")

@@ -12,7 +12,8 @@ from dtron.config.cli import parse_arguments
 from dtron.config.toml import toml_value
 from dtron.errors import Mistakes, UserError
 from dtron.models.spec import meta_model
-from dtron.plan.hardware import Hardware, read_hardware
+from dtron.plan.hardware import Hardware
+from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.train.resolve import resolve
@@ -22,6 +23,7 @@ __all__ = ["main"]
 
 SHOWN_REASONS = 8
 SIZES_MAY_DIFFER = 0.03  # biases, norms of heads
+RATES = "flops", "memory_rate", "link_rate", "network_rate"
 PARTS = {  # of a step's time, in the table
     "matmul": ("matmul_s",),
     "attn": ("attention_s",),
@@ -53,7 +55,8 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     if not found.candidates:
         raise UserError(_nothing_fits(config, setup, given, hw, fixed, batch, found))
     if given.json:
-        print(json.dumps([c.as_dict() for c in found.candidates[: given.top]], indent=1))
+        used = {"hardware": dataclasses.asdict(hw)}
+        print(json.dumps([c.as_dict() | used for c in found.candidates[: given.top]], indent=1))
     else:
         print(table(config, Sizes.of(setup.model_config), hw, given.gpus, batch, found, given.top))
         if given.explain:
@@ -120,6 +123,9 @@ def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: 
         )
     lines += ["", f"GiB: of {hw.memory_bytes / 2**30:.1f}, with what a GPU holds besides; * recorded by a dry run."]
     lines += ["MFU: attention in full. Columns from matmul on: percent of the step."]
+    if hw.measured:
+        rest = [name for name in RATES if name not in hw.measured]
+        lines.append(f"Measured by preflight: {', '.join(hw.measured)}; of the table: {', '.join(rest) or 'no rate'}.")
     if config.training.mixed_precision_param != "bfloat16":
         lines += ["Speed and estimated memory are those of bfloat16; training.mixed_precision_param says otherwise."]
     node = hw.gpus_per_node

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dtron.plan.hardware import Hardware
 from dtron.plan.layout import Layout, Sizes
 
-__all__ = ["COMPILED", "EAGER", "Constants", "Prediction", "Style", "predict"]
+__all__ = ["COMPILED", "EAGER", "Constants", "Prediction", "Style", "contended", "predict"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ def _matmul_s(m: float, n: float, k: float, hw: Hardware, c: Constants) -> float
     return max(min(tiled, 1.35 * whole), 2 * (m * k + k * n + m * n) / (hw.memory_rate * c.memory)) + 2e-6
 
 
+def contended(nodes: float, c: Constants) -> float:
+    """By how much longer messages take between so many nodes."""
+    return 1 + c.contention * math.log2(nodes / 2) if nodes > 2 else 1.0
+
+
 def _message_s(size: float, group: _Group, hw: Hardware, c: Constants, tree: bool = False) -> float:
     """A gather, scatter or exchange of `size` bytes in all; tree: an all-reduce, of twice as much."""
     n = group.ranks
@@ -115,8 +120,7 @@ def _message_s(size: float, group: _Group, hw: Hardware, c: Constants, tree: boo
         return moved / (hw.link_rate * c.link) + 5e-6 + 0.5e-6 * n
     nodes = n / group.here
     rate = min(hw.link_rate * c.link, hw.network_rate * c.network * group.here)
-    rate /= 1 + c.contention * max(0.0, math.log2(nodes / 2)) if nodes > 2 else 1
-    return moved / rate + c.latency_s * (1 + (math.log2(nodes) if tree else nodes / 2))
+    return moved / rate * contended(nodes, c) + c.latency_s * (1 + (math.log2(nodes) if tree else nodes / 2))
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def predict(
         "data_s": data + n * (fs + bs - forward - backward),
     }
     other = step - sum(parts.values()) - bubble - passed - optimizer  # the host, where it is slower than the GPU
-    mfu = [rate * s.flops_per_token(seq_len, causal) / hw.flops for causal in (False, True)]
+    mfu = [rate * s.flops_per_token(seq_len, causal) / (hw.peak_flops or hw.flops) for causal in (False, True)]
     parts |= {"bubble_s": bubble, "pipeline_s": passed, "optimizer_s": optimizer, "other_s": other}
     return Prediction(step, rate, *mfu, **parts)
 
