@@ -69,7 +69,9 @@ class _Forked(_Process):
         sys.stdout.flush()
         sys.stderr.flush()
         self.args = list(command)
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 3.12 warns of threads, of which the child needs none
+            self.pid = os.fork()
         if self.pid == 0:
             _become(self.args, env, cwd, outputs, session)
 
