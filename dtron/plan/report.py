@@ -11,18 +11,17 @@ from dtron.config import Config, read, replace
 from dtron.config.cli import parse_arguments
 from dtron.config.toml import toml_value
 from dtron.errors import Mistakes, UserError
-from dtron.models.spec import meta_model
 from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
 from dtron.plan.search import Candidate, Search, layout_keys, search
+from dtron.plan.single import check_sizes
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 
 __all__ = ["main"]
 
 SHOWN_REASONS = 8
-SIZES_MAY_DIFFER = 0.03  # biases, norms of heads
 RATES = "flops", "memory_rate", "link_rate", "network_rate"
 PARTS = {  # of a step's time, in the table
     "matmul": ("matmul_s",),
@@ -49,7 +48,7 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     reading.mistakes.raise_any()
     config = reading.config
     setup = _any_setup(config)
-    _check_sizes(setup)
+    check_sizes(setup)
     batch = _global_batch(config, given.global_batch_tokens, given.gpus)
     found = search(config, setup, given.gpus, hw, fixed, batch, given.exact, given.top)
     if not found.candidates:
@@ -74,17 +73,6 @@ def _any_setup(config: Config) -> Setup:
         config = replace(config, f"parallelism.{name}", 1)
     config = replace(replace(config, "training.global_batch_size", -1), "training.local_batch_size", 1)
     return resolve(config, 1, "cuda")
-
-
-def _check_sizes(setup: Setup) -> None:
-    """UserError unless the closed forms' blocks, with gated feed-forwards, are the model's."""
-    expected = Sizes.of(setup.model_config).parameters
-    parameters = sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters())
-    if abs(parameters / expected - 1) > SIZES_MAY_DIFFER:
-        raise UserError(
-            f"the planner takes models for Llama-like ones, which of these sizes would have {expected / 1e9:.2f}B "
-            f"parameters; this one has {parameters / 1e9:.2f}B. Record single layouts of it by dtron.plan.dryrun"
-        )
 
 
 def _global_batch(config: Config, tokens: int | None, gpus: int) -> int:

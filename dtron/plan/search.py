@@ -252,11 +252,13 @@ def _legal(
 
 
 def record(candidate: Candidate, setup: Setup, hw: Hardware) -> Candidate:
-    """The candidate with the peak that dry runs of its first, second and last pipeline rank record."""
+    """The candidate, whose run `setup` is, with the peak that dry runs of its first, second and last pp rank record."""
     a, d = candidate.layout, setup.degrees
     recorded = min(a.microbatches, RECORDED if d.pp == 1 else RECORDED_ROUNDS * d.pp)
-    shorter = dataclasses.replace(a, microbatches=recorded)
-    setup = dataclasses.replace(setup, config=with_keys(setup.config, shorter))
+    config = replace(setup.config, "training.global_batch_size", a.microbatch * recorded * a.dp)
+    if d.pp > 1:
+        config = replace(config, "training.local_batch_size", a.microbatch * recorded)
+    setup = dataclasses.replace(setup, config=config)
     peak = 0.0
     for rank in {0, min(1, d.pp - 1), d.pp - 1}:
         found = dry_run(setup, rank * d.stage).peak

@@ -114,6 +114,33 @@ def test_a_dry_run_only_prints(tmp_path: Path, submit: Any) -> None:
     done = submit(DEBUG, "--nodes", "3", "--checkpoint.enable", "--dry-run")
     assert done.code == 0, done.err
     assert headers(done.out)["nodes"] == "3" and {path.name for path in tmp_path.iterdir()} == {"bin"}
+    assert subprocess.run(["bash", "-n"], input=done.out, text=True).returncode == 0
+
+
+def plan_of(done: Done) -> list[str]:
+    assert done.code == 0 and headers(done.out), done.err
+    return [line.removeprefix("# plan: ") for line in done.out.splitlines() if line.startswith("# plan: ")]
+
+
+def test_a_dry_run_says_what_the_run_needs_and_costs(tmp_path: Path, submit: Any) -> None:
+    run = [DEBUG, "--checkpoint.enable", "--dry-run", "--training.steps", "1000"]
+    fits, speed, cost = plan_of(submit(*run, "--hardware", "h200", "--tp", "2"))
+    assert fits.startswith("fits on 8 x h200: needs ") and "tokens/s per GPU" in speed
+    step_s, hours = float(speed.split()[1]), float(cost.split()[1])
+    assert hours == pytest.approx(step_s * 1000 * 8 / 3600, abs=0.1) and "1,000 steps" in cost
+    (tmp_path / "small.json").write_text(json.dumps({"name": "h100", "memory_bytes": 5e8}))
+    assert plan_of(submit(*run, "--hardware", "small.json"))[0].startswith("does not fit on 8 x h100")
+
+
+def test_a_dry_run_goes_on_without_a_plan(submit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = [DEBUG, "--checkpoint.enable", "--dry-run"]
+    (line,) = plan_of(submit(*run, "--cpu"))
+    assert line == "none: it is for runs on GPUs, and this one is on CPUs"
+    (line,) = plan_of(submit(*run, "--hardware", "h1000"))
+    assert line.startswith("none: --hardware h1000 is unknown; did you mean h100")
+    monkeypatch.setattr("dtron.plan.single.Sizes", None)  # as of a model that the planner does not know
+    (line,) = plan_of(submit(*run))
+    assert line.startswith("none: AttributeError: ")
 
 
 def test_a_job_folder_has_all_that_the_job_runs(tmp_path: Path, submit: Any) -> None:

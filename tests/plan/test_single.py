@@ -1,0 +1,39 @@
+"""The layout that a configured run has, as the planner reads it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dtron.config import load
+from dtron.plan.layout import Layout
+from dtron.plan.search import with_keys
+from dtron.plan.single import describe_run, layout_of
+from dtron.train.resolve import resolve
+
+DEBUG = str(Path(__file__).resolve().parents[2] / "configs/debug.toml")
+BF16 = ["--training.mixed_precision_param", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp_replicate=2, dp_shard=2, tp=2, microbatch=2, microbatches=3, recompute="op", reshard=False),
+        Layout(dp_shard=2, cp=2, recompute="full"),
+        Layout(pp=2, dp_shard=2, microbatch=2, microbatches=4, virtual=2, recompute="second", reshard=False),
+    ],
+)
+def test_a_layout_is_read_from_its_own_keys(layout: Layout) -> None:
+    config = with_keys(load(["--job.config_file", DEBUG, "--model.n_layers", "4", *BF16]), layout)
+    assert layout_of(resolve(config, layout.gpus, "cuda")) == layout
+
+
+def test_a_step_of_several_passes_of_a_pipeline_takes_as_often_as_long() -> None:
+    one = Layout(pp=2, microbatch=1, microbatches=4, recompute="none", reshard=False)
+    config = with_keys(load(["--job.config_file", DEBUG]), one)
+    setup = resolve(config, 2, "cuda")
+    training = dataclasses.replace(config.training, global_batch_size=12)
+    three = resolve(dataclasses.replace(config, training=training), 2, "cuda")
+    assert layout_of(three) == one
+    steps = [float(describe_run(each, "h100")[1].split()[1]) for each in (setup, three)]
+    assert steps[1] == pytest.approx(3 * steps[0], rel=0.01)
