@@ -14,6 +14,7 @@ from dtron.errors import Mistakes, UserError
 from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
+from dtron.plan.picture import check_matplotlib, draw_speed, draw_time
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.plan.single import check_sizes
 from dtron.train.resolve import resolve
@@ -42,6 +43,8 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     """Run the command. UserError for what cannot be planned."""
     if given.gpus < 1 or given.top < 1 or given.exact < 0:
         raise UserError("--gpus and --top must be 1 or more, --exact 0 or more")
+    if given.picture:
+        check_matplotlib()
     hw = read_hardware(given.hardware)
     fixed = {name: setting.value for name, setting in parse_arguments(keys, Mistakes()).items()}
     reading = read(["--job.config_file", given.config, *keys])
@@ -60,6 +63,13 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         print(table(config, Sizes.of(setup.model_config), hw, given.gpus, batch, found, given.top))
         if given.explain:
             print(explain(found.candidates[0], hw))
+    if given.picture:
+        draw(
+            found.candidates[: given.top],
+            found,
+            f"{Path(given.config).stem} on {given.gpus} x {hw.name}",
+            given.picture,
+        )
     if given.out:
         Path(given.out).write_text(as_toml(found.candidates[0].layout, given.config, given.out))
         if not given.json:
@@ -124,6 +134,18 @@ def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: 
         if (more := len(found.rejected) - SHOWN_REASONS) > 0:
             lines.append(f"  and {more} families more that do not fit")
     return "\n".join(lines)
+
+
+def draw(shown: list[Candidate], found: Search, title: str, folder: str) -> None:
+    """time.png: parts of the step of the layouts that are shown; speed.png: the best speed for each tp and pp."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    times = [dataclasses.asdict(c.time) for c in shown]
+    parts = [{part: sum(t[name] for name in names) for part, names in PARTS.items()} for t in times]
+    names = [
+        f"{describe(c.layout)}, {c.layout.microbatch} x {c.layout.microbatches}, {c.layout.recompute}" for c in shown
+    ]
+    draw_time(names, parts, f"{title}: layout, microbatch x number, recompute", Path(folder, "time.png"))
+    draw_speed(found.best, f"{title}: best tokens/s per GPU", Path(folder, "speed.png"))
 
 
 def describe(a: Layout) -> str:

@@ -76,13 +76,15 @@ class Candidate:
 class Search:
     """candidates: those that fit, fastest first. rejected: lines that say why others are not among them.
 
-    smallest: of those that do not fit, the one that needs least; None without such.
+    smallest: of those that do not fit, the one that needs least; None without such. best: tokens per second per GPU of
+    the fastest of each (tp, pp) by the closed forms, before dtron's checks; None where none fits.
     """
 
     candidates: list[Candidate]
     rejected: list[str]
     smallest: Candidate | None
     looked_at: int
+    best: dict[tuple[int, int], float | None]
 
 
 def layout_keys(a: Layout) -> dict[str, Any]:
@@ -153,7 +155,9 @@ def search(
     reasons = [_too_big(c, hw) for family, c in nearest if family not in families]
     legal, illegal = _legal(config, found, gpus, hw, exact, top)
     smallest = min(too_big.values(), key=lambda c: c.reserved_bytes, default=None)
-    return Search(legal, illegal + reasons, smallest, looked_at)
+    best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
+    best |= {(c.layout.tp, c.layout.pp): c.time.tokens_per_s for c in reversed(found)}
+    return Search(legal, illegal + reasons, smallest, looked_at, best)
 
 
 def layouts(s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int) -> Iterator[Layout]:

@@ -114,6 +114,14 @@ def test_bad_input_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no layout of 2 x h100 fits" in capsys.readouterr().err
 
 
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["plan", DEBUG, "--gpus", "4", "--exact", "0", "--picture", str(tmp_path / "pictures")]
+    assert main(arguments) == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert set(files) == {"time.png", "speed.png"} and all(data.startswith(b"\x89PNG") for data in files.values())
+
+
 def test_keys_of_a_layout() -> None:
     keys = layout_keys(
         Layout(pp=2, dp_shard=2, microbatch=2, microbatches=4, virtual=2, recompute="full", reshard=False)
