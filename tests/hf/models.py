@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from parity.single import CLIP, batch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SHRUNK = {
@@ -350,3 +352,19 @@ def load_random(folder: Path | str) -> PreTrainedModel:
 def logits_of(folder: Path | str) -> torch.Tensor:
     """transformers' logits in fp32."""
     return load_random(folder)(tokens()).logits
+
+
+def train_plainly(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int
+) -> tuple[list[float], list[float]]:
+    """Losses, and gradient norms before clipping, of a plain loop over the batches of the parity matrix."""
+    losses, norms = [], []
+    for step in range(steps):
+        text, labels = batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(text).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hf.models import PUBLISHED, config_json, load_random, save_random
+from hf.models import PUBLISHED, config_json, load_random, save_random, train_plainly
 from parity.layout import CPU, Case, build_config, local, with_keys
-from parity.single import CLIP, ROWS, SEQ, batch, off
+from parity.single import ROWS, SEQ, batch, off
 from ranks import Ranks
 
 from dtron import registry
@@ -57,15 +56,7 @@ def trained_by_transformers(before: Path, after: Path) -> tuple[list[float], lis
     model = load_random(before).train()
     model.get_input_embeddings().padding_idx = None  # transformers never trains its row, which is text here
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    losses, norms = [], []
-    for step in range(STEPS):
-        tokens, labels = batch(step)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        optimizer.step()
-        losses.append(loss.item())
+    losses, norms = train_plainly(model, optimizer, STEPS)
     model.save_pretrained(after)
     return losses, norms
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from hf.models import train_plainly
 from parity.layout import CPU, Case, build, build_config, problems, train
-from parity.single import CLIP, MODELS, OPTIMIZERS, STEPS, Run, batch
+from parity.single import MODELS, OPTIMIZERS, STEPS, Run
 from parity.table import (
     CP2,
     FOUR_D,
@@ -88,15 +88,7 @@ def trained_by_transformers(folder: Path, optimizer_name: str) -> Run:
     """Loss, norm and weights of a plain loop over transformers' own model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-    losses, norms = [], []
-    for step in range(STEPS):
-        tokens, labels = batch(step)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
-        optimizer.step()
-        losses.append(loss.item())
+    losses, norms = train_plainly(model, optimizer, STEPS)
     named = {name.removeprefix("model."): p.detach().clone() for name, p in model.named_parameters()}
     for name in [name for name in named if name.endswith(".gate_up_proj")]:  # of experts, in transformers' memory
         gate, up = named.pop(name).chunk(2, 1)
