@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import step  # noqa: E402 - this also finds the checkout's dtron
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from contest import Contestant, matmul_rate  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -113,13 +114,17 @@ def measure_training(setup: Setup, world: World, device: torch.device, options: 
         share = dispatch_share(one, device)
         return one
 
-    figures = step.Figures()
-    step.measure(build, figures, device, options.rounds, options)
+    contestant = Contestant(build, device, options)
+    contestant.start()
+    for _ in range(options.rounds):
+        contestant.block()
+    contestant.finish()
+    rate = matmul_rate(device, getattr(torch, setup.config.training.mixed_precision_param)) * world.size
     peak = peak_flops_per_s(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     model, moe = meta_model(setup.spec, setup.model_config), setup.model_config.moe
     about = {"router": moe.score, "experts": moe.n_experts, "top_k": moe.top_k}
     about |= {"parameters": sum(p.numel() for p in model.parameters()), "active_parameters": active_parameters(model)}
-    return about | {"dispatch_share": share} | step.summary(figures, setup, peak)
+    return about | {"dispatch_share": share} | step.summary(contestant.figures, setup, peak, rate)
 
 
 def dispatch_share(one: step.Step, device: torch.device) -> float:

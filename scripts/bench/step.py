@@ -1,20 +1,22 @@
 """Tokens/s, MFU and peak memory of one configuration, beside a plain PyTorch loop of the same model.
 
     python scripts/bench/step.py [--bench.rounds 5] [--bench.steps 5] [--bench.warmup 2] [--bench.out FILE]
-        --job.config_file FILE.toml [--section.key value ...]
+        [--bench.only dtron|plain] [--bench.profile] --job.config_file FILE.toml [--section.key value ...]
 
 All but the --bench options is train.py's command line. On one rank the two take turns: each round builds one of
-them anew, warms it up, times a block of steps and frees it; odd rounds begin with the other one. Under torchrun
-with more ranks there is nothing to compare with: dtron alone is built once and timed block after block. Figures are
-medians over the blocks; `dtron_over_plain` is the median of the rounds' own ratios, which a machine that others use
-disturbs least. Both train on the same random tokens and start from the same weights; `first_loss` of the
-two must agree. The result is one JSON object on stdout (and in --bench.out); the rest goes to stderr.
+them anew, warms it up, times a block of steps and frees it; odd rounds begin with the other one. Under torchrun both
+are built once, the plain loop on rank 0 alone, with the whole global batch, while the others wait; on GPUs dtron alone.
+Figures are medians over the blocks; `speed_over_plain` is the median of the rounds' own ratios of wall time (above 1:
+dtron is faster), `cpu_over_plain` that of CPU seconds, summed over ranks (below 1: dtron needs less), which a machine
+that others use disturbs least. Both train on the same random tokens and start from the same weights; `first_loss` of
+the two must agree. `share_of_matmul_rate` is MFU with the best rate that a square matrix product reached here in place
+of the data sheet's. --bench.profile watches one more step on a GPU, see watch.py. The result is one JSON object on
+stdout (and in --bench.out); the rest goes to stderr.
 """
 
 import argparse
 import dataclasses
 import datetime
-import gc
 import json
 import logging
 import os
@@ -22,7 +24,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout's dtron, also where another copy is installed
 
+from contest import Contestant, Figures, Step, compete, matmul_rate, median_ratio  # noqa: E402
+
 from dtron import registry  # noqa: E402
 from dtron.config import Config, HelpRequested, load  # noqa: E402
 from dtron.data.loader import StepLoader  # noqa: E402
@@ -42,15 +45,13 @@ from dtron.errors import UserError, quiet_broken_pipe  # noqa: E402
 from dtron.models.flops import flops_per_token  # noqa: E402
 from dtron.models.init import initial_rows  # noqa: E402
 from dtron.models.spec import attended_tokens, meta_model  # noqa: E402
-from dtron.observe.device import max_memory_bytes, peak_flops_per_s, reset_max_memory  # noqa: E402
+from dtron.observe.device import peak_flops_per_s  # noqa: E402
 from dtron.parallel.recompute import apply_recompute  # noqa: E402
 from dtron.ranks.world import World  # noqa: E402
 from dtron.train.report import StepClock  # noqa: E402
 from dtron.train.resolve import check_batch, resolve  # noqa: E402
 from dtron.train.setup import Setup  # noqa: E402
 from dtron.train.trainer import Trainer  # noqa: E402
-
-Step = Callable[[], torch.Tensor]  # one optimizer step; returns the loss of the global batch
 
 
 class RandomTokens:
@@ -141,78 +142,25 @@ def _plain_model(setup: Setup, device: torch.device) -> torch.nn.Module:
     return model
 
 
-# --- measuring
-
-
-@dataclasses.dataclass
-class Figures:
-    """Of one contestant: wall and CPU seconds a step of every block, the most memory of any rank, the first loss.
-
-    On a CPU that others use too, the processor's time tells more than the clock on the wall.
-    """
-
-    step_s: list[float] = dataclasses.field(default_factory=list)
-    step_cpu_s: list[float] = dataclasses.field(default_factory=list)
-    max_memory_bytes: int = 0
-    first_loss: float | None = None
-    error: str | None = None
-
-
-def measure(build: Callable[[], Step], figures: Figures, device: torch.device, blocks: int, options: Any) -> None:
-    """Build, warm up, and add `blocks` timed blocks to `figures`; running out of memory is a result too."""
-    torch.compiler.reset()  # else the blocks of every build would fill one cache of compiled code, up to its limit
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    _forget_peak(device)
-    try:
-        step = build()
-        first = step()
-        for _ in range(options.warmup - 1):
-            step()
-        _wait(device)
-        for _ in range(blocks):
-            began, cpu_began = time.perf_counter(), time.process_time()
-            for _ in range(options.steps):
-                step()
-            _wait(device)
-            figures.step_s.append((time.perf_counter() - began) / options.steps)
-            figures.step_cpu_s.append((time.process_time() - cpu_began) / options.steps)
-        figures.first_loss = first.item()
-    except torch.OutOfMemoryError:
-        figures.error = "out of memory"
-    memory = torch.tensor(max_memory_bytes(device), device=device)
-    dist.all_reduce(memory, dist.ReduceOp.MAX)
-    figures.max_memory_bytes = max(figures.max_memory_bytes, int(memory))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    dist.barrier()
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Start counting the memory peak anew; on a CPU only Linux can."""
-    reset_max_memory(device)
-    if device.type == "cpu" and os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")  # "Peak RSS": proc(5)
+# --- the result
 
 
 def _device(setup: Setup, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank) if setup.device_type == "cuda" else torch.device("cpu")
 
 
-def summary(figures: Figures, setup: Setup, peak: float | None) -> dict[str, Any]:
-    """Rates from the median block."""
+def summary(figures: Figures, setup: Setup, peak: float | None, matmul: float) -> dict[str, Any]:
+    """Rates from the median block. peak: FLOP/s of a device; matmul: of all ranks together, as measured."""
     c = setup.config
-    result = dataclasses.asdict(figures) | {"tokens_per_s": None, "tokens_per_s_per_gpu": None, "mfu": None}
-    if figures.error is None:
+    rates = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "share_of_matmul_rate")
+    result = dataclasses.asdict(figures) | dict.fromkeys(rates)
+    if figures.error is None and figures.step_s:
         sequences = check_batch(c, setup.degrees, c.training.global_batch_size)
         tokens_per_s = sequences * c.training.seq_len / statistics.median(figures.step_s)
         per_gpu = tokens_per_s / setup.degrees.world
         result |= {"tokens_per_s": tokens_per_s, "tokens_per_s_per_gpu": per_gpu}
         result["mfu"] = per_gpu * _flops_per_token(setup) / peak if peak else None
+        result["share_of_matmul_rate"] = tokens_per_s * _flops_per_token(setup) / matmul
     return result
 
 
@@ -231,13 +179,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for name, default, meaning in (
-        ("rounds", 5, "timed blocks a contestant"),
-        ("steps", 5, "optimizer steps a block"),
+        ("rounds", 5, "timed blocks per contestant"),
+        ("steps", 5, "optimizer steps per block"),
         ("warmup", 2, "steps before a block, after building"),
     ):
         text = f"{meaning} ({default})"
         parser.add_argument(f"--bench.{name}", dest=name, type=int, default=default, metavar="N", help=text)
     parser.add_argument("--bench.out", dest="out", type=Path, metavar="FILE", help="also write the JSON here")
+    parser.add_argument("--bench.only", dest="only", choices=("dtron", "plain"), help="leave the other one out")
+    parser.add_argument("--bench.profile", dest="profile", action="store_true", help="watch one more step (CUDA)")
     options, rest = parser.parse_known_args(argv)
     if min(options.rounds, options.steps, options.warmup) < 1:
         parser.error("--bench.rounds, --bench.steps and --bench.warmup are 1 or more")
@@ -270,21 +220,24 @@ def start(setup: Setup) -> World:
 
 def run(options: argparse.Namespace, setup: Setup, world: World) -> dict[str, Any]:
     """Measure, and describe what was measured."""
-    device = _device(setup, world)
+    device, dtype = _device(setup, world), getattr(torch, setup.config.training.mixed_precision_param)
+    rate = matmul_rate(device, dtype)
     builders = {"dtron": lambda: dtron_step(setup, world), "plain": lambda: plain_step(setup, world)}
-    figures = {name: Figures() for name in (builders if world.size == 1 else ("dtron",))}
-    for turn in range(options.rounds if world.size == 1 else 1):
-        order = list(figures) if turn % 2 == 0 else list(reversed(figures))
-        for name in order:
-            blocks = 1 if world.size == 1 else options.rounds
-            if figures[name].error is None:
-                measure(builders[name], figures[name], device, blocks, options)
+    names = [options.only] if options.only else list(builders)
+    if world.size > 1 and device.type == "cuda":
+        names = ["dtron"]
+    contestants = {
+        name: Contestant(builders[name] if name == "dtron" or world.rank == 0 else _nothing, device, options, alone)
+        for name in names
+        for alone in (name == "plain" and world.size > 1,)
+    }
+    compete(contestants, world, options.rounds)
+    figures = {name: contestant.figures for name, contestant in contestants.items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     peak = peak_flops_per_s(name) if device.type == "cuda" else None
     c = setup.config
-    results = {key: summary(value, setup, peak) for key, value in figures.items()}
-    times = zip(figures["plain"].step_s, figures["dtron"].step_s, strict=False) if world.size == 1 else ()
-    ratios = [plain / ours for plain, ours in times]
+    results = {key: summary(value, setup, peak, rate * world.size) for key, value in figures.items()}
+    ratios = [median_ratio(figures, "step_s", inverse=True), median_ratio(figures, "step_cpu_s")]
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["step.py", *sys.argv[1:]]),
@@ -296,17 +249,24 @@ def run(options: argparse.Namespace, setup: Setup, world: World) -> dict[str, An
         "parameters": sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters()),
         "flops_per_token": _flops_per_token(setup),
         "peak_flops_per_s": peak,
+        "matmul_flops_per_s": rate,
         "seq_len": c.training.seq_len,
-        "sequences_a_step": check_batch(c, setup.degrees, c.training.global_batch_size),
-        "sequences_a_forward": c.training.local_batch_size,
+        "sequences_per_step": check_batch(c, setup.degrees, c.training.global_batch_size),
+        "sequences_per_forward": c.training.local_batch_size,
         "compute_dtype": c.training.mixed_precision_param,
         "recompute": c.activation_checkpoint.mode,
         "compile": c.compile.backend if c.compile.enable else None,
-        "steps_a_block": options.steps,
-        "dtron": results["dtron"],
+        "steps_per_block": options.steps,
+        "dtron": results.get("dtron"),
         "plain": results.get("plain"),
-        "dtron_over_plain": statistics.median(ratios) if ratios else None,
+        "speed_over_plain": ratios[0],
+        "cpu_over_plain": ratios[1],
     }
+
+
+def _nothing() -> Step:
+    """What other ranks do in the plain loop's turn."""
+    return lambda: torch.zeros(())
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,7 @@ from dtron.train.resolve import resolve
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "scripts" / "bench" / "README.md").read_text()
 COMMANDS = [line.strip() for line in README.splitlines() if re.search(r"bench/\w+\.py .*config_file configs/", line)]
+BENCH_OPTIONS = ("rounds", "steps", "warmup", "out", "only", "profile", "routers", "experts")
 SHORT = ["--bench.rounds", "2", "--bench.steps", "1", "--bench.warmup", "1"]
 TINY = ["--job.config_file", "configs/debug.toml", "--training.device", "cpu", "--training.seq_len", "32"]
 
@@ -43,18 +44,31 @@ def test_one_rank_beside_the_plain_loop(tmp_path: Path) -> None:
     # The same weights, the same tokens, the same loss: the two do the same work.
     assert result["dtron"]["first_loss"] == pytest.approx(result["plain"]["first_loss"], rel=1e-5)
     ratios = [plain / ours for plain, ours in zip(result["plain"]["step_s"], result["dtron"]["step_s"], strict=True)]
-    assert result["dtron_over_plain"] == pytest.approx(sum(ratios) / 2)
-    assert result["ranks"] == 1 and result["sequences_a_step"] == 4 and result["torch"] and "CPU" in result["device"]
+    assert result["speed_over_plain"] == pytest.approx(sum(ratios) / 2)
+    cpu = [
+        ours / plain for plain, ours in zip(result["plain"]["step_cpu_s"], result["dtron"]["step_cpu_s"], strict=True)
+    ]
+    assert result["cpu_over_plain"] == pytest.approx(sum(cpu) / 2)
+    speed = result["dtron"]["tokens_per_s"] * result["flops_per_token"]
+    assert result["dtron"]["share_of_matmul_rate"] == pytest.approx(speed / result["matmul_flops_per_s"])
+    assert result["ranks"] == 1 and result["sequences_per_step"] == 4 and result["torch"] and "CPU" in result["device"]
 
 
-def test_two_ranks_have_no_plain_loop() -> None:
+def test_two_ranks_beside_a_plain_loop_of_the_same_batch() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = bench(*SHORT, *TINY, "--tp", "2", launcher=launcher)
+    done = bench(*SHORT, *TINY, "--dp", "2", "--training.global_batch_size", "4", launcher=launcher)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["ranks"], result["layout"], result["plain"], result["dtron_over_plain"]) == (2, "tp 2", None, None)
-    assert len(result["dtron"]["step_s"]) == 2
+    assert (result["ranks"], result["layout"]) == (2, "dp_shard 2")
+    assert len(result["dtron"]["step_s"]) == len(result["plain"]["step_s"]) == 2
+    assert result["dtron"]["first_loss"] == pytest.approx(result["plain"]["first_loss"], rel=1e-5)
+    assert result["cpu_over_plain"] > 0.5  # of both ranks together
     assert result["dtron"]["tokens_per_s_per_gpu"] == result["dtron"]["tokens_per_s"] / 2
+
+
+def test_one_of_the_two_alone() -> None:
+    result = json.loads(bench(*SHORT, "--bench.only", "plain", *TINY).stdout)
+    assert result["dtron"] is None and result["speed_over_plain"] is None and len(result["plain"]["step_s"]) == 2
 
 
 def test_mistakes_are_told_in_one_line() -> None:
@@ -73,7 +87,9 @@ def test_commands_of_the_readme_are_legal(command: str, monkeypatch: pytest.Monk
     ranks = int(words[words.index("--nproc-per-node") + 1]) if "torchrun" in words else 1
     resolve(load(words[words.index("--job.config_file") :]), ranks)
     options = [word for word in words[: words.index("--job.config_file")] if word.startswith("--bench.")]
-    assert set(options) <= {f"--bench.{name}" for name in ("rounds", "steps", "warmup", "out", "routers", "experts")}
+    assert set(options) <= {
+        f"--bench.{name}" for name in ("rounds", "steps", "warmup", "out", "only", "profile", "routers", "experts")
+    }
 
 
 def test_the_readme_has_commands() -> None:
