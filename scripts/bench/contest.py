@@ -141,24 +141,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def compete(contestants: dict[str, Contestant], world: World, rounds: int) -> None:
-    """Let them take turns, and fill in their figures."""
+    """Let them take turns, and fill in their figures. They are built anew for each turn where two share one device."""
+    rebuilt = len(contestants) > 1 and world.size == 1
     for turn in range(rounds):
         for name in list(contestants) if turn % 2 == 0 else reversed(contestants):
             contestant = contestants[name]
-            if world.size == 1:
+            if turn == 0 or rebuilt:
                 contestant.start()
-                contestant.block()
-                contestant.finish()
-                continue
-            # Everything waits for everyone: rank 0 may be alone with the plain loop.
-            if turn == 0:
-                contestant.start()
-            dist.barrier()
+            dist.barrier()  # rank 0 may be alone with the plain loop, and the others wait
             contestant.block()
             dist.barrier()
-    if world.size > 1:
-        for contestant in contestants.values():
-            contestant.finish()
+            if turn == rounds - 1 or rebuilt:
+                contestant.finish()
 
 
 def median_ratio(figures: dict[str, Figures], field: str, inverse: bool = False) -> float | None:
