@@ -45,6 +45,13 @@ class Memory:
     logits: float
     receive: float
 
+    def largest_part(self) -> tuple[str, float]:
+        """Its name, and bytes."""
+        parts = {"parameters and optimizer state": self.state, "gradients": self.gradients}
+        parts |= {"activations": self.activations, "gathered weights": self.gathered}
+        parts |= {"logits": self.logits, "receive buffers": self.receive}
+        return max(parts.items(), key=lambda part: part[1])
+
 
 @cache
 def block_bytes_per_token(s: Sizes, tp: int, recompute: str) -> tuple[float, float]:

@@ -132,7 +132,7 @@ def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: 
     if found.rejected:
         lines += ["", "Not among them:", *(f"  {line}" for line in found.rejected[:SHOWN_REASONS])]
         if (more := len(found.rejected) - SHOWN_REASONS) > 0:
-            lines.append(f"  and {more} families more that do not fit")
+            lines.append(f"  and {more} reasons more")
     return "\n".join(lines)
 
 
@@ -192,18 +192,38 @@ def as_toml(layout: Layout, config_file: str, out: str) -> str:
 def _nothing_fits(
     config: Config, setup: Setup, given: Any, hw: Hardware, fixed: dict[str, Any], batch: int, found: Search
 ) -> str:
-    """What is too big, and the smallest power of two of nodes on which the model would fit."""
-    if found.smallest is None:
-        return "no layout is legal:\n" + "\n".join(found.rejected[:SHOWN_REASONS])
-    lines = [f"no layout of {given.gpus} x {hw.name} fits; what needs least:", *found.rejected[:3]]
-    gpus = given.gpus
-    for _ in range(10):
-        gpus *= 2
+    """First on how many GPUs the model would fit and which term is too big on these; then what was looked at."""
+    if found.smallest is None or any(found.best.values()):
+        return "\n".join(["each layout that would fit is refused:", *found.rejected[:SHOWN_REASONS]])
+    s, gib = found.smallest, 2**30
+    name, size = s.memory.largest_part()
+    more = _smallest_that_fits(config, setup, given.gpus, hw, fixed, batch)
+    would = f"it would fit on {more[0]} GPUs ({describe(more[1])})" if more else "nor does it on 1,024 times as many"
+    first = (
+        f"no layout of {given.gpus} x {hw.name} fits; {would}. Too big: {name}, {size / gib:.0f} of the "
+        f"{s.reserved_bytes / gib:.0f} GiB that the smallest layout, {describe(s.layout)}, needs of "
+        f"{hw.memory_bytes / gib:.0f}"
+    )
+    return "\n".join([first, *found.rejected[:3]])
+
+
+def _smallest_that_fits(
+    config: Config, setup: Setup, gpus: int, hw: Hardware, fixed: dict[str, Any], batch: int
+) -> tuple[int, Layout] | None:
+    """Of powers of two times `gpus` and quarters between them, in whole nodes; with a sequence per GPU at least."""
+
+    def fastest(n: int) -> Layout | None:
         try:
-            larger = search(config, setup, gpus, hw, fixed, max(batch, gpus), 0, 1)
+            candidates = search(config, setup, n, hw, fixed, max(batch, n), 0, 1).candidates
         except UserError:
-            continue
-        if larger.candidates:
-            lines.append(f"it would on {gpus} GPUs: {describe(larger.candidates[0].layout)}")
-            break
-    return "\n".join(lines)
+            return None
+        return candidates[0].layout if candidates else None
+
+    for larger in (gpus * 2**i for i in range(1, 11)):
+        if whole := fastest(larger):
+            between = (larger * eighths // 8 for eighths in (5, 6, 7))
+            for n in between:
+                if n % hw.gpus_per_node == 0 and (layout := fastest(n)):
+                    return n, layout
+            return larger, whole
+    return None

@@ -152,7 +152,7 @@ def search(
         )
     found.sort(key=lambda c: -c.time.tokens_per_s)
     nearest = sorted(too_big.items(), key=lambda item: item[1].reserved_bytes)
-    reasons = [_too_big(c, hw) for family, c in nearest if family not in families]
+    reasons = _too_big([c for family, c in nearest if family not in families], hw)
     legal, illegal = _legal(config, found, gpus, hw, exact, top)
     smallest = min(too_big.values(), key=lambda c: c.reserved_bytes, default=None)
     best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
@@ -201,15 +201,20 @@ def _allowed(layout: Layout, fixed: Mapping[str, Any]) -> bool:
     return all(fixed.get(name, value) in (value, -1) for name, value in layout_keys(layout).items()) if fixed else True
 
 
-def _too_big(c: Candidate, hw: Hardware) -> str:
-    a, m = c.layout, c.memory
-    terms = {"parameters, optimizer": m.state, "gradients": m.gradients, "activations": m.activations}
-    terms |= {"gathered weights": m.gathered, "logits": m.logits, "receive buffers": m.receive}
-    most = max(terms, key=lambda name: terms[name])
-    return (
-        f"pp {a.pp} tp {a.tp} cp {a.cp}: needs {c.reserved_bytes / 2**30:.0f} GiB of {hw.memory_bytes / 2**30:.0f} at "
-        f"least, {terms[most] / 2**30:.0f} of them {most}"
-    )
+def _too_big(nearest: Iterable[Candidate], hw: Hardware) -> list[str]:
+    """A line for each part of memory that is the largest of some; nearest: the smallest of each family, in order."""
+    by_part: dict[str, list[Candidate]] = {}
+    for c in nearest:
+        by_part.setdefault(c.memory.largest_part()[0], []).append(c)
+    lines = []
+    for part, (first, *others) in by_part.items():
+        a, gib = first.layout, 2**30
+        more = f"; {len(others)} more of (pp, tp, cp) with too many {part}" if others else ""
+        lines.append(
+            f"pp {a.pp} tp {a.tp} cp {a.cp}: needs {first.reserved_bytes / gib:.0f} GiB of "
+            f"{hw.memory_bytes / gib:.0f} at least, {first.memory.largest_part()[1] / gib:.0f} of them {part}{more}"
+        )
+    return lines
 
 
 def with_keys(config: Config, layout: Layout) -> Config:

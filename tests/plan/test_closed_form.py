@@ -1,6 +1,7 @@
 """The closed forms against dry runs and published steps, and what `dtron plan` makes of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,23 @@ def test_bad_input_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture
     tiny = tmp_path / "tiny.json"
     tiny.write_text(json.dumps({"name": "h100", "memory_bytes": 1e6}))
     assert main(["plan", DEBUG, "--gpus", "2", "--exact", "0", "--hardware", str(tiny)]) == 1
-    assert "no layout of 2 x h100 fits" in capsys.readouterr().err
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "no layout of 2 x h100 fits; nor does it on 1,024 times as many. Too big: " in first
+    assert 1 <= len(others) <= 3 and "at least" in others[0]
+
+
+def test_a_model_that_fits_nowhere_is_told_where_it_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The smallest number of GPUs and the term that is too big come first; rejected families are one line."""
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"name": "h100", "memory_bytes": 9e9, "gpus_per_node": 4}))
+    arguments = ["plan", str(ROOT / "configs/llama3-8b.toml"), "--hardware", str(small), "--exact", "0", "--gpus"]
+    assert main([*arguments, "8"]) == 1
+    first, *others = capsys.readouterr().err.splitlines()
+    found = re.search(r"it would fit on (\d+) GPUs \((.+)\)\. Too big: parameters and optimizer state, ", first)
+    assert found and 8 < int(found[1]) <= 128 and found[2], first
+    assert len(others) <= 3 and sum("at least" in line for line in others) == len(others)
+    assert any("more of (pp, tp, cp) with too many" in line for line in others)
+    assert main([*arguments, found[1]]) == 0
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
