@@ -26,6 +26,7 @@ from dtron.models.hf import to_hf_config
 from dtron.models.init import llama_init_std
 from dtron.models.llama import Llama
 from dtron.models.spec import ModelSpec
+from dtron.optim.adamw import AdamW
 from dtron.parallel.tensor import llama_plan
 
 __all__ = ["Kind", "cross_entropy", "find_dataset", "import_custom", "look_up", "register"]
@@ -41,6 +42,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _adam(cls: Any) -> Callable[..., torch.optim.Optimizer]:
     def make(groups: list[dict[str, Any]], c: Optimizer) -> torch.optim.Optimizer:
+        if c.state_dtype != "float32":
+            return AdamW(groups, c.lr, (c.beta1, c.beta2), c.eps, getattr(torch, c.state_dtype))
         loop = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
         return cls(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, **loop[c.implementation])
 

@@ -24,10 +24,11 @@ from dtron.config.declare import (
     timeout_s,
     traces_prefix,
 )
+from dtron.config.optimizer import Optimizer
 from dtron.config.quantize import Quantize
 from dtron.config.rope import RopeScalingKeys
 
-__all__ = ["Config", "Dataset", "Source"]
+__all__ = ["Config", "Dataset", "Optimizer", "Source"]
 
 
 @dataclass(frozen=True)
@@ -111,25 +112,6 @@ class Model:
     tie_embeddings: bool | None = key(None, "overrides the flavor: one matrix for embedding and head")
     rope_theta: float | None = key(None, "overrides the flavor: base of the rotary frequencies", check=positive)
     rope_scaling: RopeScalingKeys = field(default_factory=RopeScalingKeys)
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    CHANGES: ClassVar[Changes] = "hyperparameters"
-
-    name: str = key("AdamW", "AdamW, Adam, SGD, or a registered optimizer", changes="training")
-    lr: float = key(8e-4, "peak learning rate", minimum=0)
-    beta1: float = key(0.9, "Adam's first decay; SGD's momentum", minimum=0)
-    beta2: float = key(0.95, "Adam's second decay", minimum=0)
-    eps: float = key(1e-8, "Adam's epsilon", minimum=0)
-    weight_decay: float = key(0.1, "weight decay, decoupled in AdamW", minimum=0)
-    weight_decay_exclude: list[str] = key([], 'parameter-name patterns without decay, for example ["*norm*"]')
-    implementation: Literal["for-loop", "foreach", "fused"] = key(
-        "fused", "how the optimizer loops over tensors; SGD has no fused form and takes foreach", changes="speed"
-    )
-    early_step_in_backward: bool = key(
-        False, "", unsupported="the gradient is clipped by its global norm before the step"
-    )
 
 
 @dataclass(frozen=True)

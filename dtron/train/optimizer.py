@@ -16,13 +16,19 @@ from torch.distributed.tensor import DTensor
 
 from dtron import registry
 from dtron.config import sections
+from dtron.optim.adamw import AdamW
 from dtron.parallel.compose import ParallelModel
 
 __all__ = ["build_optimizers", "learning_rate_factor", "scale_gradients", "squared_gradient_norm"]
 
 
-def build_optimizers(model: ParallelModel, c: sections.Optimizer) -> list[torch.optim.Optimizer]:
-    """One optimizer a pipeline stage held here, each with a decayed and an undecayed group of parameters."""
+def build_optimizers(
+    model: ParallelModel, c: sections.Optimizer, compiled: sections.Compile | None = None
+) -> list[torch.optim.Optimizer]:
+    """One optimizer a pipeline stage held here, each with a decayed and an undecayed group of parameters.
+
+    compiled: whether, and by what, those that are dtron's own are compiled.
+    """
     make = registry.look_up("optimizer", c.name, "optimizer.name")
     optimizers = []
     for part in model.parts:
@@ -35,7 +41,10 @@ def build_optimizers(model: ParallelModel, c: sections.Optimizer) -> list[torch.
             {"params": [p for _, p in named if id(p) not in ids], "weight_decay": c.weight_decay},
             {"params": exempt, "weight_decay": 0.0},
         ]
-        optimizers.append(make([group for group in groups if group["params"]], c))
+        optimizer = make([group for group in groups if group["params"]], c)
+        if compiled and compiled.enable and isinstance(optimizer, AdamW):
+            optimizer.compile(compiled.backend)
+        optimizers.append(optimizer)
     return optimizers
 
 

@@ -14,6 +14,7 @@ import torch
 from dtron import registry
 from dtron.checkpoint.load import check_excluded
 from dtron.config import Config, replace
+from dtron.config.optimizer import Optimizer
 from dtron.config.rope import RopeScalingKeys
 from dtron.config.torchtitan import said_of
 from dtron.data.loader import check_dataloader
@@ -25,6 +26,7 @@ from dtron.models.llama import LlamaConfig
 from dtron.models.rope import SCALINGS, RopeScaling, for_length
 from dtron.models.spec import ModelSpec, experts_of, meta_model, needs_masks
 from dtron.observe.profiler import check_profiling
+from dtron.optim.adamw import LARGEST_BETA
 from dtron.parallel.context import check_sequence
 from dtron.parallel.expert import check_experts
 from dtron.parallel.incompatible import check_compatible
@@ -103,6 +105,7 @@ def _training_mistakes(c: Config) -> Iterator[str]:
     for key in ("beta1", "beta2"):
         if getattr(c.optimizer, key) >= 1:
             yield f"optimizer.{key} is {getattr(c.optimizer, key)}; expected a number in [0, 1)"
+    yield from _state_dtype_mistakes(c.optimizer)
     if c.training.max_norm == 0:
         yield "training.max_norm is 0, which makes every gradient 0; expected more, a huge number for no clipping"
     if 0 < c.training.spike_factor <= 1:
@@ -125,6 +128,23 @@ def _training_mistakes(c: Config) -> Iterator[str]:
         check_profiling(c.profiling)
     except UserError as error:
         yield str(error)
+
+
+def _state_dtype_mistakes(c: Optimizer) -> Iterator[str]:
+    """What moments of 16 bits need."""
+    if c.state_dtype == "float32":
+        return
+    setting = f"optimizer.state_dtype = {c.state_dtype}"
+    if c.name != "AdamW":
+        yield f"{setting} is AdamW's, and optimizer.name is {c.name}; set it float32, or take AdamW"
+    if c.implementation != "fused":
+        yield f"{setting} has one implementation, fused, and optimizer.implementation is {c.implementation}"
+    for key in ("beta1", "beta2"):
+        if LARGEST_BETA < getattr(c, key) < 1:
+            yield (
+                f"{setting} with optimizer.{key} {getattr(c, key)}: above {LARGEST_BETA} a step moves a moment by less "
+                f"than bfloat16 can hold, and it would stay where it is; lower {key}, or set state_dtype float32"
+            )
 
 
 def _value_mistakes(c: Config) -> Iterator[str]:

@@ -90,7 +90,7 @@ class Trainer:
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer for each module in `self.model.parts`."""
-        return build_optimizers(self.model, self.config.optimizer)
+        return build_optimizers(self.model, self.config.optimizer, self.config.compile)
 
     def next_batch(self) -> Batch | tuple[Tensor, Tensor]:
         """This data-parallel rank's rows of the next optimizer step; or tokens and labels alone."""

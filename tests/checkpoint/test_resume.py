@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.training import checkpoint_of, train
+from checkpoint.training import ADAMW, checkpoint_of, train
 from parity.layout import Case
 from parity.table import CSV, FOUR_D, FSDP2, HSDP, ONE, PP2, PP2_FSDP2, QUARTERS, SCHEDULES, TP2, Degrees, schedule
 from ranks import RankError, Ranks
@@ -127,6 +127,20 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> No
     whole = ranks.run(case.degrees.world, train, case, 0, last)[0]
     got = ranks.run(case.degrees.world, train, case, BEFORE, last, checkpoint_of(tmp_path, BEFORE))[0]
     assert got == whole[BEFORE:]
+
+
+def test_moments_of_16_bits_go_on_bit_for_bit_and_on_another_layout(ranks: Ranks, tmp_path: Path) -> None:
+    optimizer = replace(ADAMW, state_dtype="bfloat16")
+    case = Case("", PP2_FSDP2, schedule("ZBVZeroBubble"), "tied")
+    last, world = BEFORE + ENOUGH, case.degrees.world
+    ranks.run(world, train, case, 0, BEFORE, "", str(tmp_path), False, optimizer, share=case.degrees)
+    whole = ranks.run(world, train, case, 0, last, "", "", False, optimizer, share=case.degrees)[0][BEFORE:]
+    checkpoint = checkpoint_of(tmp_path, BEFORE)
+    got = ranks.run(world, train, case, BEFORE, last, checkpoint, "", False, optimizer, share=case.degrees)[0]
+    assert got == whole
+    for other, tolerance in ((optimizer, 1e-4), (ADAMW, 1e-3)):  # bf16 moments go on as fp32 ones too
+        one = ranks.run(1, train, case_of("one", "tied"), BEFORE, last, checkpoint, "", False, other)[0]
+        assert one == [pytest.approx(pair, rel=tolerance) for pair in whole]
 
 
 def test_the_optimizer_state_matters(

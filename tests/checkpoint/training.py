@@ -35,10 +35,11 @@ def save_all(
 
 
 def train(
-    case: Case, first: int, last: int, load_from: str = "", save_to: str = "", model_only: bool = False
-) -> list[tuple[float, float]]:
+    case: Case, first: int, last: int, load_from: str = "", save_to: str = "", model_only: bool = False,
+    optimizer: Optimizer = ADAMW,
+) -> list[tuple[float, float]]:  # fmt: skip
     """Steps [first, last) on this rank: global losses and gradient norms. save_to: the folder of the checkpoint."""
-    mesh, model, optimizers = begin(case)
+    mesh, model, optimizers = begin(case, optimizer)
     if load_from:
         verify_on_all_ranks(StoragePath.at(load_from))
         load(StoragePath.at(load_from), model, None if model_only else optimizers)

@@ -13,7 +13,7 @@ FLOORS = [
     {"config", "mesh", "models"},
     {"ranks"},
     {"parallel"},
-    {"data", "checkpoint", "observe"},
+    {"data", "checkpoint", "observe", "optim"},
     {"registry"},
     {"train"},
     {"hf", "cluster", "plan"},

@@ -1,6 +1,7 @@
 """The parity matrix as data: every layout and feature that must equal the single process, and what must be in it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from parity.layout import Case
@@ -337,8 +338,31 @@ VARIANTS = [
     Case("apertus compiled fsdp2 tp2 op", FSDP2_TP2, {**compiled(), **OP}, "apertus", long=True),
     Case("apertus pp2 fsdp2 cp2 tp2", FOUR_D, PAIRS, "apertus", long=True),
 ]
+
+
+def _with(optimizer: str) -> list[Case]:
+    """One of `MORE_OPTIMIZERS` on every layout, few of them short."""
+    short = [
+        Case("pp2 fsdp2 tied V", PP2_FSDP2, schedule("ZBVZeroBubble"), "tied"),
+        Case("fsdp2 tp2 ep4", FSDP2_TP2_EP4, model="moe all"),
+        Case("fsdp2 tp2 compiled", FSDP2_TP2, compiled()),
+    ]
+    others = [
+        Case("fsdp4 uneven", FSDP4, model="uneven"),
+        Case("fsdp2 inductor", FSDP2, compiled("inductor")),
+        Case("fsdp2 offload", FSDP2, OFFLOAD, batches=2),
+        Case("ep2", EP2, model="moe"),
+        Case("hsdp2x2 ep2", HSDP_EP2, model="moe"),
+        Case("pp2 ep2", PP2_EP2, model="moe"),
+        Case("fsdp8 experts", Degrees(dp_shard=8), model="moe"),
+    ]
+    long = [replace(case, long=True) for case in (*LAYOUTS, *others)]
+    return [replace(case, name=f"{optimizer} {case.name}", optimizers=(optimizer,)) for case in (*short, *long)]
+
+
 CASES = [
     *LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *WINDOWS, *VARIANTS, *EXPERTS,
+    *_with("AdamW bf16"),
 ]  # fmt: skip
 
 # --- what must be in the table
