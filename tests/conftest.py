@@ -3,24 +3,16 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks share few cores, and forking wants no threads
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of CPU ranks, also where there is a GPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Else inductor keeps processes, and threads that talk to them, which do not go well with forks.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-# All that ranks need is imported here, once, before any of them is forked.
-import torch._dynamo
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.distributed.pipelining
-import torch.distributed.tensor.parallel
 from ranks import Ranks
 
 from dtron.ranks.logs import setup_logging
@@ -50,12 +42,7 @@ def _no_ranks_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """gloo ranks: ranks.run(world, function, *arguments) gives the list of the ranks' results."""
-    import torch._inductor.compile_fx  # noqa: F401 - 2.6 CPU-seconds, which every rank that compiles would spend
-
     pool = request.config.stash[POOL] = Ranks()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # forked ranks keep the filter: torch warns of its own internals
-        logging.getLogger("torch").setLevel(logging.ERROR)
-        pool.grow(16)
+    pool.grow(16)
     yield pool
     pool.close()

@@ -1,12 +1,14 @@
-"""Ranks for tests: forked once after torch is imported, kept, and given one job after the other.
+"""Ranks for tests: forked from a process that has imported torch, kept, and given one job after the other.
 
-Importing torch and its distributed parts costs seconds a process; a fork costs milliseconds. After a failure or a
-timeout the whole pool is killed, because the failed rank's peers may sit in a collective for ever.
+Importing torch and its distributed parts costs seconds a process; a fork costs milliseconds (see preload.py). After a
+failure or a timeout the whole pool is killed, because the failed rank's peers may sit in a collective for ever.
 """
 
 import functools
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -22,8 +24,11 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from dtron.ranks.logs import setup_logging
+
 
 def _serve(rank: int, jobs: Connection) -> None:
+    setup_logging()
     torch.set_num_threads(1)
     while True:
         fn, world, store, keep, args = jobs.recv()
@@ -72,6 +77,22 @@ def _exit_code(process: Any) -> int | None:
     return process.exitcode
 
 
+@functools.cache
+def _fork_server() -> Any:
+    """The context whose processes are forked from one that has imported preload.py, started at the first call."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
+    before = os.environ.get("PYTHONPATH")
+    # Until Python 3.13 it imports the module by its own path, and says nothing where it finds none.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
 class RankError(AssertionError):
     """A rank raised; the text is its traceback."""
 
@@ -110,14 +131,13 @@ class Ranks:
 
     def grow(self, world: int) -> None:
         """Fork workers until there are `world`."""
-        # A child that drops a process group of this process waits for ever for the group's threads, which it has not.
         tasks = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        if left := [name for name in tasks if "gloo" in name]:
+        if left := [name for name in tasks if "gloo" in name]:  # what else runs in this process would meet it
             raise RuntimeError(
                 f"a test has left a process group in pytest's own process (threads {', '.join(left)}); run it on "
                 "a rank: ranks.run(1, function)"
             )
-        context = mp.get_context("fork")
+        context = _fork_server()
         for rank in range(len(self._workers), world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
@@ -128,22 +148,26 @@ class Ranks:
         results: dict[int, Any] = {}
         while len(results) < len(pipes):
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-            # A rank that dies closes no pipe: those forked after it hold its end too.
             ends = {process.sentinel: rank for rank, (process, _) in enumerate(self._workers[: len(pipes)])}
             ready = multiprocessing.connection.wait([*waiting, *ends], timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 self.close()
                 raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang")
-            if dead := [ends[sentinel] for sentinel in ready if sentinel in ends]:
-                codes = {rank: _exit_code(self._workers[rank][0]) for rank in dead}
-                self.close()
-                raise RankError(f"ranks died, with the exit codes {codes}")
-            for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
-                good, results[rank] = pipe.recv()  # type: ignore[union-attr]
+            dead = [ends[sentinel] for sentinel in ready if sentinel in ends]
+            for pipe in [pipe for pipe in waiting if pipe in ready and not dead]:
+                rank = pipes.index(pipe)
+                try:
+                    good, results[rank] = pipe.recv()
+                except EOFError:  # its pipe is closed a moment before the process has ended
+                    dead = [rank]
+                    break
                 if not good:
                     self.close()
                     raise RankError(f"rank {rank}:\n{results[rank]}")
+            if dead:
+                codes = {rank: _exit_code(self._workers[rank][0]) for rank in dead}
+                self.close()
+                raise RankError(f"ranks died, with the exit codes {codes}")
         return [results[rank] for rank in range(len(pipes))]
 
     def close(self) -> None:
