@@ -46,9 +46,9 @@ __all__ = [
     "clean_name",
     "compile_without_autograd_cache",
     "cpu_flash_attention",
-    "can_skip_updates",
     "copy_of_dtensor",
     "csv_actions",
+    "divide_gradients_by",
     "dump_flight_recorder",
     "enable_async_tensor_parallel",
     "enable_ring_attention",
@@ -59,6 +59,7 @@ __all__ = [
     "ring_attention_style",
     "set_timeout",
     "skip_update_where",
+    "takes_scale_and_skip",
     "stages_of_rank",
     "start_flight_recorder",
     "start_without_messages",
@@ -322,16 +323,29 @@ def copy_of_dtensor(like: DTensor, shard: torch.Tensor) -> DTensor:
     return DTensor(shard, like._spec, requires_grad=False)
 
 
-# --- steps that change nothing, 2.11 and 2.13: what torch.amp.GradScaler asks of an optimizer; waits for a public way.
+# --- gradients that are scaled, and steps that change nothing, inside the optimizer's own pass, 2.11 and 2.13: what
+# torch.amp.GradScaler asks of an optimizer; waits for a public way.
+
+
+def divide_gradients_by(optimizer: torch.optim.Optimizer, scale: torch.Tensor) -> None:
+    """Let each step() from now on divide gradients by `scale`, a float32 scalar on the device."""
+    optimizer.grad_scale = _beside_shards(optimizer, scale)  # type: ignore[attr-defined]
 
 
 def skip_update_where(optimizer: torch.optim.Optimizer, found: torch.Tensor) -> None:
-    """Let the next step() leave weights and state as they are if `found`, a float32 scalar on the device, is 1."""
-    optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
+    """Let each step() from now on leave weights and state as they are if `found`, a float32 scalar, is 1."""
+    optimizer.found_inf = _beside_shards(optimizer, found)  # type: ignore[attr-defined]
 
 
-def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
+def takes_scale_and_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer does what the two functions above ask for: fused Adam and AdamW, and dtron's own."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _beside_shards(optimizer: torch.optim.Optimizer, scalar: torch.Tensor) -> torch.Tensor:
+    """In CPU memory with CPU offload: torch itself would copy it there without waiting until it is written."""
+    p = optimizer.param_groups[0]["params"][0]
+    return scalar.to((p.to_local() if isinstance(p, DTensor) else p).device)
 
 
 # --- the flight recorder, 2.11 and 2.13 on CPU; names of NCCL builds read from the source, not run here. Waits for a

@@ -251,7 +251,7 @@ class Parallelism:
         check=minus_1_or_positive,
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = key(
-        "default", "free gathered weights after the forward; default: unless pipeline parallel is on"
+        "default", "free gathered weights after the forward; default: not in a pipeline, nor on one shard that fits"
     )
     gradient_reduce: Literal["every_microbatch", "last_microbatch"] = key(
         "every_microbatch",

@@ -32,7 +32,12 @@ from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
 from dtron.models.spec import ModelConfig, ModelSpec, attended_tokens, layers_of, meta_model
 from dtron.parallel.context import apply_context_parallel, apply_gathered_attention, uses_masks
-from dtron.parallel.data import apply_data_parallel, free_gathered_weights, reduce_gradients_now
+from dtron.parallel.data import (
+    apply_data_parallel,
+    free_gathered_weights,
+    reduce_gradients_now,
+    reshards_after_forward,
+)
 from dtron.parallel.expert import apply_expert_parallel
 from dtron.parallel.materialize import initialize
 from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_loss, plan_stages
@@ -71,7 +76,8 @@ class ParallelModel:
 
     parts: one module without pipeline parallel, one per stage with it. aliases: names of second copies
     of tied parameters -> the first name, by which they are initialised and saved. gathered_keys: attention is to the
-    gathered keys of all context ranks, so that every forward needs document_start and keys.
+    gathered keys of all context ranks, so that every forward needs document_start and keys. keeps_weights: gathered
+    weights are kept from a step's first forward to its last backward.
     """
 
     parts: list[nn.Module]
@@ -81,6 +87,7 @@ class ParallelModel:
     every_microbatch: bool
     sharded_loss: bool
     gathered_keys: bool = False
+    keeps_weights: bool = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under their names in the plain model; the second copy of a tied one under its own name."""
@@ -99,7 +106,7 @@ class ParallelModel:
         with self._loss_context():
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, *extra_inputs)
-            reduce_gradients_now(self.parts[0], self.every_microbatch, last)
+            reduce_gradients_now(self.parts[0], self.every_microbatch, last, self.keeps_weights)
             loss = self.loss(self.parts[0](tokens, *extra_inputs), labels)
             loss.backward()  # type: ignore[no-untyped-call]
         return plain_loss(loss)
@@ -158,6 +165,7 @@ class MetaParts:
     parts: list[nn.Module]
     plan: StagePlan | None
     aliases: dict[str, str]
+    reshard: bool
 
     @property
     def sharded_loss(self) -> bool:
@@ -175,22 +183,27 @@ def parallelize(
     token_loss: Callable[[Tensor, Tensor], Tensor], converters: list[Converter],
 ) -> ParallelModel:  # fmt: skip
     """Build this rank's part of the model on `device` with its initial weights."""
-    model = materialize(wrap_on_meta(spec, model_config, config, mesh, converters), device, token_loss)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    model = materialize(wrap_on_meta(spec, model_config, config, mesh, converters, memory), device, token_loss)
     canonical = ((model.aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
     initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)
     return model
 
 
 def wrap_on_meta(
-    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, converters: list[Converter]
-) -> MetaParts:
-    """Everything up to FSDP, on meta: no memory is taken and no message sent."""
+    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, converters: list[Converter],
+    memory_bytes: int | None = None,
+) -> MetaParts:  # fmt: skip
+    """Everything up to FSDP, on meta: no memory is taken and no message sent. memory_bytes: of the GPU."""
     if config.compile.enable:
         compat.compile_without_autograd_cache()
-    aliases = {copy: first for first, copy in tied_parameters(meta_model(spec, model_config))}
+    whole = meta_model(spec, model_config)
+    aliases = {copy: first for first, copy in tied_parameters(whole)}
+    parameters = sum(p.numel() for p in whole.parameters())
+    reshard = reshards_after_forward(config.parallelism, mesh, parameters, memory_bytes)
     plan = stage_plan(spec, model_config, config) if mesh.degrees.pp > 1 else None
     parts: list[nn.Module] = []
-    meta = MetaParts(spec, model_config, config, mesh, parts, plan, aliases)
+    meta = MetaParts(spec, model_config, config, mesh, parts, plan, aliases, reshard)
     for stage in plan.of_rank[mesh.pp_rank] if plan else (None,):
         part = meta_model(spec, model_config)
         if plan and stage is not None:
@@ -219,8 +232,9 @@ def materialize(meta: MetaParts, device: torch.device, token_loss: Callable[[Ten
         pipeline = Pipeline(meta.parts, meta.plan, p, mesh.pp, microbatches, device, loss, hidden)
     every_microbatch = p.gradient_reduce == "every_microbatch"
     return ParallelModel(
-        meta.parts, pipeline, loss, meta.aliases, every_microbatch, meta.sharded_loss, meta.gathered_keys
-    )
+        meta.parts, pipeline, loss, meta.aliases, every_microbatch, meta.sharded_loss, meta.gathered_keys,
+        keeps_weights=not meta.reshard,
+    )  # fmt: skip
 
 
 def _hidden_states(
@@ -261,9 +275,6 @@ def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
         if compiled:
             block.compile(fullgraph=True, backend=config.compile.backend)
         layers[name] = block if by_operation else wrap(block, int(name))
-    reshard = p.fsdp_reshard_after_forward == "always" or (
-        p.fsdp_reshard_after_forward == "default" and mesh.degrees.pp == 1
-    )
     dtype = getattr(torch, config.training.mixed_precision_param)
-    apply_data_parallel(part, mesh.fsdp, dtype, reshard, config.training.enable_cpu_offload, mesh.expert_fsdp)
+    apply_data_parallel(part, mesh.fsdp, dtype, meta.reshard, config.training.enable_cpu_offload, mesh.expert_fsdp)
     return part

@@ -12,7 +12,7 @@ of size 1 too, so that mixed precision and every parameter's mesh are the same o
 The loss is already divided by the tokens of the global batch, so gradients are summed, never averaged.
 
 Which ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054) a setting is, and what a rank holds, in bytes per
-parameter with bf16 compute, fp32 state and N shards; weights from forward to backward, gradients between microbatches:
+parameter with bf16 compute, fp32 state and N shards; weights after a forward, gradients between microbatches:
 
 | fsdp_reshard_after_forward | gradient_reduce  | ZeRO | weights | gradients | AdamW |
 |----------------------------|------------------|------|---------|-----------|-------|
@@ -31,10 +31,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from dtron import compat
+from dtron.config.sections import Parallelism
+from dtron.mesh import Mesh
 from dtron.models.moe import Experts
 from dtron.models.spec import layers_of
 
-__all__ = ["apply_data_parallel", "free_gathered_weights", "reduce_gradients_now"]
+__all__ = ["apply_data_parallel", "free_gathered_weights", "reduce_gradients_now", "reshards_after_forward"]
 
 
 def apply_data_parallel(
@@ -82,9 +84,12 @@ def apply_data_parallel(
         module.set_unshard_in_backward(not all(isinstance(m, nn.Embedding) for m in before))  # a look-up needs none
     if expert_mesh is not None:
         _prefetch_explicitly(list(layers_of(model).values()))
+    # On one rank torch divides by a factor of 1 too, into a second copy; without one it would average over more ranks.
+    alone = mesh.size() == 1 and (expert_mesh is None or expert_mesh.size() == 1)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if not alone:
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
@@ -115,9 +120,28 @@ def _units_outside_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Mo
     return (before, after) if ids[0].isdisjoint(ids[1]) else ([], [])
 
 
-def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool) -> None:
-    """Call before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only."""
+def reshards_after_forward(p: Parallelism, mesh: Mesh, parameters: int, memory_bytes: int | None) -> bool:
+    """Whether blocks free their gathered weights after the forward, and gather them again for the backward.
+
+    By default not in a pipeline, whose microbatches would all gather them; nor where a rank gathers from itself alone,
+    so that gathering is copies without messages, and the copies have room: weights, gradients, AdamW's moments and the
+    copies, 18 bytes for each of the model's `parameters`, are at most half of `memory_bytes` (None: unlimited).
+    """
+    if p.fsdp_reshard_after_forward != "default":
+        return p.fsdp_reshard_after_forward == "always"
+    meshes = [mesh.fsdp] if mesh.expert_fsdp is None else [mesh.fsdp, mesh.expert_fsdp]
+    shards = max(m.size(m.ndim - 1) for m in meshes)
+    fits = memory_bytes is None or 18 * parameters / mesh.degrees.tp <= memory_bytes / 2
+    return mesh.degrees.pp == 1 and not (shards == 1 and fits)
+
+
+def reduce_gradients_now(model: nn.Module, every_microbatch: bool, last: bool, keep_weights: bool = False) -> None:
+    """Call before a microbatch's backward: whether it reduces. HSDP's replicas are all-reduced at the last one only.
+
+    keep_weights: those that are gathered stay until the last one, so that they are gathered once per optimizer step.
+    """
     assert isinstance(model, FSDPModule)
+    model.set_reshard_after_backward(last or not keep_weights)
     model.set_requires_gradient_sync(every_microbatch or last)
     model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)

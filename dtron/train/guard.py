@@ -47,7 +47,7 @@ class StepGuard:
             )
             if skipped
         ]
-        if self._skips and not all(map(compat.can_skip_updates, optimizers)):
+        if self._skips and not all(map(compat.takes_scale_and_skip, optimizers)):
             raise UserError(
                 "training.on_nonfinite = skip and training.on_spike = skip need an optimizer that can leave out a step "
                 "on the device: AdamW or Adam with optimizer.implementation = fused; set them to stop, or "

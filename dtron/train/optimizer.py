@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtron import registry
+from dtron import compat, registry
 from dtron.config import sections
 from dtron.optim.adamw import AdamW
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["build_optimizers", "learning_rate_factor", "scale_gradients", "squared_gradient_norm"]
+__all__ = ["build_optimizers", "clip_gradients", "learning_rate_factor", "squared_gradient_norm"]
 
 
 def build_optimizers(
@@ -97,11 +97,18 @@ def squared_gradient_norm(
 
 
 @torch.no_grad()
-def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients in place so that their global norm is at most `max_norm`."""
-    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    by_device = {grad.device for grad in grads}
-    for device in by_device:
-        same = [grad for grad in grads if grad.device == device]
-        torch._foreach_mul_(same, factor.to(device, torch.float32))
+def clip_gradients(optimizers: Iterable[torch.optim.Optimizer], norm: Tensor, max_norm: float) -> None:
+    """Let the optimizers' next step take gradients whose global norm, now `norm`, is at most `max_norm`.
+
+    Fused Adam and dtron's own optimizers scale them inside the step, and `p.grad` stays as it is. For others gradients
+    are scaled in place, by a pass of their own: 8 bytes per parameter.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+    for optimizer in optimizers:
+        if compat.takes_scale_and_skip(optimizer):
+            compat.divide_gradients_by(optimizer, 1 / factor)
+            continue
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        for device in {shard.device for shard in shards}:
+            torch._foreach_mul_([shard for shard in shards if shard.device == device], factor.to(device))

@@ -20,7 +20,7 @@ from dtron.parallel.compose import ParallelModel
 from dtron.train.balance import Balance
 from dtron.train.forward import local_batches
 from dtron.train.guard import StepGuard
-from dtron.train.optimizer import learning_rate_factor, scale_gradients, squared_gradient_norm
+from dtron.train.optimizer import clip_gradients, learning_rate_factor, squared_gradient_norm
 from dtron.train.tally import Tally
 
 __all__ = ["Step"]
@@ -69,8 +69,8 @@ class Step:
 
         stats = self._reduce(local_loss)
         stats = torch.cat((stats, self.guard.unlabelled() if unlabelled else self.guard.judge(stats)))
-        scale_gradients((p for _, p in self.model.named_parameters()), stats[1], c.training.max_norm)
         self.before_update()
+        clip_gradients(self.optimizers, stats[1], c.training.max_norm)
         self.progress.step += 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

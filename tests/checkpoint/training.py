@@ -13,7 +13,7 @@ from dtron.checkpoint.save import Saved, Saver
 from dtron.checkpoint.storage import StoragePath
 from dtron.config.sections import Checkpoint, Optimizer
 from dtron.parallel.compose import ParallelModel
-from dtron.train.optimizer import build_optimizers, scale_gradients, squared_gradient_norm
+from dtron.train.optimizer import build_optimizers, clip_gradients, squared_gradient_norm
 
 ADAMW = Optimizer(lr=1e-2, eps=1e-4)
 
@@ -52,7 +52,7 @@ def train(
         squares = squared_gradient_norm(model.named_parameters(), model.aliases, case.degrees.stage, CPU)
         stats = torch.stack((loss.double() / case.degrees.tp, squares))
         dist.all_reduce(stats)
-        scale_gradients([p for _, p in model.named_parameters()], stats[1].sqrt(), 0.5)
+        clip_gradients(optimizers, stats[1].sqrt(), 0.5)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

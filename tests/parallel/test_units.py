@@ -2,19 +2,26 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from parity.layout import Case, build, build_config, local_batches
 from parity.single import MODELS
-from parity.table import ALWAYS, FSDP2, FSDP2_TP2, NEVER, PP2_FSDP2
+from parity.table import ALWAYS, FSDP2, FSDP2_TP2, NEVER, ONE, PP2_FSDP2
 from ranks import Ranks
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron import registry
+from dtron.config.sections import Parallelism
 from dtron.mesh import Degrees
+from dtron.parallel.data import reshards_after_forward
 
 LAYERS = MODELS["small"].n_layers
 EMBEDDING, HEAD = {"embed_tokens"}, {"norm", "lm_head"}
@@ -94,6 +101,78 @@ def test_without_resharding_all_is_gathered_once(ranks: Ranks):
         assert seen.at_loss == EMBEDDING | HEAD | {f"layers.{i}" for i in range(LAYERS)}
         assert seen.gathers == (LAYERS + 2, 0)
         assert seen.left == seen.left_by_evaluation == set()
+
+
+class Divisions(TorchDispatchMode):
+    """Elements of flat buffers, as FSDP reduces, that are divided out of place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.div and not func._schema.is_mutable and args[0].ndim == 1:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def per_microbatch(case: Case) -> list[tuple[int, int]]:
+    """Gathered units and divided elements of each of a step's two microbatches; nothing is left gathered."""
+    mesh, model = build(case, build_config(case))
+    model.loss.valid_tokens, batches = local_batches(0, case, mesh, True)
+    seen, gathers = [], []
+    original = FSDPParamGroup._to_unsharded
+    with patch.object(FSDPParamGroup, "_to_unsharded", lambda group: (gathers.append(group), original(group))):
+        for i, batch in enumerate(batches):
+            gathers.clear()
+            with Divisions() as divisions:
+                model.forward_backward(*batch, last=i == len(batches) - 1)
+            seen.append((len(gathers), divisions.elements))
+    assert gathered(model.parts[0]) == set()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("degrees", "keys", "gathers"),
+    [
+        (ONE, {}, (LAYERS + 2, 0)),
+        (FSDP2, NEVER, (LAYERS + 2, 0)),
+        (FSDP2, {}, (2 * LAYERS + 2, 2 * LAYERS + 2)),
+        (ONE, ALWAYS, (2 * LAYERS + 2, 2 * LAYERS + 2)),
+    ],
+)
+def test_kept_weights_are_gathered_once_per_step(
+    degrees: Degrees, keys: Any, gathers: tuple[int, int], ranks: Ranks
+) -> None:
+    """One rank keeps them by default, and divides nothing but losses."""
+    seen = ranks.run(degrees.world, per_microbatch, Case("", degrees, keys, batches=2))[0]
+    assert tuple(n for n, _ in seen) == gathers
+    if degrees == ONE:
+        assert all(elements < 100 for _, elements in seen)  # of the rotary frequencies
+
+
+@pytest.mark.parametrize(
+    ("setting", "mesh", "parameters", "reshards"),
+    [
+        ("default", (1, 1, 1), 10**9, False),
+        ("default", (1, 1, 1), 5 * 10**9, True),
+        ("default", (1, 1, 4), 5 * 10**9, False),
+        ("default", (1, 2, 1), 10**9, True),
+        ("default", (2, 2, 1), 5 * 10**9, False),
+        ("always", (1, 1, 1), 10**9, True),
+        ("never", (1, 2, 1), 5 * 10**9, False),
+    ],
+)
+def test_weights_are_kept_where_they_fit(
+    setting: Any, mesh: tuple[int, int, int], parameters: int, reshards: bool
+) -> None:
+    """mesh: (pp, dp_shard, tp). 18 bytes per parameter, of a GPU of 80 GB at most half."""
+    pp, shards, tp = mesh
+    fsdp = SimpleNamespace(ndim=1, size=lambda dim: shards)
+    made: Any = SimpleNamespace(fsdp=fsdp, expert_fsdp=None, degrees=Degrees(pp, dp_shard=shards, tp=tp))
+    p = Parallelism(fsdp_reshard_after_forward=setting)
+    assert reshards_after_forward(p, made, parameters, 80 * 10**9) == reshards
+    assert reshards_after_forward(p, made, parameters, None) == (reshards and (shards > 1 or setting == "always"))
 
 
 def test_tied_embedding_and_head_stay_in_one_unit(ranks: Ranks):

@@ -19,7 +19,7 @@ from dtron.mesh import Degrees, Mesh
 from dtron.models.llama import LlamaConfig
 from dtron.parallel.compose import parallelize
 from dtron.parallel.context import local_positions
-from dtron.train.optimizer import build_optimizers, learning_rate_factor, scale_gradients, squared_gradient_norm
+from dtron.train.optimizer import build_optimizers, clip_gradients, learning_rate_factor, squared_gradient_norm
 
 MODEL = LlamaConfig(outside.VOCABULARY, 32, 4, 4, 2, 64)
 
@@ -65,7 +65,7 @@ def _train(degrees: Degrees, shape: str, weights: Weights) -> list[tuple[float, 
         square = squared_gradient_norm(model.named_parameters(), model.aliases, degrees.stage, CPU)
         sums = torch.stack([square, loss.double() / degrees.tp])
         dist.all_reduce(sums)
-        scale_gradients((p for _, p in model.named_parameters()), sums[0].sqrt(), outside.CLIP)
+        clip_gradients([optimizer], sums[0].sqrt(), outside.CLIP)
         rate = config.optimizer.lr * learning_rate_factor(config.lr_scheduler, step, config.training.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -9,8 +9,10 @@ from torch import Tensor
 from dtron.config import load
 from dtron.config.optimizer import Optimizer
 from dtron.errors import UserError
+from dtron.models.spec import meta_model
 from dtron.optim import adamw
 from dtron.optim.adamw import AdamW
+from dtron.plan.dryrun import dry_run
 from dtron.registry import look_up
 from dtron.train.resolve import resolve
 
@@ -106,6 +108,17 @@ def test_the_state_takes_4_bytes_per_parameter_and_has_the_names_of_torch() -> N
         state = optimizer.state[p]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"} and state["step"] == 1
         assert sum(state[name].nbytes for name in ("exp_avg", "exp_avg_sq")) == 4 * p.numel()
+
+
+def test_a_dry_run_counts_the_bytes() -> None:
+    arguments = ["--model.n_layers", "1", "--model.dim", "32", "--training.device", "cpu", "--optimizer.state_dtype"]
+    bytes_held, setup = {}, None
+    for dtype in ("float32", "bfloat16"):
+        setup = resolve(load([*arguments, dtype]), 1)
+        bytes_held[dtype] = dry_run(setup, 0).start_bytes
+    assert setup is not None
+    elements = sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters())
+    assert bytes_held["float32"] - bytes_held["bfloat16"] == 4 * elements
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_a_run_that_only_skips_ends() -> None:
 def test_an_optimizer_that_cannot_skip_is_refused(config: Training) -> None:
     p = nn.Parameter(torch.ones(1))
     for optimizer in (torch.optim.SGD([p], lr=0.1), torch.optim.AdamW([p], foreach=True)):
-        assert not compat.can_skip_updates(optimizer)
+        assert not compat.takes_scale_and_skip(optimizer)
         with pytest.raises(UserError, match="optimizer.implementation = fused"):
             make(config, [optimizer])
     make(Training(spike_factor=2.0, on_spike="stop"), [torch.optim.SGD([p], lr=0.1)])  # stopping needs nothing
