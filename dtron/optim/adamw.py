@@ -75,7 +75,7 @@ class AdamW(torch.optim.Optimizer):
         found = full(0.0) if self.found_inf is None else self.found_inf
         scale = full(1.0) if self.grad_scale is None else self.grad_scale
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1 - found)
+        torch._foreach_add_(steps, [1 - found] * len(steps))
         # At least 1: of a first step that is skipped, whose result is not taken.
         counts = torch.stack(steps).double().clamp(min=1)
         corrections = [(1 - beta**counts).float().unbind() for beta in group["betas"]]

@@ -14,7 +14,7 @@ from dtron.mesh import Mesh
 from dtron.parallel.compose import ParallelModel
 from dtron.parallel.context import gathered_positions, local_positions
 
-__all__ = ["StopCheck", "local_batches", "mean_loss"]
+__all__ = ["StopCheck", "local_batches", "mean_loss", "to_device"]
 
 LOOK_S = 1.0  # from one look for a requested stop to the next
 
@@ -34,14 +34,19 @@ def local_batches(
     if gathered_keys and document_start is None:
         document_start = torch.zeros_like(tokens)
     arguments = [tokens, labels] if document_start is None else [tokens, labels, document_start]
-    if cp > 1:  # a copy, which is not made without need: pinned memory stays pinned
+    if cp > 1:  # a copy, which is not made without need: memory that the loader pinned stays pinned
         arguments = [t[:, positions] for t in arguments]
         if document_start is not None:
             everywhere = gathered_positions(length, cp, head_tail)
             arguments.append(torch.stack((document_start[:, everywhere], everywhere.expand(rows, -1)), 1))
-    tokens, labels, *extra_inputs = (t.to(device, non_blocking=True) for t in arguments)
-    forwards = (tokens, labels, positions.to(device).expand(rows, -1), *extra_inputs)
+    tokens, labels, *extra_inputs = (to_device(t, device) for t in arguments)
+    forwards = (tokens, labels, to_device(positions, device).expand(rows, -1), *extra_inputs)
     return list(zip(*(t.split(size) for t in forwards), strict=True))
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """`host`, in CPU memory, on the device, without waiting: copies from memory that is not pinned would."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def mean_loss(

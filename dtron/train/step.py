@@ -18,7 +18,7 @@ from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.mesh import Mesh
 from dtron.parallel.compose import ParallelModel
 from dtron.train.balance import Balance
-from dtron.train.forward import local_batches
+from dtron.train.forward import local_batches, to_device
 from dtron.train.guard import StepGuard
 from dtron.train.optimizer import clip_gradients, learning_rate_factor, squared_gradient_norm
 from dtron.train.tally import Tally
@@ -30,7 +30,7 @@ __all__ = ["Step"]
 class Step:
     """What a step needs, on one rank of a started process group.
 
-    config: with the global batch resolved. optimizers: one for each of `model.parts`. progress: counted up by each
+    config: with the global batch resolved. optimizers: of `model.parts`. progress: counted up by each
     step. tally: sums for the metrics. balance: of a mixture of experts. stop_requested: whether a stop was requested on
     this rank.
     before_update: called when gradients are final and weights are about to change.
@@ -74,7 +74,7 @@ class Step:
         self.progress.step += 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.progress.step)
+                group["lr"] = self.learning_rate(self.progress.step, group.get("initial_lr"))
             if not unlabelled:
                 optimizer.step()
             elif not optimizer.state:
@@ -86,10 +86,10 @@ class Step:
         self.progress.tokens += c.training.global_batch_size * c.training.seq_len
         return stats, local_loss
 
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step` (from 1)."""
+    def learning_rate(self, step: int, peak: float | None = None) -> float:
+        """Learning rate of optimizer step `step` (from 1). peak: of parameters with one of their own."""
         c = self.config
-        return c.optimizer.lr * learning_rate_factor(c.lr_scheduler, step, c.training.steps)
+        return (c.optimizer.lr if peak is None else peak) * learning_rate_factor(c.lr_scheduler, step, c.training.steps)
 
     def _count_valid(self, labels: Tensor) -> tuple[Tensor, bool]:
         """Labels that count in the whole global batch, at least 1, in fp32 like the loss they divide; are there none?
@@ -97,7 +97,7 @@ class Step:
         Summed as int64. The host waits for the sum only where the rows of this rank, on the CPU, have no label.
         """
         local = (labels != IGNORE_INDEX).sum()
-        count = local.to(self.device, copy=True)
+        count = to_device(local.clone(), self.device)
         dist.all_reduce(count)
         d = self.mesh.degrees
         return (count // (d.world // d.dp)).clamp(min=1).float(), not local and not count

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtron.data.loader import IGNORE_INDEX, Batch
 from dtron.data.order import Mixture
+from dtron.train.forward import to_device
 
 __all__ = ["Tally"]
 
@@ -48,7 +49,7 @@ class Tally:
             for n, i in self._kinds.items():
                 self._documents[i] += (lengths * lengths.clamp(max=n)).sum()
         if row_losses and batch.sources is not None:  # on ranks with the last pipeline stage
-            sources = batch.sources.to(self._device, non_blocking=True)
+            sources = to_device(batch.sources, self._device)
             # The last ones: in its first step torch's pipeline also calls the loss once to learn its shape.
             self._by_source[0].index_add_(0, sources, torch.cat(row_losses)[-len(sources) :].double())
             valid = (torch.cat(labels) != IGNORE_INDEX).sum(1)
