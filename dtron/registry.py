@@ -27,6 +27,7 @@ from dtron.models.init import llama_init_std
 from dtron.models.llama import Llama
 from dtron.models.spec import ModelSpec
 from dtron.optim.adamw import AdamW
+from dtron.optim.muon import Muon
 from dtron.parallel.tensor import llama_plan
 
 __all__ = ["Kind", "cross_entropy", "find_dataset", "import_custom", "look_up", "register"]
@@ -55,9 +56,16 @@ def _sgd(groups: list[dict[str, Any]], c: Optimizer) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, foreach=c.implementation != "for-loop")
 
 
+def _muon(groups: list[dict[str, Any]], c: Optimizer) -> torch.optim.Optimizer:
+    m = c.muon
+    peak = c.lr if m.lr is None else m.lr
+    groups = [group | {"initial_lr": peak} for group in groups]
+    return Muon(groups, peak, m.momentum, m.nesterov, m.ns_steps, m.adjust_lr_fn, getattr(torch, c.state_dtype))
+
+
 # kind -> name -> code. Signatures: model: ModelSpec. dataset: as `dtron.data.build.stdlib`, giving a SequenceDataset.
 # loss: (logits [B, S, V], labels [B, S]) -> loss of every token [B, S].
-# optimizer: (param groups, optimizer section) -> torch Optimizer.
+# optimizer: (param groups, optimizer section) -> torch Optimizer; Muon's groups are of matrices alone.
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
     "model": {
@@ -66,7 +74,7 @@ _REGISTRY: dict[Kind, dict[str, Any]] = {
     },
     "dataset": {"stdlib": stdlib},
     "loss": {"cross_entropy": cross_entropy},
-    "optimizer": {"AdamW": _adam(torch.optim.AdamW), "Adam": _adam(torch.optim.Adam), "SGD": _sgd},
+    "optimizer": {"AdamW": _adam(torch.optim.AdamW), "Adam": _adam(torch.optim.Adam), "SGD": _sgd, "Muon": _muon},
     "converter": {},
 }
 

@@ -59,6 +59,7 @@ RULES = [
          "model.hf_config_path"),
     Rule(("model.rope_scaling.[!r]*",), "model.rope_scaling.rope_type", lambda c: bool(c.model.rope_scaling.rope_type)),
     Rule(("optimizer.eps", "optimizer.beta2"), "an optimizer.name other than SGD", lambda c: c.optimizer.name != "SGD"),
+    Rule(("optimizer.muon.*",), "optimizer.name = Muon", lambda c: c.optimizer.name == "Muon", "optimizer.name"),
     Rule(("optimizer.weight_decay_exclude",), "optimizer.weight_decay above 0", lambda c: c.optimizer.weight_decay > 0,
          "optimizer.weight_decay"),
     Rule(("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"), "lr_scheduler.decay_ratio above 0",

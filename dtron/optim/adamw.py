@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 __all__ = ["LARGEST_BETA", "AdamW"]
 
 LARGEST_BETA = 0.99
-CHUNK = 2**24  # elements updated at a time in eager mode: each has about six temporaries of 4 bytes
+# Elements updated at a time in eager mode, each with about six temporaries of 4 bytes; on a CPU they stay in its cache.
+CHUNK, CPU_CHUNK = 2**24, 2**16
 
 
 def _update(
@@ -103,5 +104,6 @@ def _local(t: Tensor) -> Tensor:
 
 def _in_chunks(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *scalars: Any) -> None:
     """The update in eager mode, whose temporaries would else be six times a matrix."""
-    for parts in zip(*(t.split(CHUNK) for t in (p, grad, exp_avg, exp_avg_sq)), strict=True):
+    size = CPU_CHUNK if p.device.type == "cpu" else CHUNK
+    for parts in zip(*(t.split(size) for t in (p, grad, exp_avg, exp_avg_sq)), strict=True):
         _update(*parts, *scalars)

@@ -47,6 +47,7 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
     "async tensor parallel": lambda c: c.parallelism.enable_async_tensor_parallel,
     "no tensor parallel": lambda c: c.parallelism.tensor_parallel_degree == 1,
     "CPU offload": lambda c: c.training.enable_cpu_offload,
+    "Muon": lambda c: c.optimizer.name == "Muon",
     "ring attention": lambda c: c.parallelism.context_parallel_degree > 1 and c.training.attention_mask == "causal",
     "fp32 compute on CUDA": lambda c: c.training.device == "cuda" and c.training.mixed_precision_param == "float32",
     "device cpu": lambda c: c.training.device == "cpu",
@@ -100,6 +101,11 @@ RULES = [
         "ring attention", "fp32 compute on CUDA",
         "the flash and cudnn kernels of the ring take 16-bit inputs only",
         "set training.mixed_precision_param bfloat16", _TEST,
+    ),
+    Rule(
+        "Muon", "CPU offload",
+        "it multiplies whole matrices, which ranks exchange: both belong on the GPU",
+        "set training.enable_cpu_offload false, or optimizer.name AdamW", _TEST,
     ),
     Rule("CPU offload", "device cpu", "the weights are in CPU memory already", "leave it off on CPU", _TEST),
 ]  # fmt: skip

@@ -8,7 +8,8 @@ the loss is divided by the number of labels in the whole global batch; none is a
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from dtron import compat, registry
 from dtron.config import sections
+from dtron.models.moe import Experts
+from dtron.models.spec import layers_of
 from dtron.optim.adamw import AdamW
 from dtron.parallel.compose import ParallelModel
 
-__all__ = ["build_optimizers", "clip_gradients", "learning_rate_factor", "squared_gradient_norm"]
+__all__ = ["block_matrices", "build_optimizers", "clip_gradients", "learning_rate_factor", "squared_gradient_norm"]
 
 
 def build_optimizers(
@@ -27,25 +30,42 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """One optimizer a pipeline stage held here, each with a decayed and an undecayed group of parameters.
 
+    Muon's are two: itself for the matrices of the blocks, and AdamW for all else.
     compiled: whether, and by what, those that are dtron's own are compiled.
     """
-    make = registry.look_up("optimizer", c.name, "optimizer.name")
     optimizers = []
     for part in model.parts:
         here = {id(p) for p in part.parameters()}
         trained = [(name, p) for name, p in model.named_parameters() if id(p) in here and p.requires_grad]
-        named = [(model.aliases.get(name, name), p) for name, p in trained]
-        exempt = [p for name, p in named if any(fnmatch.fnmatch(name, pattern) for pattern in c.weight_decay_exclude)]
-        ids = {id(p) for p in exempt}
-        groups = [
-            {"params": [p for _, p in named if id(p) not in ids], "weight_decay": c.weight_decay},
-            {"params": exempt, "weight_decay": 0.0},
-        ]
-        optimizer = make([group for group in groups if group["params"]], c)
+        matrices = {id(p) for p in block_matrices(part)} if c.name == "Muon" else set[int]()
+        for name, wanted in ((c.name, True), ("AdamW", False)) if c.name == "Muon" else ((c.name, False),):
+            chosen = [(model.aliases.get(n, n), p) for n, p in trained if (id(p) in matrices) == wanted]
+            if chosen:
+                make = registry.look_up("optimizer", name, "optimizer.name")
+                optimizers.append(make(_groups(chosen, c), c))
+    for optimizer in optimizers:
         if compiled and compiled.enable and isinstance(optimizer, AdamW):
             optimizer.compile(compiled.backend)
-        optimizers.append(optimizer)
     return optimizers
+
+
+def _groups(named: list[tuple[str, nn.Parameter]], c: sections.Optimizer) -> list[dict[str, Any]]:
+    """The parameters with weight decay and those without."""
+    exempt = {id(p) for n, p in named if any(fnmatch.fnmatch(n, pattern) for pattern in c.weight_decay_exclude)}
+    groups = [
+        {"params": [p for _, p in named if id(p) not in exempt], "weight_decay": c.weight_decay},
+        {"params": [p for _, p in named if id(p) in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def block_matrices(part: nn.Module) -> Iterator[Tensor]:
+    """The matrices of a stage's blocks [out, in], and those of its experts [experts, out, in]."""
+    for module in layers_of(part).modules():
+        if isinstance(module, nn.Linear):
+            yield module.weight
+        elif isinstance(module, Experts):
+            yield from (p for p in module.parameters(recurse=False) if p.ndim == 3)
 
 
 def learning_rate_factor(c: sections.LRScheduler, step: int, steps: int) -> float:

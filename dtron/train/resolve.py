@@ -135,14 +135,15 @@ def _state_dtype_mistakes(c: Optimizer) -> Iterator[str]:
     if c.state_dtype == "float32":
         return
     setting = f"optimizer.state_dtype = {c.state_dtype}"
-    if c.name != "AdamW":
-        yield f"{setting} is AdamW's, and optimizer.name is {c.name}; set it float32, or take AdamW"
+    if c.name not in ("AdamW", "Muon"):
+        yield f"{setting} is AdamW's and Muon's, and optimizer.name is {c.name}; set it float32, or take AdamW"
     if c.implementation != "fused":
         yield f"{setting} has one implementation, fused, and optimizer.implementation is {c.implementation}"
-    for key in ("beta1", "beta2"):
-        if LARGEST_BETA < getattr(c, key) < 1:
+    betas = {"beta1": c.beta1, "beta2": c.beta2} | ({"muon.momentum": c.muon.momentum} if c.name == "Muon" else {})
+    for key, beta in betas.items():
+        if LARGEST_BETA < beta < 1:
             yield (
-                f"{setting} with optimizer.{key} {getattr(c, key)}: above {LARGEST_BETA} a step moves a moment by less "
+                f"{setting} with optimizer.{key} {beta}: above {LARGEST_BETA} a step moves a moment by less "
                 f"than bfloat16 can hold, and it would stay where it is; lower {key}, or set state_dtype float32"
             )
 

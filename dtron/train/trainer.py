@@ -89,7 +89,7 @@ class Trainer:
         return registry.look_up("loss", self.config.training.loss, "training.loss")
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """One optimizer for each module in `self.model.parts`."""
+        """Optimizers that have each parameter of `self.model.parts` once."""
         return build_optimizers(self.model, self.config.optimizer, self.config.compile)
 
     def next_batch(self) -> Batch | tuple[Tensor, Tensor]:

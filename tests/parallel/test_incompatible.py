@@ -23,6 +23,7 @@ ON = {
     "async tensor parallel": "--parallelism.enable_async_tensor_parallel",
     "no tensor parallel": "--tp 1",
     "CPU offload": "--training.enable_cpu_offload",
+    "Muon": "--optimizer.name Muon",
     "ring attention": "--cp 2",
     "fp32 compute on CUDA": "--training.device cuda --training.mixed_precision_param float32",
     "device cpu": "--training.device cpu",

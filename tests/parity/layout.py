@@ -18,14 +18,15 @@ from parity.single import (
     BIAS_RATE,
     CLIP,
     MODELS,
-    MORE_OPTIMIZERS,
     OPTIMIZERS,
     ROWS,
+    SECTIONS,
     SEQ,
     STEPS,
     Run,
     batch,
     document_starts,
+    fp32_iteration,
     off,
 )
 from ranks import kept
@@ -37,11 +38,11 @@ from dtron.checkpoint.files import Progress
 from dtron.config import Config, replace
 from dtron.data.loader import Batch
 from dtron.mesh import Degrees, Mesh
-from dtron.optim.adamw import AdamW
 from dtron.parallel.compose import ParallelModel, parallelize
 from dtron.parallel.context import gathered_positions, local_positions
 from dtron.train.balance import Balance
 from dtron.train.guard import StepGuard
+from dtron.train.optimizer import build_optimizers
 from dtron.train.step import Step
 from dtron.train.tally import Tally
 
@@ -182,26 +183,28 @@ def _train_once(case: Case, config: Config, mesh: Mesh, model: ParallelModel, op
     parameters = [p for _, p in model.named_parameters()]
     # SGD sees plain shards, to save a third of the matrix's time, AdamW the DTensors themselves, as in training.
     shards = [local(p).detach() for p in parameters]
-    optimizer = (OPTIMIZERS | MORE_OPTIMIZERS)[optimizer_name](shards if optimizer_name == "SGD" else parameters)
-    if config.compile.enable and isinstance(optimizer, AdamW):
-        optimizer.compile(config.compile.backend)
+    if section := SECTIONS.get(optimizer_name):
+        optimizers, lr = build_optimizers(model, section, config.compile), section.lr
+    else:
+        optimizers = [OPTIMIZERS[optimizer_name](shards if optimizer_name == "SGD" else parameters)]
+        lr = optimizers[0].param_groups[0]["lr"]
 
     def hand_over() -> None:
         for shard, p in zip(shards, parameters, strict=True):
             shard.grad = None if p.grad is None else local(p.grad)
 
-    config = with_keys(config, {"optimizer.lr": optimizer.param_groups[0]["lr"]})
-    guard = StepGuard(config.training, [optimizer], Progress(), CPU)
+    config = with_keys(config, {"optimizer.lr": lr})
+    guard = StepGuard(config.training, optimizers, Progress(), CPU)
     dimensions, balance = MODELS[case.model], None
     if dimensions.moe:
         balance = Balance(model, config, dimensions.moe, dimensions.n_layers, CPU)
-    step = Step(config, mesh, CPU, model, [optimizer], guard, Progress(), Tally(CPU), balance, before_update=hand_over)
+    step = Step(config, mesh, CPU, model, optimizers, guard, Progress(), Tally(CPU), balance, before_update=hand_over)
     trained = Trained([], [], [], {}, {}, [])
     mine = slice(mesh.dp_rank * ROWS // case.degrees.dp, (mesh.dp_rank + 1) * ROWS // case.degrees.dp)
     for number in range(STEPS):
         tokens, labels = batch(number)
         begins = document_starts(number)[mine] if case.masked else None
-        with _evaluations(case, model) as evaluated, _counts(balance, trained.counts):
+        with _evaluations(case, model) as evaluated, _counts(balance, trained.counts), fp32_iteration():
             stats, _ = step(Batch(tokens[mine], labels[mine], begins))
         for p in parameters:
             p.grad = None

@@ -1,18 +1,25 @@
 """The truth: the plain model on one process, written without any of dtron's parallel code."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtron.config.optimizer import Optimizer
 from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import MoEConfig, Router, choose_experts
 from dtron.models.rope import Llama3Scaling, LongRopeScaling, YarnScaling
 from dtron.models.variants import Variant
+from dtron.optim import muon
 from dtron.optim.adamw import AdamW
+from dtron.train.optimizer import block_matrices
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -109,12 +116,52 @@ OPTIMIZERS = {
 }
 # Only in cases that name them. An element of a moment whose fp32 values on two layouts lie on both sides of the middle
 # between two bf16 numbers is rounded to both: half of 2^-8 of it, by which a weight moves lr * 2^-8 more or less.
-MORE_OPTIMIZERS = {
-    "AdamW bf16": lambda parameters: AdamW(
-        [{"params": list(parameters), "weight_decay": 0.1}], 1e-2, (0.9, 0.95), 1e-4, torch.bfloat16
-    ),
+# Muon iterates in fp32 here, on both sides: in bf16 the noise of the gradients would be a hundred times as large.
+SECTIONS = {
+    "AdamW bf16": Optimizer(lr=1e-2, eps=1e-4, state_dtype="bfloat16"),
+    "Muon": Optimizer(name="Muon", lr=1e-2, eps=1e-4),
 }
 ATOLS = {"AdamW bf16": 4e-5}
+
+
+class Several:
+    """Optimizers of different parameters of one model."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self._optimizers = optimizers
+
+    def step(self) -> None:
+        with fp32_iteration():
+            for optimizer in self._optimizers:
+                optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def fp32_iteration() -> Iterator[None]:
+    """torch's Muon and dtron's orthogonalize in fp32."""
+    with patch.object(Tensor, "bfloat16", lambda t: t.clone()), patch.object(muon, "DTYPE", torch.float32):
+        yield
+
+
+def plain_optimizer(name: str, model: Llama) -> Any:
+    """The optimizer of the truth: torch's, but for AdamW with bf16 moments, which torch lacks."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name](model.parameters())
+    c = SECTIONS[name]
+    adamw = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps}
+    if name == "AdamW bf16":
+        groups = [{"params": list(model.parameters()), "weight_decay": c.weight_decay}]
+        return AdamW(groups, **adamw, state_dtype=torch.bfloat16)
+    whole = [p for p in block_matrices(model) if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not q for q in block_matrices(model)) and p.requires_grad]
+    torchs = torch.optim.Muon(whole, c.lr, c.weight_decay, adjust_lr_fn=c.muon.adjust_lr_fn)
+    stacks = [p for p in block_matrices(model) if p.ndim == 3]
+    own = [muon.Muon([{"params": stacks, "weight_decay": c.weight_decay}], c.lr, adjust_lr_fn="match_rms_adamw")]
+    return Several(torchs, torch.optim.AdamW(rest, **adamw, weight_decay=c.weight_decay), *(own if stacks else []))
 
 
 # Of models with experts: weight of the balance loss, so large that leaving it out shows, and step of the bias.
@@ -165,7 +212,7 @@ def plain_model(config: LlamaConfig) -> Llama:
 def single_process(model_name: str, optimizer_name: str, microbatches: int = 1, masked: bool = False) -> Run:
     """STEPS optimizer steps, the gradients accumulated over `microbatches`; masked: attention inside documents only."""
     model = plain_model(MODELS[model_name])
-    optimizer = (OPTIMIZERS | MORE_OPTIMIZERS)[optimizer_name](model.parameters())
+    optimizer = plain_optimizer(optimizer_name, model)
     routers = Routers(model)
     losses, norms, all_counts = [], [], []
     for step in range(STEPS):

@@ -341,16 +341,16 @@ VARIANTS = [
 
 
 def _with(optimizer: str) -> list[Case]:
-    """One of `MORE_OPTIMIZERS` on every layout, few of them short."""
+    """One of `SECTIONS` on every layout, few of them short."""
     short = [
         Case("pp2 fsdp2 tied V", PP2_FSDP2, schedule("ZBVZeroBubble"), "tied"),
         Case("fsdp2 tp2 ep4", FSDP2_TP2_EP4, model="moe all"),
         Case("fsdp2 tp2 compiled", FSDP2_TP2, compiled()),
     ]
+    fast = [Case("fsdp2 inductor", FSDP2, compiled("inductor")), Case("fsdp2 offload", FSDP2, OFFLOAD, batches=2)]
     others = [
+        *(fast if optimizer != "Muon" else []),
         Case("fsdp4 uneven", FSDP4, model="uneven"),
-        Case("fsdp2 inductor", FSDP2, compiled("inductor")),
-        Case("fsdp2 offload", FSDP2, OFFLOAD, batches=2),
         Case("ep2", EP2, model="moe"),
         Case("hsdp2x2 ep2", HSDP_EP2, model="moe"),
         Case("pp2 ep2", PP2_EP2, model="moe"),
@@ -362,7 +362,7 @@ def _with(optimizer: str) -> list[Case]:
 
 CASES = [
     *LAYOUTS, *PIPELINES, *DATA, *CONTEXT, *TIED, *QWEN, *RECOMPUTE, *COMPILE, *MASKED, *WINDOWS, *VARIANTS, *EXPERTS,
-    *_with("AdamW bf16"),
+    *_with("AdamW bf16"), *_with("Muon"),
 ]  # fmt: skip
 
 # --- what must be in the table

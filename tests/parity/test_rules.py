@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity.layout import CPU, Case, build, build_config, local, local_batches, problems, train
-from parity.single import CLIP, MODELS, batch, plain_model, single_process
+from parity.single import CLIP, MODELS, OPTIMIZERS, batch, plain_model, single_process
 from parity.table import (
     ALWAYS,
     CP2,
@@ -18,6 +18,7 @@ from parity.table import (
     FSDP2,
     FSDP2_EP2,
     HSDP,
+    NEVER,
     ONE,
     PP2,
     PP2_FSDP2,
@@ -39,6 +40,7 @@ from dtron.errors import UserError
 from dtron.models import llama
 from dtron.models.moe import MixtureOfExperts
 from dtron.models.rope import rope_table
+from dtron.optim import muon
 from dtron.parallel import expert, tensor
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
@@ -65,8 +67,9 @@ def train_without(rule: str, case: Case, references: Any) -> Any:
 
 def without(ranks: Ranks, rule: str, case: Case) -> list[str]:
     """The differences from the single process, or the error of a rank."""
-    expected = {"SGD": single_process(case.model, "SGD")}
-    arrays = {"SGD": {n: w.numpy() for n, w in expected["SGD"].weights.items()}}
+    names = case.optimizers if case.optimizers != tuple(OPTIMIZERS) else ("SGD",)
+    expected = {name: single_process(case.model, name) for name in names}
+    arrays = {name: {n: w.numpy() for n, w in run.weights.items()} for name, run in expected.items()}
     try:
         results = ranks.run(case.degrees.world, train_without, rule, case, arrays)
     except RankError as error:  # the others may wait for that rank: the pool has ended them
@@ -289,7 +292,20 @@ def sinks_in_the_plan() -> Any:
     return _plan({"layers.*.self_attn.sinks": None})
 
 
-SET_ALL_REDUCE = FSDPModule.set_requires_all_reduce
+@broken
+def kept_weights_are_freed() -> Any:
+    """Weights that are kept for a step's microbatches are kept in the next step too."""
+    return patch.object(FSDPModule, "set_reshard_after_backward", lambda self, value: SET_RESHARD(self, False))
+
+
+@broken
+def whole_matrices() -> Any:
+    """Muon with each rank's shards as if they were matrices."""
+    found = muon._matrices
+    return patch.object(muon, "_matrices", lambda *args: [(matrix, (None, ())) for matrix, _ in found(*args)])
+
+
+SET_ALL_REDUCE, SET_RESHARD = FSDPModule.set_requires_all_reduce, FSDPModule.set_reshard_after_backward
 
 # rule -> the case that shows it, and a part of what is seen without it
 SEEN = {
@@ -314,6 +330,8 @@ SEEN = {
     "sinks_in_the_plan": (Case("tp2", TP2, model="scores"), "leaves out layers.0.self_attn.sinks.weight"),
     "norms_of_own_heads": (Case("tp2", TP2, model="apertus"), "loss"),
     "activation_gradients_summed": (Case("tp2", TP2, model="apertus"), "norm"),
+    "kept_weights_are_freed": (Case("fsdp2", FSDP2, NEVER), "loss"),
+    "whole_matrices": (Case("fsdp2", FSDP2, optimizers=("Muon",)), "weights"),
     "experts_summed": (Case("fsdp2 ep2", FSDP2_EP2, model="moe"), "norm"),
 }
 # What torch 2.13 asks for and 2.11 does not: 2.11 compiles an asynchronous input correctly.

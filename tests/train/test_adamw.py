@@ -93,7 +93,7 @@ def test_the_root_of_the_second_moment_stays_too_large_above_the_largest_beta(
 
 def test_large_tensors_are_updated_in_chunks_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = with_own(0.95)
-    monkeypatch.setattr(adamw, "CHUNK", 50)
+    monkeypatch.setattr(adamw, "CPU_CHUNK", 50)
     assert all(map(torch.equal, with_own(0.95), whole))
 
 
@@ -124,7 +124,7 @@ def test_a_dry_run_counts_the_bytes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--optimizer.name SGD", "state_dtype = bfloat16 is AdamW's, and optimizer.name is SGD"),
+        ("--optimizer.name SGD", "state_dtype = bfloat16 is AdamW's and Muon's, and optimizer.name is SGD"),
         ("--optimizer.implementation foreach", "has one implementation, fused"),
         ("--optimizer.beta2 0.999", "beta2 0.999: above 0.99"),
     ],
