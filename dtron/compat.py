@@ -39,6 +39,7 @@ __all__ = [
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
     "Stage",
+    "add_product",
     "all_gather",
     "all_gather_single",
     "another_connection",
@@ -184,6 +185,21 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
 # --- an all-gather without one, 2.11 and 2.13, under its public name of 2.13; the other is deprecated since.
 
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# --- 16-bit products that are summed in fp32: on CUDA by cuBLAS; read in the source of 2.11 to 2.13, not run on a GPU.
+# Older ones want a 16-bit sum to add to. Waits for one form in all supported versions, and on CPU too.
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a [M, K] @ b [K, N] to total [M, N] in fp32 in place, without rounding the product."""
+    if not a.is_cuda or a.dtype == total.dtype:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
+        return
+    try:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    except RuntimeError:  # before anything is launched
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
 # --- pipeline stages, 2.11 and 2.13; waits for a start without messages where every stage was given its shapes.

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtron.config.sections import Config, Dataset, Optimizer
 from dtron.config.torchtitan import said_of
 from dtron.data.build import build_by_path, names_a_place, stdlib
-from dtron.data.loader import IGNORE_INDEX
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.models.flops import attention_flops_per_token
 from dtron.models.hf import to_hf_config
 from dtron.models.init import llama_init_std
 from dtron.models.llama import Llama
+from dtron.models.loss import cross_entropy
 from dtron.models.spec import ModelSpec
 from dtron.optim.adamw import AdamW
 from dtron.optim.muon import Muon
@@ -33,12 +32,6 @@ from dtron.parallel.tensor import llama_plan
 __all__ = ["Kind", "cross_entropy", "find_dataset", "import_custom", "look_up", "register"]
 
 Kind = Literal["model", "dataset", "loss", "optimizer", "converter"]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p(label) of every token [B, S], in fp32; logits [B, S, V], labels [B, S]; 0 where IGNORE_INDEX."""
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return flat.view(labels.shape)
 
 
 def _adam(cls: Any) -> Callable[..., torch.optim.Optimizer]:
@@ -69,7 +62,17 @@ def _muon(groups: list[dict[str, Any]], c: Optimizer) -> torch.optim.Optimizer:
 # converter: (meta model, config) -> model, before any parallelism.
 _REGISTRY: dict[Kind, dict[str, Any]] = {
     "model": {
-        name: ModelSpec(flavors, Llama, llama_init_std, attention_flops_per_token, llama_plan, True, to_hf_config, True)
+        name: ModelSpec(
+            flavors,
+            Llama,
+            llama_init_std,
+            attention_flops_per_token,
+            llama_plan,
+            True,
+            to_hf_config,
+            True,
+            lambda config: config.variant,
+        )  # fmt: skip
         for name, flavors in FAMILIES.items()
     },
     "dataset": {"stdlib": stdlib},

@@ -14,7 +14,6 @@ from dtron.config.declare import (
     Changes,
     PathText,
     checkpoint_folder,
-    every_n_or_op,
     folder_in_run,
     key,
     minus_1_or_positive,
@@ -26,6 +25,7 @@ from dtron.config.declare import (
 )
 from dtron.config.optimizer import Optimizer
 from dtron.config.quantize import Quantize
+from dtron.config.recompute import ActivationCheckpoint
 from dtron.config.rope import RopeScalingKeys
 
 __all__ = ["Config", "Dataset", "Optimizer", "Source"]
@@ -192,6 +192,9 @@ class Training(Dataset):
         changes="training",
     )
     loss: str = key("cross_entropy", "cross_entropy, or a registered loss", changes="training")
+    loss_chunk_tokens: int = key(
+        2048, "tokens whose logits cross_entropy makes at a time; 0: those of all", minimum=0, changes="speed"
+    )
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1, changes="speed")
     global_batch_size: int = key(
         -1,
@@ -258,7 +261,7 @@ class Parallelism:
         "when accumulated gradients are reduce-scattered (ZeRO-3/2 against ZeRO-1 memory)",
     )
     tensor_parallel_degree: int = key(1, "ranks that split each matrix, with sequence parallel between them", minimum=1)
-    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks")
+    disable_loss_parallel: bool = key(False, "gather the logits over the tensor-parallel ranks, not in chunks")
     enable_async_tensor_parallel: bool = key(False, "overlap tensor-parallel communication (CUDA with compile only)")
     pipeline_parallel_degree: int = key(1, "ranks that each hold a run of layers", minimum=1)
     module_fqns_per_model_part: list[list[str]] | None = key(None, "the modules of every pipeline stage, by name")
@@ -347,18 +350,6 @@ class Checkpoint:
         False, "", unsupported="weights start equal on every layout; no seed checkpoint is needed"
     )
     load_only: bool = key(False, "load, never save")
-
-
-@dataclass(frozen=True)
-class ActivationCheckpoint:
-    CHANGES: ClassVar[Changes] = "speed"
-
-    mode: Literal["selective", "full", "none"] = key("selective", "what the backward recomputes")
-    selective_ac_option: str = key("2", '"2": every second block (any n); "op": by operation', check=every_n_or_op)
-    early_stop: bool = key(False, "", unsupported="torch's default of stopping a recomputation early is kept")
-    memory_budget: float = key(0.5, "", unsupported="activation_checkpoint.mode = memory_budget is not built")
-    preserve_rng_state: bool = key(True, "", unsupported="recomputation always repeats the forward's random numbers")
-    debug: bool = key(False, "", unsupported="use profiling.enable_profiling")
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ RULES = [
          "optimizer.weight_decay"),
     Rule(("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"), "lr_scheduler.decay_ratio above 0",
          lambda c: c.lr_scheduler.decay_ratio != 0, "lr_scheduler.decay_ratio"),
+    Rule(("training.loss_chunk_tokens",), "training.loss = cross_entropy", lambda c: c.training.loss == "cross_entropy",
+         "training.loss"),
     Rule(("training.on_spike",), "training.spike_factor above 0", lambda c: c.training.spike_factor > 0,
          "training.spike_factor"),
     Rule(("profiling.save_traces_folder", "profiling.profile*"), "profiling.enable_profiling = true",

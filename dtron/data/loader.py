@@ -24,6 +24,7 @@ import torch.utils.data
 from dtron.config.sections import Config, DataLoader
 from dtron.data.order import Mixture, sample_indices, seed_of
 from dtron.errors import UserError
+from dtron.models.loss import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
@@ -42,7 +43,6 @@ __all__ = [
     "with_sources",
 ]
 
-IGNORE_INDEX = -100  # label of a position without loss: the default of torch's cross entropy
 T = TypeVar("T")
 END: Any = object()
 PROBLEM_WAIT_S = 1.0  # at the end of a step, for a batch that the next one needs anyway

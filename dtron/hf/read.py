@@ -21,7 +21,8 @@ from dtron.files import modified_s
 from dtron.hf.prompts import unpacked
 from dtron.models.hf import dropouts_of, from_hf_config
 from dtron.models.llama import Llama, LlamaConfig
-from dtron.parallel.compose import ParallelModel, TokenMean
+from dtron.parallel.compose import ParallelModel
+from dtron.parallel.loss import TokenMean
 from dtron.registry import cross_entropy
 
 __all__ = ["Found", "OpenedModel", "find_model", "folder_at", "one_rank", "open_model"]

@@ -18,6 +18,8 @@ from dtron.models.moe import MoEConfig
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel.style import ParallelStyle
 
+    from dtron.models.variants import Variant
+
 __all__ = [
     "ModelConfig", "ModelSpec", "attended_tokens", "experts_of", "layers_of", "meta_model", "needs_masks",
 ]  # fmt: skip
@@ -57,6 +59,10 @@ class ModelSpec:
         parameters then have the names of Hugging Face's, without `model.` before those of the body.
     standard_hidden_states: whether a layer's output on a rank is [B, S / cp / tp, dim] in mixed_precision_param.
         Pipeline stages then know what they receive; else they run the model once, first, and exchange shapes.
+    logits_variant: config -> the `Variant` whose logits_multiplier and logits_softcap the model's logits have; given,
+        the standard loss is made in chunks of them. The model's last child is then lm_head, an nn.Linear, and its
+        forward returns `self.logits(h)`, which calls lm_head once and scales what it gives. None: the loss is given the
+        whole logits.
     """
 
     flavors: Mapping[str, ModelConfig]
@@ -67,6 +73,7 @@ class ModelSpec:
     document_masks: bool = False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
     standard_hidden_states: bool = False
+    logits_variant: Callable[[Any], "Variant"] | None = None
 
 
 def meta_model(spec: ModelSpec, model_config: ModelConfig) -> nn.Module:

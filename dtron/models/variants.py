@@ -24,6 +24,7 @@ __all__ = [
     "XIELU",
     "activation",
     "add_to_residual",
+    "logits_slope",
     "make_norm",
     "scale_embedding",
     "scale_logits",
@@ -218,3 +219,10 @@ def scale_logits(v: Variant, logits: Tensor) -> Tensor:
     if v.logits_multiplier != 1:
         logits = logits * v.logits_multiplier
     return logits if v.logits_softcap is None else torch.tanh(logits / v.logits_softcap) * v.logits_softcap
+
+
+def logits_slope(v: Variant, logits: Tensor) -> Tensor | float | None:
+    """The derivative of `scale_logits` at logits [..., V]; None: 1."""
+    if v.logits_softcap is None:
+        return None if v.logits_multiplier == 1 else v.logits_multiplier
+    return (1 - torch.tanh(logits.float() * (v.logits_multiplier / v.logits_softcap)).square()) * v.logits_multiplier

@@ -30,6 +30,7 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
+from dtron.models.loss import torch_kernel
 from dtron.models.spec import ModelConfig, ModelSpec, attended_tokens, layers_of, meta_model
 from dtron.parallel.context import apply_context_parallel, apply_gathered_attention, uses_masks
 from dtron.parallel.data import (
@@ -39,35 +40,23 @@ from dtron.parallel.data import (
     reshards_after_forward,
 )
 from dtron.parallel.expert import apply_expert_parallel
+from dtron.parallel.loss import (
+    ChunkedTokenMean,
+    TokenLoss,
+    TokenMean,
+    chunked_head,
+    plain_loss,
+    return_hidden_states,
+)
 from dtron.parallel.materialize import initialize
-from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plain_loss, plan_stages
+from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plan_stages
 from dtron.parallel.recompute import apply_recompute
-from dtron.parallel.tensor import apply_tensor_parallel, tied_parameters
+from dtron.parallel.tensor import VocabParallelHead, apply_tensor_parallel, tied_parameters
 
-__all__ = ["MetaParts", "ParallelModel", "TokenMean", "materialize", "parallelize", "stage_plan", "wrap_on_meta"]
+__all__ = ["MetaParts", "ParallelModel", "materialize", "parallelize", "stage_plan", "wrap_on_meta"]
 
 Converter = Callable[[nn.Module, Config], nn.Module]
 LOAD = ".mlp.load"  # no parameter of the model: its gradient counts an experts' rows
-
-
-class TokenMean:
-    """Loss of a microbatch as its share of the mean over all valid tokens of the global batch.
-
-    `valid_tokens`, a tensor on the device, is set before a step's first forward. Dividing here makes
-    gradients plain sums over ranks and microbatches, whatever the masks. `rows`, a list where there are several
-    sources to tell apart, receives the loss of every row, summed over its tokens, microbatch after microbatch.
-    """
-
-    def __init__(self, token_loss: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
-        self.token_loss = token_loss
-        self.valid_tokens = torch.ones((), device=device)
-        self.rows: list[Tensor] | None = None
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        losses = self.token_loss(logits, labels)
-        if self.rows is not None:
-            self.rows.append(plain_loss(losses).sum(1))
-        return losses.sum() / self.valid_tokens
 
 
 @dataclass
@@ -156,21 +145,27 @@ def stage_plan(spec: ModelSpec, model_config: ModelConfig, config: Config) -> St
 
 @dataclass(frozen=True)
 class MetaParts:
-    """This rank's part of a model, wrapped for the layout and without memory; plan: None without pipeline parallel."""
+    """This rank's part of a model, wrapped for the layout and without memory; plan: None without pipeline parallel.
+
+    heads: that of the model, where it is here and the loss is made in chunks; the parts then return hidden states.
+    """
 
     spec: ModelSpec
     model_config: ModelConfig
     config: Config
     mesh: Mesh
+    token_loss: TokenLoss
     parts: list[nn.Module]
+    heads: list[nn.Linear]
     plan: StagePlan | None
     aliases: dict[str, str]
     reshard: bool
 
     @property
     def sharded_loss(self) -> bool:
-        """Whether the logits stay sharded over the vocabulary."""
-        return self.mesh.degrees.tp > 1 and not self.config.parallelism.disable_loss_parallel
+        """Whether the loss is given logits that are sharded over the vocabulary."""
+        gathered = self.config.parallelism.disable_loss_parallel
+        return self.mesh.degrees.tp > 1 and not gathered and not self.heads
 
     @property
     def gathered_keys(self) -> bool:
@@ -180,19 +175,22 @@ class MetaParts:
 
 def parallelize(
     spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, device: torch.device,
-    token_loss: Callable[[Tensor, Tensor], Tensor], converters: list[Converter],
+    token_loss: TokenLoss, converters: list[Converter],
 ) -> ParallelModel:  # fmt: skip
-    """Build this rank's part of the model on `device` with its initial weights."""
+    """Build this rank's part of the model on `device` with its initial weights.
+
+    token_loss: where it is `dtron.models.loss.cross_entropy`, and the model's head is known, it is made in chunks.
+    """
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    model = materialize(wrap_on_meta(spec, model_config, config, mesh, converters, memory), device, token_loss)
+    model = materialize(wrap_on_meta(spec, model_config, config, mesh, token_loss, converters, memory), device)
     canonical = ((model.aliases.get(name, name), parameter) for name, parameter in model.named_parameters())
     initialize(canonical, lambda name: spec.init_std(name, model_config), config.debug.seed)
     return model
 
 
 def wrap_on_meta(
-    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, converters: list[Converter],
-    memory_bytes: int | None = None,
+    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh, token_loss: TokenLoss,
+    converters: list[Converter], memory_bytes: int | None = None,
 ) -> MetaParts:  # fmt: skip
     """Everything up to FSDP, on meta: no memory is taken and no message sent. memory_bytes: of the GPU."""
     if config.compile.enable:
@@ -203,7 +201,7 @@ def wrap_on_meta(
     reshard = reshards_after_forward(config.parallelism, mesh, parameters, memory_bytes)
     plan = stage_plan(spec, model_config, config) if mesh.degrees.pp > 1 else None
     parts: list[nn.Module] = []
-    meta = MetaParts(spec, model_config, config, mesh, parts, plan, aliases, reshard)
+    meta = MetaParts(spec, model_config, config, mesh, token_loss, parts, [], plan, aliases, reshard)
     for stage in plan.of_rank[mesh.pp_rank] if plan else (None,):
         part = meta_model(spec, model_config)
         if plan and stage is not None:
@@ -214,12 +212,10 @@ def wrap_on_meta(
     return meta
 
 
-def materialize(meta: MetaParts, device: torch.device, token_loss: Callable[[Tensor, Tensor], Tensor]) -> ParallelModel:
+def materialize(meta: MetaParts, device: torch.device) -> ParallelModel:
     """Give the parts memory on `device`, of undefined content, and a pipeline where there is one. Done once."""
     config, p, mesh = meta.config, meta.config.parallelism, meta.mesh
-    if config.compile.enable and "loss" in config.compile.components:
-        token_loss = torch.compile(token_loss, backend=config.compile.backend, fullgraph=True)
-    loss = TokenMean(token_loss, device)
+    loss = _mean_loss(meta, device)
     for part in meta.parts:
         part.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
     pipeline = None
@@ -235,6 +231,19 @@ def materialize(meta: MetaParts, device: torch.device, token_loss: Callable[[Ten
         meta.parts, pipeline, loss, meta.aliases, every_microbatch, meta.sharded_loss, meta.gathered_keys,
         keeps_weights=not meta.reshard,
     )  # fmt: skip
+
+
+def _mean_loss(meta: MetaParts, device: torch.device) -> TokenMean:
+    """The loss, compiled if it is to be."""
+    c, (head, *_) = meta.config.compile, (*meta.heads, None)
+    compiled = c.enable and "loss" in c.components
+    if head is None or meta.spec.logits_variant is None:
+        compile_loss = partial(torch.compile, backend=c.backend, fullgraph=True)
+        return TokenMean(compile_loss(meta.token_loss) if compiled else meta.token_loss, device)
+    # Chunks are of at most two sizes, of which neither is worth a kernel for all sizes.
+    kernel = torch.compile(torch_kernel, backend=c.backend, fullgraph=True, dynamic=False) if compiled else torch_kernel
+    variant, tokens = meta.spec.logits_variant(meta.model_config), meta.config.training.loss_chunk_tokens
+    return ChunkedTokenMean(head, variant, tokens, kernel, device)
 
 
 def _hidden_states(
@@ -255,9 +264,14 @@ def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
     spec, config, mesh = meta.spec, meta.config, meta.mesh
     p, recompute = config.parallelism, config.activation_checkpoint
     apply_expert_parallel(part, mesh)
+    head = chunked_head(part, config, spec, meta.token_loss)
+    if head is not None:
+        return_hidden_states(part, head)
+        meta.heads.append(head)
     if mesh.degrees.tp > 1:
         assert spec.tensor_plan is not None
-        apply_tensor_parallel(part, mesh.tp, spec.tensor_plan(meta.sharded_loss))
+        of_head = {} if head is None else {"lm_head": VocabParallelHead()}
+        apply_tensor_parallel(part, mesh.tp, {**spec.tensor_plan(meta.sharded_loss), **of_head})
     if mesh.cp is not None:
         if meta.gathered_keys:
             apply_gathered_attention(part, mesh.cp)

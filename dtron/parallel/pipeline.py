@@ -24,9 +24,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from dtron import compat
 from dtron.config.sections import Parallelism
 from dtron.models.spec import layers_of
+from dtron.parallel.loss import plain_loss
 from dtron.parallel.schedules import schedule_stages
 
-__all__ = ["Pipeline", "StagePlan", "keep_modules", "plain_loss", "plan_stages", "split_by_cost"]
+__all__ = ["Pipeline", "StagePlan", "keep_modules", "plan_stages", "split_by_cost"]
 
 # Arguments of the model that every stage is given, in their order.
 EXTRA_INPUTS = ("positions", "document_start", "keys")
@@ -212,9 +213,3 @@ class Pipeline:
 def _local_gradient(p: nn.Parameter) -> Tensor:
     assert p.grad is not None
     return p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-
-
-def plain_loss(loss: Tensor) -> Tensor:
-    """A loss as an ordinary detached tensor; sharded logits give a DTensor."""
-    loss = loss.detach()
-    return loss.full_tensor() if hasattr(loss, "full_tensor") else loss

@@ -3,8 +3,8 @@
 Between blocks the activations are sharded along the sequence (Shard(1)), so that norms and residuals
 are computed once (Korthikanti et al. 2022, arXiv 2205.05198). Attention and feed-forward gather the
 sequence, split heads and columns, and reduce-scatter back. The embedding and the head are sharded along the
-vocabulary's rows: logits leave sharded along the vocabulary and
-`loss_parallel` computes the cross-entropy without gathering them.
+vocabulary's rows, and the cross-entropy is computed without gathering the logits: in chunks (`VocabParallelHead`), or,
+of a loss that is given logits, by torch's `loss_parallel`.
 """
 
 import fnmatch
@@ -14,6 +14,7 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,14 +31,19 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
+from dtron.models.loss import VocabularyShard
 from dtron.models.spec import ModelConfig, ModelSpec
 from dtron.models.variants import XIELU, NormOfHeads, NormPerHead
 from dtron.parallel.expert import FeedForwardInput, LocalRouter
 
-__all__ = ["VocabParallelEmbedding", "apply_tensor_parallel", "check_tensor", "llama_plan", "tied_parameters"]
+__all__ = [
+    "VocabParallelEmbedding", "VocabParallelHead", "apply_tensor_parallel", "check_tensor", "llama_plan",
+    "tied_parameters", "vocabulary_shard", "whole_sequence",
+]  # fmt: skip
 
 SEQUENCE, VOCABULARY = Shard(1), Shard(-1)
 ACTIVATION_GRADIENT = Partial()  # each rank's hidden values give a part of it
+SHARD_GRADIENT = Partial()  # each rank's rows of the head give a part of it
 
 
 class VocabParallelEmbedding(ParallelStyle):
@@ -63,6 +69,38 @@ class VocabParallelEmbedding(ParallelStyle):
         out = F.embedding(local.clamp(0, rows.size(0) - 1), rows) * mine.unsqueeze(-1)  # [B, S, E], to be summed
         partial_sums = DTensor.from_local(out, mesh, [Partial()], run_check=False)
         return partial_sums.redistribute(placements=[SEQUENCE]).to_local()  # [B, S / tp, E]
+
+
+class VocabParallelHead(ParallelStyle):
+    """The head where the loss is made in chunks: sharded along the vocabulary, and multiplied by the loss itself."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        for name, p in list(module.named_parameters()):
+            rows = distribute_tensor(p, mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(rows))
+        return module
+
+
+def whole_sequence(hidden: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Hidden states [B, S, E] before the head, of the ranks' [B, S / tp, E].
+
+    Each rank multiplies them by its own rows of the head, so the gradient that comes back is a part of theirs.
+    """
+    if not isinstance(hidden, DTensor):
+        hidden = DTensor.from_local(hidden, mesh, [SEQUENCE], run_check=False)
+    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[SHARD_GRADIENT])
+
+
+def vocabulary_shard(weight: DTensor) -> VocabularyShard:
+    """This rank's rows of a head, and how the shards add up the numbers of a chunk of logits."""
+    group, rank = weight.device_mesh.get_group(), weight.device_mesh.get_local_rank()
+    maximum, total = (partial(_all_reduced, op, group) for op in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
+    return VocabularyShard(rank * weight.to_local().size(0), maximum, total)
+
+
+def _all_reduced(op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup, numbers: Tensor) -> Tensor:
+    dist.all_reduce(numbers, op, group)
+    return numbers
 
 
 class QueryKeyNorm(ParallelStyle):

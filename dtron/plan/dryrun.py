@@ -138,9 +138,9 @@ def build_step(setup: Setup, mode: Callable[[], contextlib.AbstractContextManage
     converters = [registry.look_up("converter", name, "model.converters") for name in c.model.converters]
     loss = registry.look_up("loss", c.training.loss, "training.loss")
     # DeviceMesh reads values of tensors of its own, so what makes meshes stays outside of the mode.
-    meta = wrap_on_meta(setup.spec, setup.model_config, c, mesh, converters)
+    meta = wrap_on_meta(setup.spec, setup.model_config, c, mesh, loss, converters)
     with mode():
-        model = materialize(meta, CPU, loss)
+        model = materialize(meta, CPU)
         optimizers = build_optimizers(model, c.optimizer)
         progress = Progress()
         guard = StepGuard(c.training, optimizers, progress, CPU)
@@ -186,7 +186,7 @@ def _tap_modules(step: Step, recorder: Recorder, replay: bool) -> list[Replay]:
         for index, block in layers_of(part).items():
             name, nested = f"layers.{index}", any(isinstance(m, FSDPModule) for m in list(block.modules())[1:])
             block.forward = replayed.tap(name, block) if replay and not nested else tap(recorder, name, block.forward)
-    model.loss.token_loss = tap(recorder, "loss", model.loss.token_loss)
+    model.loss.compute = tap(recorder, "loss", model.loss.compute)  # type: ignore[method-assign]
     model.forward_backward = _computing(recorder, model)  # type: ignore[method-assign]
     return replays
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from dtron.config import Config
 from dtron.errors import UserError
 from dtron.models.spec import experts_of
 from dtron.parallel.pipeline import split_by_cost
 
-__all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage"]
+__all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage", "loss_chunk"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Layout:
     """microbatch: sequences in one forward; microbatches: of an optimizer step, on each rank.
 
     virtual: stages per pipeline rank. recompute: none, op, second (every second block) or full. reshard: whether
-    gathered weights are freed between forward and backward.
+    gathered weights are freed between forward and backward. loss_chunk: training.loss_chunk_tokens, 0 for other losses.
     """
 
     pp: int = 1
@@ -89,6 +90,7 @@ class Layout:
     virtual: int = 1
     recompute: str = "op"
     reshard: bool = True
+    loss_chunk: int = 2048
 
     @property
     def gpus(self) -> int:
@@ -101,6 +103,11 @@ class Layout:
     def tokens(self, seq_len: int) -> int:
         """Of one microbatch on a rank of cp; tp splits them further where the sequence is split."""
         return self.microbatch * seq_len // self.cp
+
+
+def loss_chunk(config: Config) -> int:
+    """Tokens whose logits are made at a time; 0: all of a microbatch."""
+    return config.training.loss_chunk_tokens if config.training.loss == "cross_entropy" else 0
 
 
 @cache

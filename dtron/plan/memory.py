@@ -2,7 +2,7 @@
 
 The most of three moments (bf16 compute, fp32 state and reductions, AdamW, CUDA's operators):
 
-* the loss, when all activations are kept and the logits exist several times;
+* the loss, when all activations are kept and the logits of a chunk exist;
 * the backward of a block, with what it recomputes, its weights and gradients, and the last reduction's input;
 * the end, when the gradients of the last unit are reduced.
 
@@ -17,7 +17,8 @@ from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 __all__ = ["Memory", "block_bytes_per_token", "closed_form_peak", "reserved_bytes"]
 
 BF16, FP32 = 2, 4
-LOGITS = 12  # bytes for each logit at the loss: in bf16, fp32 and twice more in its backward
+CHUNK_LOGITS = BF16 + FP32  # bytes for each logit of a chunk of the loss
+LOGITS = 12  # of each where the loss is given all: in bf16, fp32 and twice more in its backward
 SHARDED_LOGITS = 16  # with tensor parallel, one fp32 copy more
 # What a GPU holds besides, not measured here: torch's CUDA context, cuBLAS's workspaces, NCCL's buffers of each
 # dimension that communicates; and what the caching allocator reserves beyond the peak, as a share of it.
@@ -80,6 +81,17 @@ def closed_form_peak(s: Sizes, layout: Layout, seq_len: int) -> Memory:
     return max((_of_rank(s, layout, seq_len, rank) for rank in ranks), key=lambda memory: memory.peak)
 
 
+def _loss_bytes(s: Sizes, a: Layout, tokens: int) -> tuple[float, float]:
+    """(most that the loss of a microbatch holds, what is kept of it between its forward and its backward)."""
+    vocab, hidden = s.vocab / a.tp, BF16 * s.dim * tokens
+    if not a.loss_chunk:
+        return (SHARDED_LOGITS if a.tp > 1 else LOGITS) * tokens * vocab, (BF16 + FP32) * tokens * vocab
+    rows, matrix = -(-tokens // -(-tokens // a.loss_chunk)), vocab * s.dim
+    # The head's gradient in fp32, and beside it a chunk or, at the end, the same gradient in bf16.
+    most = FP32 * matrix + max(CHUNK_LOGITS * rows * vocab, BF16 * matrix)
+    return most + hidden * (2 if a.tp > 1 else 1), hidden + BF16 * matrix
+
+
 def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     """Of pipeline rank `rank`."""
     tp, shards, tokens = a.tp, a.dp_shard * a.cp, a.tokens(seq_len)
@@ -103,7 +115,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     activations = live * layers / a.virtual * kept * tokens + 2 * hidden * last + tokens * (4 * s.head_size + 16)
     again *= tokens
     receive = 0.0
-    logits = tokens * s.vocab / tp if last else 0.0
+    logits, kept_of_loss = _loss_bytes(s, a, tokens) if last else (0.0, 0.0)
     head = BF16 * matrix if last else 0.0
     unsharded = layers * block + outer
     if a.pp > 1:
@@ -111,8 +123,9 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
         receive = passed * hidden * a.microbatches
         activations -= live * hidden * (not first or a.virtual > 1)  # received inputs are the first blocks' inputs
         gathered, gradients = BF16 * unsharded, FP32 * unsharded
-        # The stage keeps the logits of the microbatch before, and more of those in flight.
-        waiting = BF16 * logits * (a.microbatches > 1) + (BF16 + FP32) * logits * (max(1, live // a.virtual) - 1)
+        # The stage keeps the output of the microbatch before, logits or hidden states, and more of those in flight.
+        output = (hidden if a.loss_chunk else BF16 * tokens * s.vocab / tp) * last
+        waiting = output * (a.microbatches > 1) + kept_of_loss * (max(1, live // a.virtual) - 1)
         held_at_loss, held_at_block, prefetched = 0.0, 0.0, 0.0
     else:
         tied_root = s.tied
@@ -125,7 +138,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
         prefetched = BF16 * block if a.reshard and layers > 1 else 0.0
     fixed = state + receive + waiting
     loss = fixed + activations + gathered + gradients + held_at_loss
-    loss += (SHARDED_LOGITS if tp > 1 else LOGITS) * logits
+    loss += logits
     # A block's backward: its own gathered weights and gradients, the next one's weights, temporaries of SwiGLU.
     own = (BF16 * block if a.reshard and a.pp == 1 else 0.0) + prefetched + BF16 * block
     rows = tokens * (s.top_k / tp if s.experts else 1 / tp)
@@ -147,4 +160,4 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     if a.pp > 1:
         end = fixed + gradients + FP32 * alone * largest + FP32 * local
     peak, moment = max((loss, "loss"), (block_peak, "block"), (end, "end"))
-    return Memory(peak, moment, state, gradients, activations, gathered, 12 * logits, receive)
+    return Memory(peak, moment, state, gradients, activations, gathered, logits, receive)

@@ -13,7 +13,7 @@ from dtron.config import Config, flatten, replace
 from dtron.errors import UserError
 from dtron.plan.dryrun import dry_run
 from dtron.plan.hardware import Hardware
-from dtron.plan.layout import Layout, Sizes
+from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import Memory, closed_form_peak, reserved_bytes
 from dtron.plan.timemodel import COMPILED, EAGER, Prediction, predict
 from dtron.train.resolve import resolve
@@ -133,6 +133,7 @@ def search(
     for layout in layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node):
         if not _allowed(layout, fixed):
             continue
+        layout = dataclasses.replace(layout, loss_chunk=loss_chunk(config))
         looked_at += 1
         memory = closed_form_peak(s, layout, seq_len)
         needed = reserved_bytes(memory.peak * (1 + MARGIN), layout)

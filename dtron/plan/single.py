@@ -3,7 +3,7 @@
 from dtron.errors import UserError
 from dtron.models.spec import meta_model
 from dtron.plan.hardware_file import read_hardware
-from dtron.plan.layout import Layout, Sizes
+from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.search import Candidate, record
 from dtron.plan.timemodel import COMPILED, EAGER, predict
@@ -41,6 +41,7 @@ def layout_of(setup: Setup) -> Layout:
         microbatches=rows // microbatch,
         virtual=stages.n_stages // d.pp if stages else 1,
         recompute=by_operation if ac.mode == "selective" else ac.mode,
+        loss_chunk=loss_chunk(c),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
     )  # fmt: skip
 

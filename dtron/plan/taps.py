@@ -21,13 +21,14 @@ def tap(recorder: Recorder, name: str, run: Callable[..., Any]) -> Callable[...,
         recorder.backward_module = ""
 
     def tapped(first: Any, *args: Any, **kwargs: Any) -> Any:
-        _on_gradient(first, end_backward)
         recorder.forward_modules.append(name)
         try:
             out = run(first, *args, **kwargs)
         finally:
             recorder.forward_modules.pop()
-        _on_gradient(out, begin_backward)
+        if out is not first:  # else nothing is computed
+            _on_gradient(first, end_backward)
+            _on_gradient(out[0] if isinstance(out, tuple) else out, begin_backward)
         return out
 
     return tapped

@@ -22,6 +22,7 @@ STATES = {
     "checkpoint.initial_load_path": ("--checkpoint.initial_load_path x", ""),
     "checkpoint.initial_load_in_hf = true": ("--checkpoint.initial_load_in_hf", ""),
     "validation.enable = true": ("--validation.enable", ""),
+    "training.loss = cross_entropy": ("", "--training.loss mine"),
     "model.rope_scaling.rope_type": ("--model.rope_scaling.rope_type yarn", ""),
     "model.hf_config_path left out, which replaces it": ("", "--model.hf_config_path x"),
     "an optimizer.name other than SGD": ("", "--optimizer.name SGD"),

@@ -11,8 +11,6 @@ from parity.table import FSDP2
 from ranks import Ranks
 from torch.distributed.fsdp import FSDPModule
 
-from dtron import registry
-
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "parallelism.md").read_text()
 ROWS = re.findall(
     r"^\| `(always|never)` \| `(every|last)_microbatch` \| [^|]* \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$",
@@ -56,11 +54,11 @@ def measure(reshard: str, reduce: str) -> tuple[float, float, float]:
     mesh, model = build(case, build_config(case))
     part, held = model.parts[0], []
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         held.append(weights(part))
-        return registry.cross_entropy(logits, labels)
+        return compute(hidden, labels)
 
-    model.loss.token_loss = loss
+    compute, model.loss.compute = model.loss.compute, loss
     model.loss.valid_tokens, batches = local_batches(0, case, mesh, True)
     model.forward_backward(*batches[0], last=False)
     between = gradients(part)

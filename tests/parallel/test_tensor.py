@@ -1,5 +1,6 @@
 """Tensor parallel: what a rank holds and what it must never hold."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 VOCABULARY = MODELS["small"].vocab_size
+LARGEST_CHUNK = 37  # of ROWS * SEQ = 256 tokens in 7 chunks, of at most 40
 
 
 class Shapes(TorchDispatchMode):
@@ -46,6 +48,8 @@ def test_the_vocabulary_is_never_gathered_and_gradients_stay_sharded(ranks: Rank
     for seen, gradient, placement, whole in ranks.run(2, _shapes, Case("", TP2)):
         assert any(VOCABULARY // 2 in shape for shape in seen)
         assert not any(VOCABULARY in shape for shape in seen)
+        logits = [shape for shape in seen if shape[-1:] == (VOCABULARY // 2,)]
+        assert max(math.prod(shape) for shape in logits) == LARGEST_CHUNK * VOCABULARY // 2  # of ROWS * SEQ tokens
         assert (gradient, placement) == ((VOCABULARY // 2, MODELS["small"].dim), Shard(0))
         assert whole == []
 

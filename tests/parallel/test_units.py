@@ -18,7 +18,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron import registry
 from dtron.config.sections import Parallelism
 from dtron.mesh import Degrees
 from dtron.parallel.data import reshards_after_forward
@@ -66,9 +65,9 @@ def watch(case: Case) -> Step:
     model.evaluate(*batch)
     seen.left_by_evaluation = gathered(part)
 
-    def loss(logits: Any, labels: Any) -> Any:
+    def loss(hidden: Any, labels: Any) -> Any:
         seen.at_loss, seen.gathers = gathered(part), (count(comm), 0)
-        return registry.cross_entropy(logits, labels)
+        return compute(hidden, labels)
 
     def see_backward(i: int) -> None:
         seen.backward[i] = gathered(part)
@@ -77,7 +76,7 @@ def watch(case: Case) -> Step:
     for i, block in enumerate(part.layers.values()):  # type: ignore[operator,union-attr]
         block.mlp.register_forward_hook(lambda *_, i=i: seen.forward.update({i: gathered(part)}))
         block.mlp.register_full_backward_hook(lambda *_, i=i: see_backward(i))
-    model.loss.token_loss = loss
+    compute, model.loss.compute = model.loss.compute, loss
     with CommDebugMode() as comm:
         model.forward_backward(*batch, last=True)
     seen.gathers = seen.gathers[0], count(comm) - seen.gathers[0]

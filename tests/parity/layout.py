@@ -101,6 +101,7 @@ def build_config(case: Case) -> Config:
         "training.local_batch_size": ROWS // d.dp // case.batches,
         "training.global_batch_size": ROWS,
         "training.seq_len": SEQ,
+        "training.loss_chunk_tokens": 40,  # several chunks, and unequal ones
         "training.steps": STEPS,
         "training.max_norm": CLIP,
         "lr_scheduler.warmup_steps": 0,

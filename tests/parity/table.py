@@ -34,6 +34,7 @@ ALWAYS, NEVER = ({"parallelism.fsdp_reshard_after_forward": value} for value in 
 EVERY, LAST = ({"parallelism.gradient_reduce": f"{value}_microbatch"} for value in ("every", "last"))
 OFFLOAD = {"training.enable_cpu_offload": True}
 GATHERED_LOGITS = {"parallelism.disable_loss_parallel": True}
+WHOLE_LOGITS = {"training.loss_chunk_tokens": 0}
 DOCUMENTS = {"training.attention_mask": "document"}
 PAIRS = {"parallelism.pipeline_parallel_microbatch_size": 2}
 
@@ -159,6 +160,9 @@ TIED = [
     Case("pp2 fsdp2 tied V", PP2_FSDP2, schedule("ZBVZeroBubble"), "tied", batches=2),
     Case("pp2 fsdp2 tp2 tied", Degrees(2, dp_shard=2, tp=2), model="tied"),
     Case("tp2 gathered logits", TP2, GATHERED_LOGITS),
+    Case("tp2 whole logits", TP2, WHOLE_LOGITS),
+    Case("tp2 whole logits compiled loss", TP2, {**WHOLE_LOGITS, **compiled("aot_eager", "loss")}),
+    Case("pp2 fsdp2 tp2 whole logits", Degrees(2, dp_shard=2, tp=2), WHOLE_LOGITS, "tied", long=True),
     Case("tp2 gathered logits compiled loss", TP2, {**GATHERED_LOGITS, **compiled("aot_eager", "loss")}, long=True),
 ]
 
@@ -435,6 +439,8 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     "shards of different sizes": _model("uneven", dp_shard=4),
     "offload": _is(OFFLOAD, dp_shard=2),
     "gathered logits": _is(GATHERED_LOGITS, tp=2),
+    "whole logits": _is(WHOLE_LOGITS, tp=2),
+    "whole logits compiled": _is({**WHOLE_LOGITS, **compiled("aot_eager", "loss")}, tp=2),
     **{f"documents {dim}": _is(DOCUMENTS, **{dim: 2}) for dim in ("dp_shard", "tp", "cp", "pp")},
     **{f"documents compiled {dim}": _is({**DOCUMENTS, **compiled()}, **{dim: 2}) for dim in ("tp", "cp", "pp")},
     **{f"experts {dim}": _model("moe", **{dim: 2}, ep=2) for dim in ("dp_shard", "dp_replicate", "tp", "cp", "pp")},

@@ -23,6 +23,7 @@ from parity.table import (
     PP2,
     PP2_FSDP2,
     TP2,
+    WHOLE_LOGITS,
     compiled,
     schedule,
 )  # fmt: skip
@@ -38,10 +39,12 @@ from dtron import compat, registry
 from dtron import config as dtron_config
 from dtron.errors import UserError
 from dtron.models import llama
+from dtron.models.loss import VocabularyShard
 from dtron.models.moe import MixtureOfExperts
 from dtron.models.rope import rope_table
 from dtron.optim import muon
 from dtron.parallel import expert, tensor
+from dtron.parallel import loss as parallel_loss
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.tensor import llama_plan
 from dtron.train import forward
@@ -305,6 +308,28 @@ def whole_matrices() -> Any:
     return patch.object(muon, "_matrices", lambda *args: [(matrix, (None, ())) for matrix, _ in found(*args)])
 
 
+def _shard(change: Callable[[VocabularyShard], VocabularyShard]) -> Any:
+    return patch.object(parallel_loss, "vocabulary_shard", lambda weight: change(tensor.vocabulary_shard(weight)))
+
+
+@broken
+def shards_of_the_vocabulary_summed() -> Any:
+    """The chunked loss of each rank's own logits."""
+    return _shard(lambda shard: VocabularyShard(shard.first))
+
+
+@broken
+def first_row_of_the_shard() -> Any:
+    """Labels looked up as if every rank had the vocabulary's first rows."""
+    return _shard(lambda shard: replace(shard, first=0))
+
+
+@broken
+def gradients_of_shards_summed() -> Any:
+    """The hidden states' gradient by each rank's own rows of the head."""
+    return patch.object(tensor, "SHARD_GRADIENT", Replicate())
+
+
 SET_ALL_REDUCE, SET_RESHARD = FSDPModule.set_requires_all_reduce, FSDPModule.set_reshard_after_backward
 
 # rule -> the case that shows it, and a part of what is seen without it
@@ -332,6 +357,9 @@ SEEN = {
     "activation_gradients_summed": (Case("tp2", TP2, model="apertus"), "norm"),
     "kept_weights_are_freed": (Case("fsdp2", FSDP2, NEVER), "loss"),
     "whole_matrices": (Case("fsdp2", FSDP2, optimizers=("Muon",)), "weights"),
+    "shards_of_the_vocabulary_summed": (Case("tp2", TP2), "loss"),
+    "first_row_of_the_shard": (Case("tp2", TP2), "loss"),
+    "gradients_of_shards_summed": (Case("tp2", TP2), "norm"),
     "experts_summed": (Case("fsdp2 ep2", FSDP2_EP2, model="moe"), "norm"),
 }
 # What torch 2.13 asks for and 2.11 does not: 2.11 compiles an asynchronous input correctly.
@@ -489,7 +517,7 @@ def _compiled_loss_beside_other_groups(rule: str, others: int) -> float | str:
     """The compiled loss with tp 2 in processes that made `others` groups before: the names of later ones shift."""
     for _ in range(others):
         torch.distributed.new_group([0, 1])
-    case = Case("", TP2, compiled("inductor", "loss"))
+    case = Case("", TP2, compiled("inductor", "loss") | WHOLE_LOGITS)
     with BROKEN[rule]():
         mesh, model = build(case, build_config(case))
         model.loss.valid_tokens, (part,) = local_batches(0, case, mesh, True)

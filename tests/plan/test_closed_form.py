@@ -41,13 +41,14 @@ CASES = {
     "fsdp2 tp2": Layout(dp_shard=2, tp=2, microbatch=1, recompute="none"),
     "hsdp cp2": Layout(dp_replicate=2, dp_shard=4, cp=2, microbatch=1, recompute="full", reshard=False),
     "pp2": Layout(pp=2, dp_shard=4, microbatch=1, microbatches=8, recompute="op", reshard=False),
+    "fsdp2 tp2 whole logits": Layout(dp_shard=2, tp=2, microbatch=1, recompute="none", loss_chunk=0),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_near_the_recorded_one(name: str) -> None:
     layout = CASES[name]
-    start = setup_of(f"{WIDE} --training.seq_len 2048", 1)
+    start = setup_of(f"{WIDE} --training.seq_len 2048 --training.loss_chunk_tokens {layout.loss_chunk}", 1)
     setup = resolve(with_keys(start.config, layout), layout.gpus, "cuda")
     recorded = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in range(layout.pp))
     closed = closed_form_peak(Sizes.of(setup.model_config), layout, 2048).peak

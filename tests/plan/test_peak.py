@@ -37,7 +37,7 @@ QUIET_S = 0.02  # for the threads of gloo to drop what they hold
 MODEL = (
     "--model.n_layers 4 --model.dim 64 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 160 "
     "--model.vocab_size 512 --training.seq_len 64 --training.local_batch_size 2 --training.device cpu "
-    "--activation_checkpoint.mode none"
+    "--activation_checkpoint.mode none --training.loss_chunk_tokens 48"
 )
 MOE = "--model.name qwen3_moe --training.expert_balance_loss 0"
 OP = "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op"
@@ -59,6 +59,7 @@ LAYOUTS = {
     "fsdp2 recompute every second": (2, SECOND),
     "cp2": (2, "--cp 2"),
     "tp2 recompute op": (2, f"--tp 2 {OP}"),
+    "tp2 whole logits": (2, "--tp 2 --training.loss_chunk_tokens 0"),
     "pp2": (2, PP2),
     "pp2 accumulation recompute full": (2, f"{PP2} {FULL} --training.global_batch_size 8"),
     "pp2 interleaved": (2, f"{PP2} --parallelism.pipeline_parallel_schedule Interleaved1F1B"),
