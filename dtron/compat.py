@@ -39,7 +39,6 @@ __all__ = [
     "FsspecReader",  # 2.11, 2.13; waits for a public module of the same
     "FsspecWriter",
     "Stage",
-    "add_product",
     "all_gather",
     "all_gather_single",
     "another_connection",
@@ -58,6 +57,7 @@ __all__ = [
     "has_units_of_two_meshes",
     "keep_forward_only",
     "ring_attention_style",
+    "set_memory_budget",
     "set_timeout",
     "skip_update_where",
     "takes_scale_and_skip",
@@ -185,21 +185,6 @@ def all_gather(tensor: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor
 # --- an all-gather without one, 2.11 and 2.13, under its public name of 2.13; the other is deprecated since.
 
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-# --- 16-bit products that are summed in fp32: on CUDA by cuBLAS; read in the source of 2.11 to 2.13, not run on a GPU.
-# Older ones want a 16-bit sum to add to. Waits for one form in all supported versions, and on CPU too.
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a [M, K] @ b [K, N] to total [M, N] in fp32 in place, without rounding the product."""
-    if not a.is_cuda or a.dtype == total.dtype:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
-        return
-    try:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    except RuntimeError:  # before anything is launched
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
 # --- pipeline stages, 2.11 and 2.13; waits for a start without messages where every stage was given its shapes.
@@ -442,6 +427,22 @@ def compile_without_autograd_cache() -> None:
     import torch._functorch.config as functorch
 
     functorch.enable_autograd_cache = False
+
+
+# --- the memory budget of compiled functions, 2.11 and 2.13; waits for an argument of torch.compile.
+
+
+def set_memory_budget(budget: float) -> None:
+    """What functions compiled from now on may keep for their backward, as a share between 0 (their inputs) and 1 (all).
+
+    Process-wide in torch; a run has one setting. With tensor or context parallel a function holds its DeviceMesh, whose
+    size 2.13 cannot tell unless it may take it for 0; 2.11 lacks that key and needs none.
+    """
+    import torch._functorch.config as functorch
+
+    functorch.activation_memory_budget = budget
+    if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):
+        functorch.unsafe_treat_script_objects_as_zero_size = True
 
 
 # --- what the index of a DCP checkpoint is made of, 2.11 and 2.13; waits for a reader in torch that knows these alone.

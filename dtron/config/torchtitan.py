@@ -116,7 +116,7 @@ ABSENT = {
         (["moe.router.gate"], []), "recompute by operation saves every second matrix product, whatever its shape"
     ),
     "activation_checkpoint.determinism_check": Absent(None),  # a check only
-    "activation_checkpoint.visualize_memory_budget_pareto": Absent((False,), "there is no memory budget"),
+    "activation_checkpoint.visualize_memory_budget_pareto": Absent((False,), "the graph of budgets is not drawn"),
     "float8.enable_float8_linear": Absent((False,), FLOAT8),
     "float8.*": Absent(None),
     "mx.*": Absent(None),

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtron import compat
 from dtron.models.variants import Variant, logits_slope, scale_logits
 
 __all__ = ["IGNORE_INDEX", "Kernel", "VocabularyShard", "cross_entropy", "linear_cross_entropy", "torch_kernel"]
@@ -82,6 +81,14 @@ def _subtract_at(x: Tensor, at: Tensor, value: Tensor) -> Tensor:
     return x.scatter_add_(1, at, -value)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to total, which is fp32, in place, without rounding the product."""
+    if a.is_cuda and a.dtype != total.dtype:  # cuBLAS sums 16-bit products in fp32; so do torch 2.11 to 2.13
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -102,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(h, weight, bias)  # [C, V], from the kernel on their gradient
             out.copy_(kernel(logits, y, scale, True))
             torch.mm(logits, weight, out=g)
-            compat.add_product(of_weight, logits.t(), h)
+            _add_product(of_weight, logits.t(), h)
             if of_bias is not None:
                 of_bias += logits.sum(0, dtype=torch.float32)
             del logits  # else it would be there beside the next

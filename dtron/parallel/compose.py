@@ -195,6 +195,8 @@ def wrap_on_meta(
     """Everything up to FSDP, on meta: no memory is taken and no message sent. memory_bytes: of the GPU."""
     if config.compile.enable:
         compat.compile_without_autograd_cache()
+        recompute = config.activation_checkpoint
+        compat.set_memory_budget(recompute.memory_budget if recompute.mode == "memory_budget" else 1.0)
     whole = meta_model(spec, model_config)
     aliases = {copy: first for first, copy in tied_parameters(whole)}
     parameters = sum(p.numel() for p in whole.parameters())

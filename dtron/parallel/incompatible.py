@@ -40,6 +40,7 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
     "recompute by operation": lambda c: (
         c.activation_checkpoint.mode == "selective" and c.activation_checkpoint.selective_ac_option == "op"
     ),
+    "memory budget": lambda c: c.activation_checkpoint.mode == "memory_budget",
     "reshard always": lambda c: c.parallelism.fsdp_reshard_after_forward == "always",
     "reduce at the last microbatch": lambda c: (
         c.parallelism.gradient_reduce == "last_microbatch" and not c.validation.only
@@ -85,6 +86,11 @@ RULES = [
         "pipeline parallel", "reduce at the last microbatch",
         "the pipeline runtime reduces gradients once a schedule step by itself",
         "set parallelism.gradient_reduce every_microbatch", _TEST,
+    ),
+    Rule(
+        "memory budget", "eager blocks",
+        "the compiler chooses what is recomputed",
+        "set compile.enable true with \"model\" in compile.components, or activation_checkpoint.mode selective", _TEST,
     ),
     Rule(
         "async tensor parallel", "eager blocks",

@@ -5,6 +5,7 @@ by operation: a block keeps the results that are expensive to compute, those of 
 all-to-alls, and recomputes the cheap rest. Of the matmuls, `o` and `down` are not kept: their
 results are added to the residual stream, so nothing else needs them in the backward, and with tensor parallel
 what follows them, the reduce-scatter, is kept. Where a norm follows they are needed, and kept without tensor parallel.
+memory budget: the compiler chooses what a block keeps, by a share of its bytes, and does it all.
 
 The state of the random number generators is restored for every recomputation, whatever the model: a model from
 outside, or one that a converter changed, may draw random numbers anywhere (dropout, for example), and a recomputation
@@ -25,7 +26,8 @@ from dtron.models import moe  # noqa: F401 - registers dtron::grouped_product
 
 __all__ = ["apply_recompute"]
 
-_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}  # of an nn.Linear without and with a bias
+# Of an nn.Linear without and with a bias, and in float8.
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
 _KEPT = {
     compat.cpu_flash_attention,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -34,7 +36,9 @@ _KEPT = {
     torch.ops.higher_order.flex_attention,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
+    torch.ops._dtensor.shard_dim_alltoall.default,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_grouped_mm.default,
     torch.ops.dtron.grouped_product.default,
 }
 _RECOMPUTED_MATMULS = ("o_proj", "down_proj")

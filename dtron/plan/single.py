@@ -28,19 +28,19 @@ def check_sizes(setup: Setup) -> None:
 
 def layout_of(setup: Setup) -> Layout:
     """The layout of a checked run; with a pipeline the microbatches are those of one of its passes, of which a step may
-    have several. Every n-th block recomputed is taken for every second one.
+    have several. Every n-th block recomputed is taken for every second one, a memory budget for no recomputation.
     """
     c, d = setup.config, setup.degrees
     p, ac, stages = c.parallelism, c.activation_checkpoint, stages_of(setup)
     microbatch = p.pipeline_parallel_microbatch_size if d.pp > 1 else c.training.local_batch_size
     rows = c.training.local_batch_size if d.pp > 1 else _rows(setup)
-    by_operation = "op" if ac.selective_ac_option == "op" else "second"
+    selective = "op" if ac.selective_ac_option == "op" else "second"
     return Layout(
         d.pp, d.dp_replicate, d.dp_shard, d.cp, d.tp, d.ep,
         microbatch=microbatch,
         microbatches=rows // microbatch,
         virtual=stages.n_stages // d.pp if stages else 1,
-        recompute=by_operation if ac.mode == "selective" else ac.mode,
+        recompute={"selective": selective, "memory_budget": "none"}.get(ac.mode, ac.mode),
         loss_chunk=loss_chunk(c),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
     )  # fmt: skip

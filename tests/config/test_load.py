@@ -285,7 +285,6 @@ def rule_is_never_met(name: str) -> bool:
     """Keys of features that are refused where they are turned on."""
     return name in (
         "profiling.save_memory_snapshot_folder",
-        "activation_checkpoint.memory_budget",
         "activation_checkpoint.preserve_rng_state",
     )
 

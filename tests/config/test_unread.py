@@ -47,10 +47,10 @@ STATES = {
     "training.attention_mask = causal": ("--cp 2", "--cp 2 --training.attention_mask document"),
     "parallelism.tensor_parallel_degree above 1": ("--tp 2", ""),
     "comm.trace_buf_size above 0": ("", "--comm.trace_buf_size 0"),
+    "activation_checkpoint.mode = memory_budget": ("--activation_checkpoint.mode memory_budget", ""),
     "model.converters naming float8": ("--model.converters float8", ""),
 }
 NEVER = {  # of features that are refused where they are turned on
-    "activation_checkpoint.mode = memory_budget, which is not built",
     "profiling.enable_memory_snapshot = true",
     "a model that draws random numbers, which always are repeated",
 }

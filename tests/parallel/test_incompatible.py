@@ -18,6 +18,7 @@ ON = {
     "compiled blocks": "--compile.enable",
     "eager blocks": "--compile.no_enable",
     "recompute by operation": "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
+    "memory budget": "--activation_checkpoint.mode memory_budget",
     "reshard always": "--parallelism.fsdp_reshard_after_forward always",
     "reduce at the last microbatch": "--parallelism.gradient_reduce last_microbatch",
     "async tensor parallel": "--parallelism.enable_async_tensor_parallel",

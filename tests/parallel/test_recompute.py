@@ -1,19 +1,26 @@
 """What each recompute policy keeps, found by watching which operations the backward runs once more."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from parity.layout import Case, build, build_config, local_batches
 from parity.single import MODELS
 from parity.table import EP2, FULL, OP
 from ranks import Ranks
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dtron import compat
+from dtron.models import moe
 from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import Experts, MoEConfig
@@ -165,3 +172,122 @@ def test_by_operation_repeats_no_all_to_all(ranks: Ranks):
     """Counts, rows and rows back, then two in the backward; full recomputation repeats the first three."""
     for keys, expected in (({}, 5), (OP, 5), (FULL, 8)):
         assert ranks.run(2, all_to_alls, keys) == [expected, expected]
+
+
+class Products(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class ScaledProduct(torch.autograd.Function):
+    """x @ weight.t() in float8, with the gradients of the product in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        one, rows = torch.ones(()), x.flatten(0, -2).to(torch.float8_e4m3fn)
+        out = torch._scaled_mm(rows, weight.to(torch.float8_e4m3fn).t(), one, one, out_dtype=torch.bfloat16)
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        return g @ weight, g.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def watch_products(config: LlamaConfig, linear: Any = None) -> tuple[Counter[str], Counter[str]]:
+    """Operations of a bf16 block's forward and backward under recompute by operation."""
+    torch.manual_seed(0)
+    block = Llama(config).layers["0"].bfloat16()
+    for module in block.modules():
+        if linear and isinstance(module, nn.Linear):
+            module.forward = partial(lambda m, x: linear(x, m.weight), module)  # type: ignore[method-assign]
+    x = torch.randn(2, 8, config.dim, dtype=torch.bfloat16, requires_grad=True)
+    angle = torch.zeros(2, 8, 1, config.head_size // 2)
+    wrapped = apply_recompute(block, 0, "selective", "op")
+    with Products() as forward:
+        out = wrapped(x, angle.cos(), angle.sin())
+    with Products() as backward:
+        out.sum().backward()
+    return forward.seen, backward.seen
+
+
+def test_by_operation_keeps_products_in_float8():
+    forward, backward = watch_products(FAMILIES["llama3"]["debugmodel"], ScaledProduct.apply)
+    assert forward["_scaled_mm"] == len(DENSE) - 1 and forward["mm"] == 0
+    # `o` again, and `down`, whose Function gives its inputs away when it ends; two for each of seven matrices.
+    assert backward["_scaled_mm"] == 2 and backward["mm"] == 14
+
+
+def test_by_operation_keeps_grouped_products(monkeypatch: pytest.MonkeyPatch):
+    """Those of a GPU, which are torch's own operation."""
+    monkeypatch.setattr(
+        moe, "grouped_product", lambda rows, w, ends: F.grouped_mm(rows, w.transpose(-2, -1), offs=ends)
+    )
+    forward, backward = watch_products(FAMILIES["qwen3_moe"]["debugmodel"])
+    assert forward["_grouped_mm"] == 3
+    assert backward["_grouped_mm"] == 6  # two for each of three matrices, and none again
+
+
+# --- the memory budget
+
+LLAMA_8B = LlamaConfig(64, 512, 1, 4, 1, 1792)  # the ratios of its dimensions
+
+
+def compiled_block(budget: float, mode: str = "none", option: str = "2") -> tuple[float, int, int]:
+    """Of a compiled block: bytes that it keeps per token and hidden unit, products and attentions in its backward."""
+    torch._dynamo.reset()
+    compat.set_memory_budget(budget)
+    backwards: list[Counter[str]] = []
+
+    def note(graph: Any, _: Any) -> Any:
+        backwards.append(Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_function"))
+        return make_boxed_func(graph.forward)
+
+    torch.manual_seed(0)
+    block = Llama(LLAMA_8B).layers["0"].bfloat16()
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=note,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    run = torch.compile(apply_recompute(block, 0, mode, option), backend=backend, fullgraph=True)
+    x = torch.randn(1, 128, 512, dtype=torch.bfloat16, requires_grad=True)
+    angle = torch.zeros(1, 128, 1, 64)
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = t.nbytes
+        return t
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = run(x, angle.cos(), angle.sin())
+        out.sum().backward()
+    finally:
+        compat.set_memory_budget(1.0)
+        torch._dynamo.reset()  # ranks are forked from here
+    (seen,) = backwards
+    return sum(kept.values()) / 128 / 512, seen["aten.mm.default"], seen[str(compat.cpu_flash_attention)]
+
+
+def test_a_memory_budget_of_three_quarters_keeps_what_by_operation_keeps_and_repeats_no_product():
+    everything, products, attentions = compiled_block(1.0)
+    assert (products, attentions) == (14, 0)  # two for each of seven matrices
+    by_operation = compiled_block(1.0, "selective", "op")
+    assert by_operation[1:] == (15, 0)  # `o` again
+    usual = compiled_block(0.75)
+    assert usual[1:] == (14, 0) and usual[0] < 1.1 * by_operation[0] < 0.75 * everything
+    nothing = compiled_block(0.0)
+    assert nothing[1:] == (20, 1) and nothing[0] < 0.1 * everything  # all but `down`

@@ -27,6 +27,10 @@ def recompute(mode: str, option: str = "2") -> Keys:
     return {"activation_checkpoint.mode": mode, "activation_checkpoint.selective_ac_option": option}
 
 
+def budget(value: float) -> Keys:
+    return {"activation_checkpoint.mode": "memory_budget", "activation_checkpoint.memory_budget": value}
+
+
 FULL, SECOND, OP = recompute("full"), recompute("selective", "2"), recompute("selective", "op")
 ALLTOALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
 CONTIGUOUS = {"parallelism.context_parallel_load_balancer": None}
@@ -213,6 +217,17 @@ COMPILE = [
     Case("pp2 compiled op", PP2, {**compiled(), **OP}, long=True),
     Case("fsdp2 tp2 cp2 compiled op", Degrees(dp_shard=2, cp=2, tp=2), {**compiled(), **OP}, long=True),
     Case("pp2 fsdp2 cp2 tp2 compiled", FOUR_D, compiled(), long=True),
+    *[
+        Case(f"{name} memory budget {value}", degrees, {**compiled(), **budget(value)}, long=name != "tp2")
+        for name, degrees, value in (
+            ("one", ONE, 0.3),
+            ("fsdp2", FSDP2, 0.75),
+            ("tp2", TP2, 0.3),
+            ("cp2", CP2, 0.75),
+            ("pp2", PP2, 0.3),
+            ("fsdp2 tp2", FSDP2_TP2, 0.75),
+        )
+    ],
     # Graphs are those of aot_eager; what inductor makes of them costs up to a minute a case.
     *[
         Case(f"{name} inductor", degrees, compiled("inductor"), long=degrees != ONE)
@@ -419,6 +434,7 @@ REQUIRED: dict[str, Callable[[Case], bool]] = {
     },
     **{f"compiled {dim}": _is(compiled(), **{dim: 2}) for dim in ("dp_shard", "tp", "cp", "pp")},
     **{f"compiled {keys}": _is({**compiled(), **keys}, **{"tp": 2}) for keys in (FULL, SECOND, OP)},
+    "memory budget": _is({**compiled(), **budget(0.3)}, tp=2),
     "compiled fsdp and tp": _is(compiled(), dp_shard=2, tp=2),
     "compiled alltoall": _is({**compiled(), **ALLTOALL}, cp=2),
     "compiled loss alone": _is(compiled("aot_eager", "loss"), tp=2),

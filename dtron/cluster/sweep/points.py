@@ -54,9 +54,10 @@ class Point:
 
     @property
     def recompute(self) -> str:
-        """none, full, selective 2, selective op."""
+        """none, full, selective 2, selective op, memory_budget 0.75."""
         ac = self.config.activation_checkpoint
-        return f"selective {ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
+        options = {"selective": f" {ac.selective_ac_option}", "memory_budget": f" {ac.memory_budget:g}"}
+        return ac.mode + options.get(ac.mode, "")
 
     @property
     def model(self) -> str:
