@@ -28,6 +28,7 @@ from dtron.plan.record import StepRecord
 from dtron.plan.recorder import Recorder
 from dtron.plan.replay import Replay, UnlikeError
 from dtron.plan.taps import tap
+from dtron.plan.timeline import reserve, timeline
 from dtron.train.balance import Balance
 from dtron.train.guard import StepGuard
 from dtron.train.optimizer import build_optimizers
@@ -99,6 +100,7 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
     """Record the step from a state in which the optimizer has its own, as all steps but the first find it."""
     model = step.model
     recorder.tag((p for _, p in model.named_parameters()), "parameters")
+    made = len(recorder.events)
     for optimizer in step.optimizers:
         create_state(optimizer)
         state = (value for values in optimizer.state.values() for value in values.values())
@@ -123,6 +125,8 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
         collectives=recorder.collectives(sent),
         flops=dict(recorder.flops),
         replayed=sum(part.replayed for part in replays),
+        timeline=timeline(recorder, before),
+        reserved=reserve(recorder, made, before, recorder.computed),
     )
 
 
@@ -199,7 +203,7 @@ def _computing(recorder: Recorder, model: Any) -> Callable[..., Tensor]:
         try:
             return run(*args, **kwargs)
         finally:
-            recorder.computing = False
+            recorder.computing, recorder.computed = False, len(recorder.events)
             for part in model.parts:
                 gradients = (p.grad for p in part.parameters() if p.grad is not None)
                 recorder.tag(gradients, "gradients")

@@ -14,23 +14,26 @@ from functools import cache
 
 from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 
-__all__ = ["Memory", "block_bytes_per_token", "closed_form_peak", "reserved_bytes"]
+__all__ = ["FRAGMENTATION", "Memory", "beside_allocator", "block_bytes_per_token", "closed_form_peak"]
 
 BF16, FP32 = 2, 4
 CHUNK_LOGITS = BF16 + FP32  # bytes for each logit of a chunk of the loss
 LOGITS = 12  # of each where the loss is given all: in bf16, fp32 and twice more in its backward
 SHARDED_LOGITS = 16  # with tensor parallel, one fp32 copy more
-# What a GPU holds besides, not measured here: torch's CUDA context, cuBLAS's workspaces, NCCL's buffers of each
-# dimension that communicates; and what the caching allocator reserves beyond the peak, as a share of it.
-CONTEXT, WORKSPACES, COMMUNICATOR = 0.5 * 2**30, 64 * 2**20, 0.4 * 2**30
+# What a GPU holds besides. The CUDA context, about. Workspaces of cuBLAS and cublasLt, 32 MiB each on Hopper, 8 before
+# (getChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp). NCCL's buffers of a communicator in use, as
+# measured on 4 A100s with more than two ranks (github.com/NVIDIA/nccl/issues/964), and of one with an all-to-all, on 8
+# H100s (issues/1685); they grow with NCCL's channels.
+CONTEXT, WORKSPACES, COMMUNICATOR, ALL_TO_ALL = 0.5 * 2**30, 64 * 2**20, 688 * 2**20, 3.3 * 2**30
+# What the caching allocator reserves beyond a peak that is not recorded, as a share of it.
 FRAGMENTATION = 0.05
 
 
-def reserved_bytes(peak: float, layout: Layout) -> float:
-    """What a GPU needs for a peak of `peak` bytes, with expandable segments."""
+def beside_allocator(layout: Layout) -> float:
+    """Bytes that a GPU holds besides what the caching allocator reserves."""
     a = layout
-    dimensions = sum(degree > 1 for degree in (a.pp, a.dp_replicate, a.dp_shard * a.cp, a.cp, a.tp, a.ep))
-    return peak * (1 + FRAGMENTATION) + CONTEXT + WORKSPACES + COMMUNICATOR * (dimensions + (a.gpus > 1))
+    dimensions = sum(degree > 1 for degree in (a.pp, a.dp_replicate, a.dp_shard * a.cp, a.cp, a.tp, a.gpus))
+    return CONTEXT + WORKSPACES + COMMUNICATOR * dimensions + (ALL_TO_ALL if a.ep > 1 else 0)
 
 
 @dataclass(frozen=True)

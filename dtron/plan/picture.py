@@ -1,11 +1,14 @@
-"""Pictures of `dtron plan`: where the time of the fastest layouts goes, and the best speed for each tp and pp."""
+"""Pictures of `dtron plan`: where the time of the fastest layouts goes, the best speed for each tp and pp, and what the
+fastest holds over its step.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from dtron.errors import UserError
+from dtron.plan.record import StepRecord
 
-__all__ = ["check_matplotlib", "draw_speed", "draw_time"]
+__all__ = ["check_matplotlib", "draw_memory", "draw_speed", "draw_time"]
 
 COLORS = (
     "#4c78a8", "#72b7b2", "#a9c1dc", "#8a8f98", "#e8710a", "#f5b981", "#b279a2", "#b3261e", "#eeca3b", "#9d755d",
@@ -14,6 +17,21 @@ COLORS = (
 PALE = {"#72b7b2", "#a9c1dc", "#f5b981", "#eeca3b"}
 INK = "#202124"
 MIN_LABEL = 0.04  # share of a bar that has room for its percentage
+
+PART_COLORS = {
+    "parameters": "#4c78a8",
+    "optimizer state": "#8a8f98",
+    "gradients": "#b3261e",
+    "gathered weights": "#72b7b2",
+    "reduction buffers": "#9d755d",
+    "receive buffers": "#b279a2",
+    "activations": "#e8710a",
+    "recomputed activations": "#f5b981",
+    "temporaries": "#eeca3b",
+    "logits and loss": "#54a24b",
+    "batch": "#202124",
+}  # in the order in which they are stacked: what lasts is below
+PHASE_COLORS = {"forward": "#a9c1dc", "recompute": "#f5b981", "backward": "#4c78a8", "update": "#202124"}
 
 
 def check_matplotlib() -> None:
@@ -78,4 +96,43 @@ def draw_speed(best: dict[tuple[int, int], float | None], title: str, file: Path
     axes.set_ylabel("pp")
     axes.set_title(title, fontsize=10, loc="left", color=INK)
     figure.colorbar(image, label="tokens/s per GPU")
+    figure.savefig(file, dpi=120, facecolor="white")
+
+
+def draw_memory(record: StepRecord, title: str, file: Path) -> None:
+    """What is held over a step, stacked by part, above a strip that shows its phases."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    moments, gib = record.timeline, 2**30
+    unit, name = (gib, "GiB") if record.peak.total > gib / 4 else (2**20, "MiB")
+    most = record.reserved.expandable / unit
+    figure = Figure(figsize=(10.5, 5.2), layout="constrained")
+    axes, strip = figure.subplots(2, 1, height_ratios=[24, 1], sharex=True)
+    x = [moment.event for moment in moments]
+    parts = [part for part in PART_COLORS if any(m.parts.get(part, 0) > 0.002 * record.peak.total for m in moments)]
+    heights = [[moment.parts.get(part, 0) / unit for moment in moments] for part in parts]
+    axes.stackplot(x, heights, labels=parts, colors=[PART_COLORS[part] for part in parts], linewidth=0)
+    axes.axhline(most, color=INK, linewidth=0.9, linestyle="--", label="reserved, with\nexpandable segments")
+    at = max(moments, key=lambda moment: moment.total)
+    axes.plot([at.event], [at.total / unit], "v", color=INK, markersize=6)
+    text = f"peak {at.total / unit:.1f} {name}, in {record.peak.phase}"
+    side = "left" if at.event < x[-1] / 2 else "right"
+    axes.annotate(text, (at.event, at.total / unit), (0, 7), textcoords="offset points", ha=side, fontsize=8.5)
+    axes.set_ylim(0, 1.08 * max(most, at.total / unit))
+    axes.set_xlim(0, x[-1])
+    axes.set_ylabel(f"{name} held", fontsize=9)
+    axes.set_title(title, fontsize=10.5, loc="left", color=INK)
+    ends = [*x[1:], x[-1] + 1]
+    for moment, start, end in zip(moments, x, ends, strict=True):
+        strip.axvspan(start, end, color=PHASE_COLORS[moment.phase], linewidth=0)
+    strip.set_yticks([])
+    strip.set_xlabel("allocations and frees of a step, in order", fontsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    phases = [phase for phase in PHASE_COLORS if any(moment.phase == phase for moment in moments)]
+    handles, labels = axes.get_legend_handles_labels()
+    handles = [*handles[-2::-1], handles[-1], *(Patch(color=PHASE_COLORS[phase]) for phase in phases)]
+    labels = [*labels[-2::-1], labels[-1], *phases]
+    figure.legend(handles, labels, loc="outside right center", fontsize=8.5, frameon=False)
     figure.savefig(file, dpi=120, facecolor="white")

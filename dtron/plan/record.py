@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "Collective", "Peak", "StepRecord"]
+__all__ = ["KINDS", "Collective", "Moment", "Peak", "Reserved", "StepRecord"]
 
 # What memory is held for. Activations are also counted for each block. Temporaries: of a backward, of the optimizer and
 # of whatever belongs to no module.
@@ -40,6 +40,35 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Between two operations of a step. event: of the step's allocations and frees, how many came before. phase, parts:
+    see `Peak`.
+    """
+
+    event: int
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What CUDA's caching allocator is modelled to hold at most (`allocator.py`), after some steps.
+
+    allocated: bytes in blocks, whose sizes are rounded. reserved: of CUDA, by default; expandable: with expandable
+    segments.
+    """
+
+    allocated: int
+    reserved: int
+    expandable: int
+
+
+@dataclass(frozen=True)
 class Collective:
     """Messages of one kind in one step.
 
@@ -62,6 +91,7 @@ class StepRecord:
 
     layout: in words. start_bytes: held between two steps. flops: of each phase, as they are done: attention in full,
     recomputation included. replayed: forwards of blocks that were not run, since an equal one had been recorded.
+    timeline: what is held over the step, some hundred moments.
     """
 
     layout: str
@@ -73,6 +103,8 @@ class StepRecord:
     collectives: tuple[Collective, ...]
     flops: dict[str, int]
     replayed: int
+    timeline: tuple[Moment, ...]
+    reserved: Reserved
 
     def as_json(self) -> str:
         """One JSON object, with the names of the fields."""

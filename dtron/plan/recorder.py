@@ -79,13 +79,14 @@ GLOO_SCRATCH: Scratch = {
 
 @dataclass(slots=True)
 class Allocation:
-    """bytes: as it is now. The rest is of its birth or last growth."""
+    """bytes: as it is now. The rest is of its birth or last growth. stream: on CUDA, 0 the first that was seen."""
 
     bytes: int
     kind: str
     phase: str
     module: str
     operation: str
+    stream: int
 
 
 class Recorder(TorchDispatchMode):
@@ -105,9 +106,10 @@ class Recorder(TorchDispatchMode):
         self.quiet: set[int] = set()  # indices of events after which a peak is not looked for
         self.messages: list[tuple[str, int, str, str, int]] = []  # dimension, ranks, operation, phase, bytes
         self.flops: Counter[str] = Counter()
-        self.computing = False
+        self.computing, self.computed = False, 0  # whether a step is before its update; events until the last that was
         self.forward_modules: list[str] = []
         self.backward_module = ""
+        self._streams: list[Any] = []
         self._live: dict[int, int] = {}  # storage -> index of its allocation
         self._labels: list[str] = []  # of FSDP
         self._muted = 0
@@ -146,6 +148,16 @@ class Recorder(TorchDispatchMode):
             return self.backward_module
         return self.forward_modules[-1] if self.forward_modules else ""
 
+    @property
+    def _stream(self) -> int:
+        """FSDP changes streams on a CPU too, where they are names only."""
+        current = torch.cpu.current_stream()
+        for number, stream in enumerate(self._streams):
+            if stream is current:
+                return number
+        self._streams.append(current)
+        return len(self._streams) - 1
+
     def _kind(self, phase: str, module: str) -> str:
         label = self._labels[-1] if self._labels else ""
         if "all_gather" in label:
@@ -177,13 +189,14 @@ class Recorder(TorchDispatchMode):
         if index is None:
             phase, module = self.phase, self.module
             self._live[key] = index = len(self.allocations)
-            self.allocations.append(Allocation(size, self._kind(phase, module), phase, module, operation))
+            kind = self._kind(phase, module)
+            self.allocations.append(Allocation(size, kind, phase, module, operation, self._stream))
             weakref.finalize(storage, self._freed, key, index)
             if size:
                 self.events.append((index, size))
         elif (known := self.allocations[index]).bytes != size:
             self.events.append((index, size - known.bytes))
-            known.bytes, known.phase, known.module = size, self.phase, self.module
+            known.bytes, known.phase, known.module, known.stream = size, self.phase, self.module, self._stream
 
     def _freed(self, key: int, index: int) -> None:
         if self._live.get(key) == index:
@@ -200,7 +213,7 @@ class Recorder(TorchDispatchMode):
 
     def _add_scratch(self, size: int, operation: str) -> None:
         index, phase, module = len(self.allocations), self.phase, self.module
-        self.allocations.append(Allocation(0, self._kind(phase, module), phase, module, operation))
+        self.allocations.append(Allocation(0, self._kind(phase, module), phase, module, operation, self._stream))
         self.events += [(index, size), (index, -size)]
 
     # --- operations

@@ -207,7 +207,7 @@ class Replay:
         """
         recorder = self.recorder
         start = len(recorder.allocations)
-        recorder.allocations += [Allocation(0, a.kind, a.phase, name, a.operation) for a in log.allocations]
+        recorder.allocations += [Allocation(0, a.kind, a.phase, name, a.operation, a.stream) for a in log.allocations]
         recorder.messages += log.messages
         recorder.flops.update(log.flops)
         for whose, number, change in log.changes:

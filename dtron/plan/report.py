@@ -14,7 +14,7 @@ from dtron.errors import Mistakes, UserError
 from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
-from dtron.plan.picture import check_matplotlib, draw_speed, draw_time
+from dtron.plan.picture import check_matplotlib, draw_memory, draw_speed, draw_time
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.plan.single import check_sizes
 from dtron.train.resolve import resolve
@@ -117,7 +117,7 @@ def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: 
         lines.append(
             f"{number:<3}{describe(a):{width}}{f'{a.microbatch} x {a.microbatches}':>9} {a.recompute:9}"
             f"{c.time.tokens_per_s:10,.0f}{c.time.mfu_full:6.1%}{c.time.step_s:8.2f}"
-            f"{c.reserved_bytes / 2**30:7.1f}{'*' if c.exact else ' '}{shares}"
+            f"{c.needed_bytes / 2**30:7.1f}{'*' if c.exact else ' '}{shares}"
         )
     lines += ["", f"GiB: of {hw.memory_bytes / 2**30:.1f}, with what a GPU holds besides; * recorded by a dry run."]
     lines += ["MFU: attention in full. Columns from matmul on: percent of the step."]
@@ -137,7 +137,9 @@ def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: 
 
 
 def draw(shown: list[Candidate], found: Search, title: str, folder: str) -> None:
-    """time.png: parts of the step of the layouts that are shown; speed.png: the best speed for each tp and pp."""
+    """time.png: parts of the step of the layouts that are shown; speed.png: the best speed for each tp and pp;
+    memory.png, one for each stage that was recorded: what the fastest that was recorded holds over its step.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     times = [dataclasses.asdict(c.time) for c in shown]
     parts = [{part: sum(t[name] for name in names) for part, names in PARTS.items()} for t in times]
@@ -146,6 +148,11 @@ def draw(shown: list[Candidate], found: Search, title: str, folder: str) -> None
     ]
     draw_time(names, parts, f"{title}: layout, microbatch x number, recompute", Path(folder, "time.png"))
     draw_speed(found.best, f"{title}: best tokens/s per GPU", Path(folder, "speed.png"))
+    for c in [c for c in shown if c.records][:1]:
+        for record in c.records:
+            stages = "-".join(map(str, record.stages))
+            file = f"memory-stage-{stages}.png" if c.layout.pp > 1 else "memory.png"
+            draw_memory(record, f"{title}: {describe(c.layout)}, stage {stages}", Path(folder, file))
 
 
 def describe(a: Layout) -> str:
@@ -174,7 +181,11 @@ def explain(c: Candidate, hw: Hardware) -> str:
             lines.append(f"  {size / 2**30:9.2f} GiB {name}")
     how = "recorded" if c.exact else "estimated"
     lines.append(f"{how} peak {c.peak_bytes / 2**30:.2f} GiB")
-    lines.append(f"with what a GPU holds besides {c.reserved_bytes / 2**30:.2f} of {hw.memory_bytes / 2**30:.1f} GiB")
+    more = "with expandable segments"
+    if c.reserved_plain_bytes is not None:
+        more += f", {c.reserved_plain_bytes / 2**30:.2f} without"
+    lines.append(f"reserved by the caching allocator {c.reserved_bytes / 2**30:.2f} GiB {more}")
+    lines.append(f"with what a GPU holds besides {c.needed_bytes / 2**30:.2f} of {hw.memory_bytes / 2**30:.1f} GiB")
     return "\n".join(lines)
 
 
@@ -201,7 +212,7 @@ def _nothing_fits(
     would = f"it would fit on {more[0]} GPUs ({describe(more[1])})" if more else "nor does it on 1,024 times as many"
     first = (
         f"no layout of {given.gpus} x {hw.name} fits; {would}. Too big: {name}, {size / gib:.0f} of the "
-        f"{s.reserved_bytes / gib:.0f} GiB that the smallest layout, {describe(s.layout)}, needs of "
+        f"{s.needed_bytes / gib:.0f} GiB that the smallest layout, {describe(s.layout)}, needs of "
         f"{hw.memory_bytes / gib:.0f}"
     )
     return "\n".join([first, *found.rejected[:3]])

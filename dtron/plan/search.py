@@ -14,7 +14,8 @@ from dtron.errors import UserError
 from dtron.plan.dryrun import dry_run
 from dtron.plan.hardware import Hardware
 from dtron.plan.layout import Layout, Sizes, loss_chunk
-from dtron.plan.memory import Memory, closed_form_peak, reserved_bytes
+from dtron.plan.memory import FRAGMENTATION, Memory, beside_allocator, closed_form_peak
+from dtron.plan.record import StepRecord
 from dtron.plan.timemodel import COMPILED, EAGER, Prediction, predict
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
@@ -42,7 +43,11 @@ RECOMPUTE = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its predictions; peak_bytes: recorded where exact, else of the closed form."""
+    """A layout with its predictions.
+
+    peak_bytes: recorded where exact, else of the closed form. reserved_bytes: what the caching allocator takes of CUDA,
+    with expandable segments: of its model where exact. records: of the dry runs, of the pp ranks that were looked at.
+    """
 
     layout: Layout
     memory: Memory
@@ -51,6 +56,18 @@ class Candidate:
     reserved_bytes: float
     fits: bool
     exact: bool = False
+    records: tuple[StepRecord, ...] = ()
+
+    @property
+    def needed_bytes(self) -> float:
+        """Of a GPU: what is reserved and what it holds besides."""
+        return self.reserved_bytes + beside_allocator(self.layout)
+
+    @property
+    def reserved_plain_bytes(self) -> float | None:
+        """Reserved without expandable segments; None where not exact."""
+        found = [r.reserved.reserved - r.reserved.expandable for r in self.records]
+        return self.reserved_bytes + max(found) if found else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: keys of the configuration, and the figures in seconds and bytes."""
@@ -64,6 +81,7 @@ class Candidate:
             "mfu_causal": t.mfu_causal,
             "peak_bytes": round(self.peak_bytes),
             "reserved_bytes": round(self.reserved_bytes),
+            "needed_bytes": round(self.needed_bytes),
             "fits": self.fits,
             "exact": self.exact,
             "terms_s": {
@@ -136,26 +154,27 @@ def search(
         layout = dataclasses.replace(layout, loss_chunk=loss_chunk(config))
         looked_at += 1
         memory = closed_form_peak(s, layout, seq_len)
-        needed = reserved_bytes(memory.peak * (1 + MARGIN), layout)
+        reserved = memory.peak * (1 + MARGIN) * (1 + FRAGMENTATION)
+        needed = reserved + beside_allocator(layout)
         fits = needed <= hw.memory_bytes
         family = layout.pp, layout.tp, layout.cp
         if fits:
             families.add(family)
             time = predict(s, layout, seq_len, hw, style)
-            found.append(Candidate(layout, memory, time, memory.peak, needed, fits))
-        elif family not in too_big or needed < too_big[family].reserved_bytes:
+            found.append(Candidate(layout, memory, time, memory.peak, reserved, fits))
+        elif family not in too_big or needed < too_big[family].needed_bytes:
             time = predict(s, layout, seq_len, hw, style)
-            too_big[family] = Candidate(layout, memory, time, memory.peak, needed, fits)
+            too_big[family] = Candidate(layout, memory, time, memory.peak, reserved, fits)
     if not looked_at:
         raise UserError(
             f"no layout of {gpus} GPUs makes a global batch of {global_batch} sequences with the keys that are given; "
             "change --gpus, --global-batch-tokens or training.global_batch_size, or give fewer keys"
         )
     found.sort(key=lambda c: -c.time.tokens_per_s)
-    nearest = sorted(too_big.items(), key=lambda item: item[1].reserved_bytes)
+    nearest = sorted(too_big.items(), key=lambda item: item[1].needed_bytes)
     reasons = _too_big([c for family, c in nearest if family not in families], hw)
     legal, illegal = _legal(config, found, gpus, hw, exact, top)
-    smallest = min(too_big.values(), key=lambda c: c.reserved_bytes, default=None)
+    smallest = min(too_big.values(), key=lambda c: c.needed_bytes, default=None)
     best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
     best |= {(c.layout.tp, c.layout.pp): c.time.tokens_per_s for c in reversed(found)}
     return Search(legal, illegal + reasons, smallest, looked_at, best)
@@ -212,7 +231,7 @@ def _too_big(nearest: Iterable[Candidate], hw: Hardware) -> list[str]:
         a, gib = first.layout, 2**30
         more = f"; {len(others)} more of (pp, tp, cp) with too many {part}" if others else ""
         lines.append(
-            f"pp {a.pp} tp {a.tp} cp {a.cp}: needs {first.reserved_bytes / gib:.0f} GiB of "
+            f"pp {a.pp} tp {a.tp} cp {a.cp}: needs {first.needed_bytes / gib:.0f} GiB of "
             f"{hw.memory_bytes / gib:.0f} at least, {first.memory.largest_part()[1] / gib:.0f} of them {part}{more}"
         )
     return lines
@@ -253,7 +272,7 @@ def _legal(
             attempts += 1
             candidate = record(candidate, setup, hw)
             if not candidate.fits:
-                line = f"recorded peak {candidate.peak_bytes / 2**30:.1f} GiB, more than estimated: does not fit"
+                line = f"recorded: needs {candidate.needed_bytes / 2**30:.1f} GiB, more than estimated: does not fit"
                 reasons[line] = reasons.get(line, 0) + 1
                 continue
             recorded += 1
@@ -269,12 +288,15 @@ def record(candidate: Candidate, setup: Setup, hw: Hardware) -> Candidate:
     if d.pp > 1:
         config = replace(config, "training.local_batch_size", a.microbatch * recorded)
     setup = dataclasses.replace(setup, config=config)
-    peak = 0.0
-    for rank in {0, min(1, d.pp - 1), d.pp - 1}:
-        found = dry_run(setup, rank * d.stage).peak
-        each = (found.parts.get("receive buffers", 0) + found.parts.get("batch", 0)) / recorded
-        peak = max(peak, found.total + (a.microbatches - recorded) * each)
-    needed = reserved_bytes(peak, a)
+    peak = reserved = 0.0
+    records = []
+    for rank in sorted({0, min(1, d.pp - 1), d.pp - 1}):
+        found = dry_run(setup, rank * d.stage)
+        parts = found.peak.parts
+        more = (parts.get("receive buffers", 0) + parts.get("batch", 0)) / recorded * (a.microbatches - recorded)
+        peak, reserved = max(peak, found.peak.total + more), max(reserved, found.reserved.expandable + more)
+        records.append(found)
+    fits = reserved + beside_allocator(a) <= hw.memory_bytes
     return dataclasses.replace(
-        candidate, peak_bytes=peak, reserved_bytes=needed, fits=needed <= hw.memory_bytes, exact=True
+        candidate, peak_bytes=peak, reserved_bytes=reserved, fits=fits, exact=True, records=tuple(records)
     )

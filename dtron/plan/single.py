@@ -66,7 +66,7 @@ def describe_run(setup: Setup, hardware: str) -> list[str]:
     step_s = time.step_s * _rows(setup) / (a.microbatch * a.microbatches)
     hours = step_s * c.training.steps * gpus / 3600
     return [
-        f"{'fits' if run.fits else 'does not fit'} on {gpus} x {hw.name}: needs {run.reserved_bytes / gib:.1f} of "
+        f"{'fits' if run.fits else 'does not fit'} on {gpus} x {hw.name}: needs {run.needed_bytes / gib:.1f} of "
         f"{hw.memory_bytes / gib:.1f} GiB, of which the step holds {run.peak_bytes / gib:.1f} at its peak",
         f"predicted: {step_s:.3g} s a step, {time.tokens_per_s:,.0f} tokens/s per GPU, MFU {time.mfu_full:.1%}",
         f"predicted: {hours:,.1f} GPU-hours for {c.training.steps:,} steps (training.steps)",

@@ -16,7 +16,9 @@ from dtron.plan.dryrun import dry_run
 from dtron.plan.hardware import HARDWARE
 from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 from dtron.plan.memory import closed_form_peak
-from dtron.plan.search import Candidate, layout_keys, layouts, record, with_keys
+from dtron.plan.record import KINDS
+from dtron.plan.report import draw
+from dtron.plan.search import Candidate, Search, layout_keys, layouts, record, with_keys
 from dtron.plan.timemodel import predict
 from dtron.registry import look_up
 from dtron.train.resolve import resolve
@@ -150,7 +152,8 @@ def test_keys_of_a_layout() -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=2, microbatches=24, reshard=False), Layout(dp_shard=2, microbatches=6)])
-def test_a_dry_run_of_fewer_microbatches_tells_the_peak_of_all(layout: Layout) -> None:
+def test_a_dry_run_of_fewer_microbatches_tells_the_peak_of_all(layout: Layout, tmp_path: Path) -> None:
+    """And what is held over the step, which is drawn for each stage, and reserved."""
     s = setup_of(f"{WIDE} --training.seq_len 512", 1)
     setup = resolve(with_keys(s.config, layout), layout.gpus, "cuda")
     memory = closed_form_peak(Sizes.of(setup.model_config), layout, 512)
@@ -159,3 +162,20 @@ def test_a_dry_run_of_fewer_microbatches_tells_the_peak_of_all(layout: Layout) -
     whole = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in range(layout.pp))
     assert candidate.exact and candidate.fits
     assert candidate.peak_bytes == pytest.approx(whole, rel=1e-3)
+    assert [r.stages for r in candidate.records] == [(stage,) for stage in range(layout.pp)]
+    for each in candidate.records:
+        held = [moment.total for moment in each.timeline]
+        assert max(held) == each.peak.total and 100 < len(held) <= 300 and 0 < held[0] < each.peak.total
+        phases = [moment.phase for moment in each.timeline]
+        assert phases[0] == "forward" and phases[-1] == "update" and "backward" in phases
+        kinds = {kind for moment in each.timeline for kind in moment.parts}
+        assert kinds <= set(KINDS) and {"parameters", "gradients", "optimizer state", "activations"} <= kinds
+        r = each.reserved
+        assert each.peak.total <= r.allocated <= min(r.reserved, r.expandable) < 2 * each.peak.total
+    needed = max(each.reserved.expandable for each in candidate.records)
+    assert candidate.needed_bytes > candidate.reserved_bytes >= needed
+    assert candidate.reserved_plain_bytes and candidate.reserved_plain_bytes > candidate.peak_bytes
+    pytest.importorskip("matplotlib")
+    draw([candidate], Search([candidate], [], None, 1, {(1, layout.pp): 1.0}), "title", str(tmp_path))
+    stages = ["memory.png"] if layout.pp == 1 else ["memory-stage-0.png", "memory-stage-1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*stages, "speed.png", "time.png"]
