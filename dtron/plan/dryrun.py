@@ -7,6 +7,7 @@ The step is the trainer's own: the model that `wrap_on_meta` and `materialize` m
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dtron.models.spec import experts_of, layers_of
 from dtron.parallel.compose import materialize, wrap_on_meta
 from dtron.parallel.incompatible import FEATURES
 from dtron.plan import torch_internals
+from dtron.plan.cuda_attention import flex_attention_stand_in
 from dtron.plan.record import StepRecord
 from dtron.plan.recorder import Recorder
 from dtron.plan.replay import Replay, UnlikeError
@@ -40,6 +42,8 @@ from dtron.train.tally import Tally
 __all__ = ["build_step", "dry_run", "dry_run_stages", "fake_batch", "host_value"]
 
 CPU = torch.device("cpu")
+# What fake tensors can run: the graphs, decompositions and choice of saved tensors of inductor, without its kernels.
+COMPILED = "aot_eager_decomp_partition"
 
 
 def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True) -> StepRecord:
@@ -48,8 +52,8 @@ def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True)
     gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers, and
     what RMSNorm keeps where it is not one operator.
     replay: record blocks that are alike once (`replay.py`), where that is possible. Experts are taken to be in balance,
-    documents to be whole sequences, and compiled blocks to be eager, which hold more. UserError with CPU offload, which
-    a dry run does not know.
+    documents to be whole sequences. What is compiled runs with the backend `COMPILED`. UserError with CPU offload,
+    which a dry run does not know.
     """
     if setup.config.training.enable_cpu_offload:
         raise UserError("a dry run does not know training.enable_cpu_offload; set it false")
@@ -83,6 +87,7 @@ def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # marks of `replay.py`
         if not gloo:
             stack.enter_context(torch_internals.fused_norms())
+            stack.enter_context(flex_attention_stand_in())
         recorder = Recorder(host_value(setup), gloo)
 
         @contextlib.contextmanager
@@ -107,7 +112,7 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
         recorder.tag((value for value in state if isinstance(value, Tensor)), "optimizer state")
     replays = _tap_modules(step, recorder, replay)
     batch = fake_batch(step, setup)
-    recorder.tag(batch[:2], "batch")
+    recorder.tag((t for t in batch if t is not None), "batch")
     before, sent = len(recorder.events), len(recorder.messages)
     recorder.flops.clear()
     step(batch)
@@ -135,7 +140,9 @@ def build_step(setup: Setup, mode: Callable[[], contextlib.AbstractContextManage
 
     mode: makes the context in which memory is taken.
     """
-    c = replace(setup.config, "compile.enable", False)
+    c = setup.config
+    if c.compile.enable:
+        c = replace(c, "compile.backend", COMPILED)
     c = replace(c, "training.global_batch_size", check_batch(c, setup.degrees, c.training.global_batch_size))
     experts = experts_of(setup.model_config)
     mesh = Mesh(setup.degrees, "cpu", experts is not None)
@@ -157,7 +164,8 @@ def fake_batch(step: Step, setup: Setup) -> Batch:
     c = step.config.training
     shape = c.global_batch_size // setup.degrees.dp, c.seq_len
     tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    return Batch(tokens, labels)
+    masks = c.attention_mask == "document"
+    return Batch(tokens, labels, torch.zeros_like(tokens) if masks else None)
 
 
 def host_value(setup: Setup) -> int:
@@ -189,7 +197,12 @@ def _tap_modules(step: Step, recorder: Recorder, replay: bool) -> list[Replay]:
                 module.forward = tap(recorder, name, module.forward)
         for index, block in layers_of(part).items():
             name, nested = f"layers.{index}", any(isinstance(m, FSDPModule) for m in list(block.modules())[1:])
-            block.forward = replayed.tap(name, block) if replay and not nested else tap(recorder, name, block.forward)
+            if torch_internals.is_compiled(block):
+                torch_internals.wrap_compiled(block, partial(tap, recorder, name))
+            else:
+                block.forward = (
+                    replayed.tap(name, block) if replay and not nested else tap(recorder, name, block.forward)
+                )
     model.loss.compute = tap(recorder, "loss", model.loss.compute)  # type: ignore[method-assign]
     model.forward_backward = _computing(recorder, model)  # type: ignore[method-assign]
     return replays

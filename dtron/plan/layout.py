@@ -1,20 +1,28 @@
 """A model's sizes and a layout, as the closed forms of memory and time read them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from dtron.config import Config
 from dtron.errors import UserError
+from dtron.models.llama import LlamaConfig
 from dtron.models.spec import experts_of
 from dtron.parallel.pipeline import split_by_cost
+from dtron.plan.blocks import BlockBytes, block_bytes
 
 __all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage", "loss_chunk"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a Llama-like model. ffn: of a block's feed-forward; with experts that of one expert."""
+    """Dimensions of a Llama-like model. ffn: of a block's feed-forward; with experts that of one expert.
+
+    matrices: of a feed-forward, two without a gate. shared: hidden size of an expert that every token takes. vectors:
+    parameters of a block's norms and biases; None: of two RMSNorms. windows: of the layers, a pattern that repeats.
+    scaled_logits: bytes for each logit that a soft cap keeps. block: what a block of the model itself holds;
+    None: of Llama's.
+    """
 
     dim: int
     layers: int
@@ -26,10 +34,16 @@ class Sizes:
     tied: bool = False
     experts: int = 0
     top_k: int = 0
+    shared: int = 0
+    matrices: int = 3
+    vectors: int | None = None
+    windows: tuple[int | None, ...] = ()
+    scaled_logits: int = 0
+    block: BlockBytes | None = None
 
     @classmethod
     def of(cls, m: Any) -> "Sizes":
-        """Of a model's configuration. UserError where it is no Llama-like one."""
+        """Of a model's configuration, of which a block is recorded. UserError where it is no Llama-like one."""
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim", "head_size")
         if lacking := [name for name in names if not hasattr(m, name)]:
             raise UserError(
@@ -38,8 +52,14 @@ class Sizes:
             )
         moe, tied = experts_of(m), getattr(m, "tie_embeddings", False)
         ffn = moe.expert_dim if moe else m.ffn_dim
-        experts = (moe.n_experts, moe.top_k) if moe else (0, 0)
-        return cls(m.dim, m.n_layers, m.n_heads, m.n_kv_heads, m.head_size, ffn, m.vocab_size, tied, *experts)
+        experts = (moe.n_experts, moe.top_k, moe.shared_dim) if moe else (0, 0, 0)
+        plain = cls(m.dim, m.n_layers, m.n_heads, m.n_kv_heads, m.head_size, ffn, m.vocab_size, tied, *experts)
+        if not isinstance(m, LlamaConfig):
+            return plain
+        v, block = m.variant, block_bytes(m)
+        plain = replace(plain, matrices=3 if v.gated else 2, windows=m.windows, vectors=0, block=block)
+        scaled = 0 if v.logits_softcap is None else 2  # of tanh
+        return replace(plain, vectors=block.parameters - plain.block_parameters, scaled_logits=scaled)
 
     @property
     def attention_parameters(self) -> int:
@@ -49,25 +69,36 @@ class Sizes:
     @property
     def expert_parameters(self) -> int:
         """Of one block's feed-forward, of all experts together."""
-        return 3 * self.dim * self.ffn * max(1, self.experts)
+        return self.matrices * self.dim * self.ffn * max(1, self.experts)
+
+    @property
+    def other_parameters(self) -> int:
+        """Of one block's router, shared expert, norms and biases."""
+        vectors = 2 * self.dim if self.vectors is None else self.vectors
+        return self.dim * self.experts + 3 * self.dim * self.shared + vectors
 
     @property
     def block_parameters(self) -> int:
-        return self.attention_parameters + self.expert_parameters + self.dim * (2 + self.experts)
+        return self.attention_parameters + self.expert_parameters + self.other_parameters
 
     @property
     def active_block_parameters(self) -> int:
         """What multiplies one token."""
-        ffn = 3 * self.dim * self.ffn * (self.top_k if self.experts else 1)
-        return self.attention_parameters + ffn + self.dim * self.experts
+        ffn = self.matrices * self.dim * self.ffn * (self.top_k if self.experts else 1)
+        return self.attention_parameters + ffn + self.dim * self.experts + 3 * self.dim * self.shared
 
     @property
     def parameters(self) -> int:
         return self.layers * self.block_parameters + self.vocab * self.dim * (1 if self.tied else 2) + self.dim
 
+    def attended(self, seq_len: float) -> float:
+        """Tokens to which one attends, in the mean of the layers; masked ones are counted, but for those of windows."""
+        each = [min(window or seq_len, seq_len) for window in self.windows or (None,)]
+        return sum(each) / len(each)
+
     def flops_per_token(self, seq_len: float, causal: bool = False) -> float:
         """Forward and backward, as `dtron/models/flops.py` counts; causal: attention only where it is not masked."""
-        attention = (6 if causal else 12) * self.heads * self.head_size * seq_len
+        attention = (6 if causal else 12) * self.heads * self.head_size * self.attended(seq_len)
         return 6 * (self.layers * self.active_block_parameters + self.vocab * self.dim) + self.layers * attention
 
 

@@ -9,7 +9,7 @@ The most of three moments (bf16 compute, fp32 state and reductions, AdamW, CUDA'
 Letters as in the models: E hidden size, F of the feed-forward, H and K heads, D head size, V vocabulary, T tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
@@ -60,6 +60,18 @@ class Memory:
 @cache
 def block_bytes_per_token(s: Sizes, tp: int, recompute: str) -> tuple[float, float]:
     """(kept from forward to backward, made again in the backward) by one block, in bytes per token of the rank."""
+    whole, by_operation = _llama_block(s, tp)
+    if s.block:  # what another block holds besides is split by tp
+        known = _llama_block(replace(s, experts=0), 1)
+        whole, by_operation = whole + (s.block.none - known[0]) / tp, by_operation + (s.block.op - known[1]) / tp
+    x = BF16 * s.dim / tp
+    kept = {"none": whole, "op": by_operation, "full": x, "second": (whole + x) / 2}
+    again = {"none": 0.0, "op": whole - by_operation, "full": whole - x, "second": whole - x}
+    return kept[recompute], again[recompute]
+
+
+def _llama_block(s: Sizes, tp: int) -> tuple[float, float]:
+    """Bytes per token kept by one of Llama's blocks, with a gate or without: all of it, and recomputed by operation."""
     heads, x = s.heads / tp, BF16 * s.dim / tp
     qkv, out = BF16 * (s.heads + 2 * s.kv_heads) * s.head_size / tp, BF16 * s.heads * s.head_size / tp
     lse, norms = FP32 * heads, 2 * FP32 / tp
@@ -68,14 +80,12 @@ def block_bytes_per_token(s: Sizes, tp: int, recompute: str) -> tuple[float, flo
         rows = s.top_k / tp
         ffn = rows * (6 * s.dim + 8 * s.ffn + 50) + (FP32 * s.dim + 3 * FP32 * s.experts + BF16 * s.dim) / tp
         ffn_op = rows * (6 * s.dim + 4 * s.ffn + 50)
+        ffn += 4 * BF16 * s.shared / tp
+        ffn_op += 2 * BF16 * s.shared / tp
     else:
         ffn, ffn_op = gathered + 4 * BF16 * s.ffn / tp, 2 * BF16 * s.ffn / tp
-    whole = 2 * x + gathered + qkv + out + lse + norms + ffn
     scattered = 2 * x if tp > 1 else 0.0
-    kept = {"none": whole, "op": x + qkv + out + lse + ffn_op + scattered, "full": x}
-    kept["second"] = (whole + x) / 2
-    again = {"none": 0.0, "op": whole - kept["op"], "full": whole - x, "second": whole - x}
-    return kept[recompute], again[recompute]
+    return 2 * x + gathered + qkv + out + lse + norms + ffn, x + qkv + out + lse + ffn_op + scattered
 
 
 def closed_form_peak(s: Sizes, layout: Layout, seq_len: int) -> Memory:
@@ -88,10 +98,12 @@ def _loss_bytes(s: Sizes, a: Layout, tokens: int) -> tuple[float, float]:
     """(most that the loss of a microbatch holds, what is kept of it between its forward and its backward)."""
     vocab, hidden = s.vocab / a.tp, BF16 * s.dim * tokens
     if not a.loss_chunk:
-        return (SHARDED_LOGITS if a.tp > 1 else LOGITS) * tokens * vocab, (BF16 + FP32) * tokens * vocab
+        return ((SHARDED_LOGITS if a.tp > 1 else LOGITS) + s.scaled_logits) * tokens * vocab, (
+            BF16 + FP32
+        ) * tokens * vocab
     rows, matrix = -(-tokens // -(-tokens // a.loss_chunk)), vocab * s.dim
     # The head's gradient in fp32, and beside it a chunk or, at the end, the same gradient in bf16.
-    most = FP32 * matrix + max(CHUNK_LOGITS * rows * vocab, BF16 * matrix)
+    most = FP32 * matrix + max((CHUNK_LOGITS + s.scaled_logits) * rows * vocab, BF16 * matrix)
     return most + hidden * (2 if a.tp > 1 else 1), hidden + BF16 * matrix
 
 
@@ -104,7 +116,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     first, last = 0 in stages, n_stages - 1 in stages
     layers = sum(split[stage] for stage in stages)
     # Parameters of one tensor rank, whole over the shards; experts are split by ep, not by tp.
-    dense = s.attention_parameters / tp + s.dim * (2 + s.experts)
+    dense = s.attention_parameters / tp + s.other_parameters
     ffn = s.expert_parameters / (a.ep if s.experts else tp)
     block = dense + ffn
     matrix = s.vocab * s.dim / tp
@@ -146,6 +158,8 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     own = (BF16 * block if a.reshard and a.pp == 1 else 0.0) + prefetched + BF16 * block
     rows = tokens * (s.top_k / tp if s.experts else 1 / tp)
     temporary = 3 * BF16 * s.ffn * rows
+    if s.block:
+        temporary = max(temporary, s.block.temporary * tokens / tp)
     ring = tokens * (8 * s.heads + 2 * BF16 * s.kv_heads * a.cp) * s.head_size / tp if a.cp > 1 else 0.0
     without_head = gathered - (head if a.pp == 1 and not s.tied else 0.0)
     inside = fixed + again + own + max(temporary, ring) + without_head

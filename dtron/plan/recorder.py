@@ -116,6 +116,11 @@ class Recorder(TorchDispatchMode):
         self._waiting: dict[int, Any] = {}  # result of a functional collective -> its input
         self._patches = contextlib.ExitStack()
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Whether Dynamo may compile under it."""
+        return True
+
     def __enter__(self) -> "Recorder":
         enter = self._patches.enter_context
         enter(torch_internals.storage_resize_seen(self._resized))

@@ -12,11 +12,11 @@ from dtron.train.setup import Setup, stages_of
 
 __all__ = ["check_sizes", "describe_run", "layout_of"]
 
-SIZES_MAY_DIFFER = 0.03  # biases, norms of heads
+SIZES_MAY_DIFFER = 0.03
 
 
 def check_sizes(setup: Setup) -> None:
-    """UserError unless the closed forms' blocks, with gated feed-forwards, are the model's."""
+    """UserError unless the closed forms' blocks, all of which are alike, are the model's."""
     expected = Sizes.of(setup.model_config).parameters
     parameters = sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters())
     if abs(parameters / expected - 1) > SIZES_MAY_DIFFER:

@@ -30,6 +30,7 @@ __all__ = [
     "group_called",
     "group_name",
     "in_backward",
+    "is_compiled",
     "kept_while_sent",
     "local_and_spec",
     "random_states_seen",
@@ -38,6 +39,7 @@ __all__ = [
     "storage_of",
     "storage_resize_seen",
     "world_name",
+    "wrap_compiled",
 ]
 
 
@@ -76,6 +78,17 @@ def group_called(name: str) -> dist.ProcessGroup:
 def world_name() -> str:
     """The name of the group of all ranks."""
     return distributed_c10d._get_default_group().group_name
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module itself was compiled in place."""
+    return module._compiled_call_impl is not None
+
+
+def wrap_compiled(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put something around the call of a module that was compiled in place, its hooks included."""
+    assert module._compiled_call_impl is not None
+    module._compiled_call_impl = wrap(module._compiled_call_impl)
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ from dtron.config import load
 from dtron.data.loader import Batch
 from dtron.models import moe
 from dtron.plan.dryrun import build_step, dry_run, fake_batch, host_value
+from dtron.plan.record import StepRecord
 from dtron.plan.recorder import COLLECTIVES, Recorder
 from dtron.plan.torch_internals import FakeTensorMode, fake_world
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 
 SOURCE = Path(__file__).with_name("c10_count.c")
-STEPS = 6  # the first makes the optimizer's state after its backward, so it peaks lower
+STEPS = 5  # the first makes the optimizer's state after its backward, so it peaks lower
 QUIET_S = 0.02  # for the threads of gloo to drop what they hold
 
 MODEL = (
-    "--model.n_layers 4 --model.dim 64 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 160 "
+    "--model.n_layers 3 --model.dim 64 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 160 "
     "--model.vocab_size 512 --training.seq_len 64 --training.local_batch_size 2 --training.device cpu "
     "--activation_checkpoint.mode none --training.loss_chunk_tokens 48"
 )
@@ -46,6 +48,10 @@ FULL = "--activation_checkpoint.mode full"
 PP2 = "--pp 2 --training.local_batch_size 4"
 ACCUMULATED = "--training.global_batch_size 12"
 LAST = "--parallelism.gradient_reduce last_microbatch --parallelism.fsdp_reshard_after_forward never"
+
+HSDP = "--parallelism.data_parallel_replicate_degree 2"
+COMPILED = "--compile.enable true"
+COMPILED_TENSOR_PARALLEL = 72  # bytes of constants that compiled blocks of DTensors hold
 
 # name -> ranks, arguments
 LAYOUTS = {
@@ -62,11 +68,21 @@ LAYOUTS = {
     "tp2 whole logits": (2, "--tp 2 --training.loss_chunk_tokens 0"),
     "pp2": (2, PP2),
     "pp2 accumulation recompute full": (2, f"{PP2} {FULL} --training.global_batch_size 8"),
-    "pp2 interleaved": (2, f"{PP2} --parallelism.pipeline_parallel_schedule Interleaved1F1B"),
+    "pp2 interleaved": (2, f"{PP2} --parallelism.pipeline_parallel_schedule Interleaved1F1B --model.n_layers 4"),
     "ep2": (2, f"{MOE} --ep 2"),
-    "hsdp2x2": (4, "--parallelism.data_parallel_replicate_degree 2"),
+    "hsdp2x2": (4, HSDP),
+    "hsdp2x2 recompute every second": (4, f"{HSDP} {SECOND}"),
     "fsdp2 tp2": (4, "--tp 2"),
+    "fsdp2 tp2 recompute op": (4, f"--tp 2 {OP}"),
+    "one compiled": (1, COMPILED),
+    "fsdp2 compiled accumulation": (2, f"{COMPILED} {ACCUMULATED}"),
+    "tp2 compiled blocks recompute op": (2, f"--tp 2 {OP} {COMPILED} --compile.components model"),
+    "pp2 compiled recompute full": (2, f"{PP2} {FULL} {COMPILED}"),
 }
+SHORT = {
+    "one accumulation fp32", "fsdp2 accumulation last never", "hsdp2x2 recompute every second",
+    "fsdp2 tp2 recompute op", "cp2", "pp2 accumulation recompute full", "ep2",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +145,25 @@ def mesh_bytes(world: int) -> int:
     return 8 * world + 24
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@cache
+def recorded(name: str, rank: int) -> StepRecord:
+    world, arguments = LAYOUTS[name]
+    return dry_run(setup_of(arguments, world), rank, gloo=True)
+
+
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in LAYOUTS])
 def test_the_peak_is_that_of_the_allocator(ranks: Ranks, counter: str, name: str) -> None:
     world, arguments = LAYOUTS[name]
     real = ranks.run(world, real_peaks, counter, arguments)
     if not real[0]:
         pytest.skip("libc10 here allocates otherwise than by posix_memalign, so it cannot be counted")
-    setup = setup_of(arguments, world)
-    for rank, peaks in enumerate(real):
-        record = dry_run(setup, rank, gloo=True)
+    ranks_compared = range(0, world, setup_of(arguments, world).degrees.stage if name in SHORT else 1)
+    for rank in ranks_compared:
+        record, peaks = recorded(name, rank), real[rank]
+        constants = COMPILED_TENSOR_PARALLEL if COMPILED in arguments and "--tp" in arguments else 0
         # A thread of gloo may be late to drop what it was given.
-        assert 4 * world <= min(peaks[1:]) - record.peak.total <= mesh_bytes(world), (rank, peaks, record.peak)
+        more = min(peaks[1:]) - record.peak.total
+        assert 4 * world <= more <= mesh_bytes(world) + constants, (rank, peaks, record.peak)
         assert sum(record.peak.parts.values()) == record.peak.total
 
 
@@ -147,14 +171,16 @@ COUNTED = {"all_gather", "reduce_scatter", "all_reduce", "all_to_all"}
 NAMES = {packet.__name__: operation for packet, (operation, *_) in COLLECTIVES.items()}
 
 
-@pytest.mark.parametrize("name", ["fsdp2 tp2", "hsdp2x2", "cp2", "ep2"])
+@pytest.mark.parametrize(
+    "name", ["fsdp2 tp2", *(pytest.param(n, marks=pytest.mark.long) for n in ("hsdp2x2", "cp2")), "ep2"]
+)
 def test_collectives_are_as_many_as_torch_counts(name: str) -> None:
     """torch's CommDebugMode is the second opinion; it knows no bytes, no point-to-point messages and no stages."""
     world, arguments = LAYOUTS[name]
     setup = setup_of(arguments, world)
-    recorded = Counter[str]()
-    for c in dry_run(setup, 0).collectives:
-        recorded[c.operation] += c.count if c.operation in COUNTED else 0
+    expected = Counter[str]()
+    for c in recorded(name, 0).collectives:
+        expected[c.operation] += c.count if c.operation in COUNTED else 0
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_world(0, world):
         step = build_step(setup, lambda: fake)
@@ -163,4 +189,4 @@ def test_collectives_are_as_many_as_torch_counts(name: str) -> None:
     seen = Counter[str]()
     for packet, count in counted.get_comm_counts().items():
         seen[NAMES[packet.__name__]] += count
-    assert +seen == +recorded, counted.get_comm_counts()
+    assert +seen == +expected, counted.get_comm_counts()
