@@ -98,9 +98,8 @@ def _loss_bytes(s: Sizes, a: Layout, tokens: int) -> tuple[float, float]:
     """(most that the loss of a microbatch holds, what is kept of it between its forward and its backward)."""
     vocab, hidden = s.vocab / a.tp, BF16 * s.dim * tokens
     if not a.loss_chunk:
-        return ((SHARDED_LOGITS if a.tp > 1 else LOGITS) + s.scaled_logits) * tokens * vocab, (
-            BF16 + FP32
-        ) * tokens * vocab
+        most = ((SHARDED_LOGITS if a.tp > 1 else LOGITS) + s.scaled_logits) * tokens * vocab
+        return most, (BF16 + FP32) * tokens * vocab
     rows, matrix = -(-tokens // -(-tokens // a.loss_chunk)), vocab * s.dim
     # The head's gradient in fp32, and beside it a chunk or, at the end, the same gradient in bf16.
     most = FP32 * matrix + max((CHUNK_LOGITS + s.scaled_logits) * rows * vocab, BF16 * matrix)
