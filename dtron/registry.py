@@ -27,6 +27,7 @@ from dtron.models.loss import cross_entropy
 from dtron.models.spec import ModelSpec
 from dtron.optim.adamw import AdamW
 from dtron.optim.muon import Muon
+from dtron.parallel.float8 import FLOAT8, to_float8
 from dtron.parallel.tensor import llama_plan
 
 __all__ = ["Kind", "cross_entropy", "find_dataset", "import_custom", "look_up", "register"]
@@ -78,7 +79,7 @@ _REGISTRY: dict[Kind, dict[str, Any]] = {
     "dataset": {"stdlib": stdlib},
     "loss": {"cross_entropy": cross_entropy},
     "optimizer": {"AdamW": _adam(torch.optim.AdamW), "Adam": _adam(torch.optim.Adam), "SGD": _sgd, "Muon": _muon},
-    "converter": {},
+    "converter": dict.fromkeys(FLOAT8, to_float8),
 }
 
 

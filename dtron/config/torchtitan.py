@@ -44,6 +44,10 @@ def _schedule(value: Any) -> Any:
     return {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved_1f1b": "Interleaved1F1B"}.get(str(value), value)
 
 
+def _float8(value: Any) -> Any:
+    return {True: ["float8"], False: []}[value] if isinstance(value, bool) else value
+
+
 RENAMED = {
     "job.print_args": Renamed("job.print_config"),
     "metrics.enable_color_printing": Renamed("metrics.disable_color_printing", _not),
@@ -71,6 +75,7 @@ RENAMED = {
     "checkpoint.model_weights_only": Renamed("checkpoint.last_save_model_only"),
     "checkpoint.last_save_model_weights_only": Renamed("checkpoint.last_save_model_only"),
     "checkpoint.initial_load_model_weights_only": Renamed("checkpoint.initial_load_model_only"),
+    "float8.enable_float8_linear": Renamed("model.converters", _float8),
     "float8.enable_fsdp_float8_all_gather": Renamed("quantize.linear.float8.enable_fsdp_float8_all_gather"),
     "float8.precompute_float8_dynamic_scale_for_fsdp": Renamed(
         "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
@@ -80,7 +85,7 @@ RENAMED = {
     "float8.emulate": Renamed("quantize.linear.float8.emulate"),
 }
 
-FLOAT8 = "float8 is not built yet"
+GROUPED = "float8 products of experts are not built yet"
 EXPERTS = "this mixture of experts is not built yet (mixtral, qwen3_moe and olmoe are)"
 QWEN3_MOE = ' is unknown; as model.name "qwen3_moe" it is the flavor'
 BALANCED = "experts are balanced by training.expert_balance_loss, never by force"
@@ -103,7 +108,7 @@ ABSENT = {
     "model.norm_type": Absent(("rmsnorm", "fused_rmsnorm", "compiled_rmsnorm"), "Llama's norm is RMSNorm"),
     "model.print_after_conversion": Absent((False,), "models are not printed"),
     "metrics.rank_0_only": Absent((True,), "metrics are reduced over all ranks and written once"),
-    "training.fp8_linear": Absent(("",), FLOAT8),
+    "training.fp8_linear": Absent(("",), "float8 is model.converters = [\"float8\"] here"),
     "training.gc_debug": Absent((False,), "there is no such debugging mode"),
     "training.debug_moe_force_load_balance": Absent((False,), BALANCED),
     "debug.moe_force_load_balance": Absent((False,), BALANCED),
@@ -117,7 +122,6 @@ ABSENT = {
     ),
     "activation_checkpoint.determinism_check": Absent(None),  # a check only
     "activation_checkpoint.visualize_memory_budget_pareto": Absent((False,), "the graph of budgets is not drawn"),
-    "float8.enable_float8_linear": Absent((False,), FLOAT8),
     "float8.*": Absent(None),
     "mx.*": Absent(None),
     "quantize.linear.mx.*": Absent(None),
@@ -147,7 +151,7 @@ _C4_TEST = (
 )
 NAMES = {
     "converters": {
-        **dict.fromkeys(("float8", "quantize.linear.float8", "quantize.grouped_mm.float8"), f": {FLOAT8}"),
+        "quantize.grouped_mm.float8": f": {GROUPED}",
         **dict.fromkeys(("mx", "mxfp8", "quantize.linear.mx", "quantize.grouped_mm.mx"), ": MXFP8 is not built yet"),
     },
     "name": {

@@ -106,6 +106,9 @@ RULES = [
          "comm.trace_buf_size"),
     Rule(("quantize.linear.float8.*",), "model.converters naming float8",
          lambda c: any("float8" in name for name in c.model.converters), "model.converters"),
+    Rule(("quantize.linear.float8.precompute*",), "quantize.linear.float8.enable_fsdp_float8_all_gather = true",
+         lambda c: c.quantize.linear.float8.enable_fsdp_float8_all_gather,
+         "quantize.linear.float8.enable_fsdp_float8_all_gather"),
 ]  # fmt: skip
 
 

@@ -46,6 +46,10 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
         c.parallelism.gradient_reduce == "last_microbatch" and not c.validation.only
     ),
     "async tensor parallel": lambda c: c.parallelism.enable_async_tensor_parallel,
+    "float8 all-gather": lambda c: (
+        any("float8" in name for name in c.model.converters) and c.quantize.linear.float8.enable_fsdp_float8_all_gather
+    ),
+    "tensor parallel": lambda c: c.parallelism.tensor_parallel_degree > 1,
     "no tensor parallel": lambda c: c.parallelism.tensor_parallel_degree == 1,
     "CPU offload": lambda c: c.training.enable_cpu_offload,
     "Muon": lambda c: c.optimizer.name == "Muon",
@@ -112,6 +116,11 @@ RULES = [
         "Muon", "CPU offload",
         "it multiplies whole matrices, which ranks exchange: both belong on the GPU",
         "set training.enable_cpu_offload false, or optimizer.name AdamW", _TEST,
+    ),
+    Rule(
+        "float8 all-gather", "tensor parallel",
+        "each tensor-parallel rank scales its own part of a weight, so that a training would depend on tp",
+        "set quantize.linear.float8.enable_fsdp_float8_all_gather false", _TEST,
     ),
     Rule("CPU offload", "device cpu", "the weights are in CPU memory already", "leave it off on CPU", _TEST),
 ]  # fmt: skip

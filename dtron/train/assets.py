@@ -10,6 +10,7 @@ from dtron.checkpoint.storage import StoragePath
 from dtron.data.tokenizer import TextEncoder, read_tokenizer
 from dtron.errors import UserError
 from dtron.models.hf import hf_dimensions, read_hf_config
+from dtron.parallel.float8 import converters_of_parameters
 from dtron.train.setup import Setup
 
 __all__ = ["encoder_of", "model_assets"]
@@ -21,7 +22,7 @@ def model_assets(setup: Setup, source: StoragePath | None, dataset: Any) -> dict
     source: the checkpoint or folder that the weights come from, whose files are kept where they still hold.
     dataset: of the run, which may have a tokenizer.
     """
-    if setup.spec.hf_config is None or setup.config.model.converters:
+    if setup.spec.hf_config is None or converters_of_parameters(setup.config.model.converters):
         return {}
     assets, lost = _assets_of(source)
     old = json.loads(assets.get("config.json", b"{}"))

@@ -19,6 +19,7 @@ from dtron.models.hf import from_hf_config
 from dtron.models.llama import LlamaConfig
 from dtron.models.spec import ModelSpec, meta_model
 from dtron.parallel.compose import ParallelModel
+from dtron.parallel.float8 import converters_of_parameters
 from dtron.ranks.agree import from_rank_0
 from dtron.train.assets import encoder_of
 from dtron.train.setup import Setup
@@ -91,8 +92,8 @@ def check_export(c: Config, spec: ModelSpec) -> None:
         return
     if not c.checkpoint.enable or c.checkpoint.load_only:
         raise UserError("checkpoint.last_save_in_hf needs checkpoint.enable = true, and load_only false")
-    if spec.hf_config is None or c.model.converters:
-        what = "model.converters change the model" if c.model.converters else f"model.name is {c.model.name}"
+    if spec.hf_config is None or converters_of_parameters(c.model.converters):
+        what = "model.converters change the model" if spec.hf_config is not None else f"model.name is {c.model.name}"
         raise UserError(f"checkpoint.last_save_in_hf: {what}, which Hugging Face has no name for; leave it out")
 
 

@@ -29,6 +29,7 @@ from dtron.observe.profiler import check_profiling
 from dtron.optim.adamw import LARGEST_BETA
 from dtron.parallel.context import check_sequence
 from dtron.parallel.expert import check_experts
+from dtron.parallel.float8 import check_float8, converters_of_parameters
 from dtron.parallel.incompatible import check_compatible
 from dtron.parallel.schedules import check_pipeline
 from dtron.parallel.tensor import check_tensor
@@ -221,7 +222,7 @@ def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, fo
         found.append(f"model.name {c.model.name} takes no documents; set training.attention_mask causal")
     found += _shape_mistakes(m)
     exempt = c.optimizer.weight_decay_exclude if c.optimizer.weight_decay and not c.validation.only else []
-    if exempt and not found and not c.model.converters:  # which may change the names
+    if exempt and not found and not converters_of_parameters(c.model.converters):  # which may change the names
         with found.collect():
             names = [name for name, _ in meta_model(spec, m).named_parameters()]
             check_excluded(exempt, names, "optimizer.weight_decay_exclude")
@@ -237,6 +238,8 @@ def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, fo
         )
     with found.collect():
         check_experts(c, experts_of(m), m.dim, degrees)
+    with found.collect():
+        check_float8(c, partial(meta_model, spec, m), degrees.tp, degrees.cp)
     with found.collect():
         check_tensor(c, spec, m, degrees)
     with found.collect():

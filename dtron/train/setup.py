@@ -11,6 +11,7 @@ from dtron.models.flops import active_parameters
 from dtron.models.spec import ModelConfig, ModelSpec, meta_model
 from dtron.observe.device import device_name
 from dtron.parallel.compose import stage_plan
+from dtron.parallel.float8 import describe_float8
 from dtron.parallel.pipeline import StagePlan
 
 __all__ = ["Setup", "describe", "stages_of"]
@@ -40,7 +41,7 @@ def describe(setup: Setup, device: torch.device) -> str:
     used = f", {active / 1e6:.1f}M of them for each token" if active != total else ""
     return (
         f"dtron {dtron.__version__}, torch {torch.__version__}: {setup.degrees}, on {machines}\n"
-        f"{what}: {total / 1e6:.1f}M parameters{used}{_rotary(setup)}"
+        f"{what}: {total / 1e6:.1f}M parameters{used}{describe_float8(c)}{_rotary(setup)}"
     )
 
 

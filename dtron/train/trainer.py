@@ -17,6 +17,7 @@ from dtron.models.spec import attended_tokens, experts_of, meta_model
 from dtron.observe.device import max_memory_bytes
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import parallelize
+from dtron.parallel.float8 import scale_gathered_weights
 from dtron.ranks.agree import from_rank_0, warn_on_rank_0
 from dtron.ranks.control import LONG_S, StopBeforeStartError
 from dtron.ranks.watchdog import Watchdog
@@ -75,6 +76,8 @@ class Trainer:
         if not self.start.resume_from:
             check_vocabulary(self.config, self.data.first)
         load_start(self.start, setup, self.model, self.optimizers)
+        for part, optimizer in zip(self.model.parts, self.optimizers, strict=True):
+            scale_gathered_weights(self.config, part, optimizer)
         self.step = self._build_step()
         self.report = start_report(
             world, setup, self.config, self.start, self.data, self.device, self._flops_per_token()

@@ -120,6 +120,7 @@ def test_old_names_are_read_as_the_new_ones_and_each_is_told(tmp_path: Path) -> 
         "debug.seed": 5,
         "checkpoint.enable": True,
         "checkpoint.last_save_model_only": True,
+        "model.converters": [],
     }
     assert {name: values[name] for name in expected} == expected
     told = "\n".join(reading.notes)
@@ -134,7 +135,7 @@ def test_what_asks_for_nothing_is_accepted(tmp_path: Path) -> None:
     assert reading.mistakes == []
     setup = resolve(reading.config, 1, "cpu")
     assert setup.config.model.name == "llama3.1" and setup.model_config.rope_scaling is not None
-    assert reading.config.quantize.linear.float8.filter_fqns == []
+    assert reading.config.quantize.linear.float8.filter_fqns == ["output"]
     told = "\n".join(reading.notes)
     for part in (
         "model.name is llama3.1: quantize.linear.float8.filter_fqns is a key of torchtitan since 2025-10",
@@ -157,10 +158,11 @@ def test_every_old_name_has_a_key_and_no_key_is_old(name: str) -> None:
         ("[training]\nbatch_size = 2\nlocal_batch_size = 2", ["old name of training.local_batch_size"]),
         ("[training]\nbatch_size = 'two'", ["training.batch_size, now: training.local_batch_size", "an integer"]),
         (
-            '[model]\nconverters = ["float8"]\n[quantize.linear.float8]\nfilter_fqns = ["output"]\n[training]\n'
+            '[model]\nconverters = ["quantize.grouped_mm.float8", "mx"]\n[training]\n'
             'dataset = "c4"\n[fault_tolerance]\nenable = true\n[debug]\nmoe_force_load_balance = true',
             [
-                "5 mistakes", "model.converters = 'float8': float8 is not built yet", "filter_fqns", "allenai/c4",
+                "5 mistakes", "model.converters = 'mx': MXFP8 is not built yet", "float8 products of experts",
+                "allenai/c4",
                 'dataset_subset = "en"', "fault_tolerance.enable = true is not supported",
                 "balanced by training.expert_balance_loss",
             ],
@@ -168,7 +170,7 @@ def test_every_old_name_has_a_key_and_no_key_is_old(name: str) -> None:
         ('[training]\ndataset = "c4_test"', ["'c4_test' is unknown", "tests/assets/c4_test", "dataset_path"]),
         ('[model]\nname = "llama4"', ["this mixture of experts is not built yet (mixtral, qwen3_moe and olmoe are)"]),
         ('[model]\nflavor = "8B_flex"', ['attention_mask = "document"']),
-        ("[float8]\nenable_float8_linear = true", ["float8 is not built yet"]),
+        ("[float8]\nenable_float8_linear = true", ["float8 needs a GPU"]),
         ("[experimental]\npipeline_parallel_split_points = ['layers.2']", ["module_fqns_per_model_part"]),
         ("[experimental]\npipeline_parallel_microbatches = 4", ["pipeline_parallel_microbatch_size"]),
         ("[experimental]\nwrong = 4", ['unknown key "experimental.wrong"']),

@@ -49,6 +49,10 @@ STATES = {
     "comm.trace_buf_size above 0": ("", "--comm.trace_buf_size 0"),
     "activation_checkpoint.mode = memory_budget": ("--activation_checkpoint.mode memory_budget", ""),
     "model.converters naming float8": ("--model.converters float8", ""),
+    "quantize.linear.float8.enable_fsdp_float8_all_gather = true": (
+        "--model.converters float8 --quantize.linear.float8.enable_fsdp_float8_all_gather",
+        "--model.converters float8",
+    ),
 }
 NEVER = {  # of features that are refused where they are turned on
     "profiling.enable_memory_snapshot = true",

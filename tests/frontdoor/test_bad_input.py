@@ -102,7 +102,8 @@ REFUSED = {
     ),
     "optimizer": (1, "--optimizer.name AdmW", ["optimizer.name", "did you mean 'AdamW'"]),
     "loss": (1, "--training.loss mse", ["training.loss", "known: cross_entropy"]),
-    "converter": (1, "--model.converters float8", ["model.converters", "'float8'", "known: none"]),
+    "converter": (1, "--model.converters flaot8", ["model.converters", "did you mean 'float8'"]),
+    "float8 on a CPU": (1, "--model.converters float8", ["needs a GPU with float8", "emulate = true"]),
     "custom import": (1, "--job.custom_import no_such_module", ["job.custom_import", "'no_such_module'"]),
     "hf config": (1, "--model.hf_config_path no.json", ["no.json"]),
     "warm-up and decay": (

@@ -23,6 +23,8 @@ ON = {
     "reduce at the last microbatch": "--parallelism.gradient_reduce last_microbatch",
     "async tensor parallel": "--parallelism.enable_async_tensor_parallel",
     "no tensor parallel": "--tp 1",
+    "tensor parallel": "--tp 2",
+    "float8 all-gather": "--model.converters float8 --quantize.linear.float8.enable_fsdp_float8_all_gather",
     "CPU offload": "--training.enable_cpu_offload",
     "Muon": "--optimizer.name Muon",
     "ring attention": "--cp 2",
@@ -48,6 +50,8 @@ def arguments_of(rule: Rule, *on: str) -> str:
     clear = [text for name, text in OFF.items() if name not in on]
     if "compiled blocks" not in on and "zero-bubble schedule" in on:
         clear.remove(OFF["eager blocks"])
+    if "float8 all-gather" in on:
+        clear.remove(OFF["no tensor parallel"])
     return " ".join([*clear, *wanted])
 
 

@@ -123,7 +123,8 @@ def build(case: Case, config: Config) -> tuple[Mesh, ParallelModel]:
     dimensions = MODELS[case.model]
     mesh = kept(Mesh, case.degrees, "cpu", dimensions.moe is not None)
     spec = registry.look_up("model", "llama3", "model.name")
-    return mesh, parallelize(spec, dimensions, config, mesh, CPU, registry.cross_entropy, [])
+    converters = [registry.look_up("converter", name, "model.converters") for name in config.model.converters]
+    return mesh, parallelize(spec, dimensions, config, mesh, CPU, registry.cross_entropy, converters)
 
 
 @contextlib.contextmanager

@@ -208,10 +208,26 @@ def plain_model(config: LlamaConfig) -> Llama:
     return model
 
 
+def in_float8(model: Llama, recipe: str, powers_of_two: bool = True) -> None:
+    """Emulate float8 in the linear layers of the blocks, by torchao's own call; rowwise scales always are such."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    config = replace(config, emulate=True, round_scales_to_power_of_2=powers_of_two)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name.startswith("layers."))
+
+
 @cache
-def single_process(model_name: str, optimizer_name: str, microbatches: int = 1, masked: bool = False) -> Run:
-    """STEPS optimizer steps, the gradients accumulated over `microbatches`; masked: attention inside documents only."""
+def single_process(
+    model_name: str, optimizer_name: str, microbatches: int = 1, masked: bool = False, recipe: str = ""
+) -> Run:
+    """STEPS optimizer steps, the gradients accumulated over `microbatches`; masked: attention inside documents only.
+
+    recipe: of float8, none for none.
+    """
     model = plain_model(MODELS[model_name])
+    if recipe:
+        in_float8(model, "tensorwise" if recipe == "plain scales" else recipe, recipe != "plain scales")
     optimizer = plain_optimizer(optimizer_name, model)
     routers = Routers(model)
     losses, norms, all_counts = [], [], []
