@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's dtron, even if another is installed
 
 from dtron.config import Config, read  # noqa: E402
-from dtron.config.torchtitan import EXPERTS, FLOAT8, QWEN3_MOE  # noqa: E402
+from dtron.config.torchtitan import EXPERTS, QWEN3_MOE  # noqa: E402
 from dtron.errors import UserError  # noqa: E402
 from dtron.train.resolve import resolve  # noqa: E402
 
@@ -29,7 +29,7 @@ REASONS = {
     EXPERTS: "refused: experts",
     QWEN3_MOE: "refused: experts",
     "torchft": "refused: torchft",
-    FLOAT8: "refused: float8",
+    "float8 all-gather and tensor parallel": "refused: float8 gather with tp",
 }
 COLUMNS = ("starts", *dict.fromkeys(REASONS.values()), "refused: else")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from parity.layout import CPU, Case, _train_once, build, build_config, with_keys
-from parity.single import MODELS, OPTIMIZERS, in_float8, single_process
+from parity.single import MODELS, in_float8, single_process
 from parity.table import CP2, FSDP2, FSDP2_TP2, ONE, OP, PP2, PP2_CP2, PP2_FSDP2, TP2, compiled, schedule
 from ranks import Ranks, kept
 from torch.distributed.tensor import DTensor
@@ -92,7 +92,7 @@ def differences(case: Case, ranks: Ranks, optimizer: str, plain_scales: bool = F
     return relative[0], relative[1], max(moved)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=[pytest.mark.long] if c.long else []) for c in [*CASES, *LONG]]
 )

@@ -65,7 +65,11 @@ def plainly(folder: str, checkpoint: str) -> Any:
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "torchao"}
     sys.modules["torchao"] = None  # type: ignore[assignment]  # an import of it fails
     try:
-        train_tiny(folder, 1, f"--training.global_batch_size 2 --lr_scheduler.warmup_steps 0 --checkpoint.initial_load_path {checkpoint}")
+        train_tiny(
+            folder,
+            1,
+            f"--training.global_batch_size 2 --lr_scheduler.warmup_steps 0 --checkpoint.initial_load_path {checkpoint}",
+        )
         return True
     finally:
         del sys.modules["torchao"]
