@@ -8,6 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Else inductor keeps processes, and threads that talk to them, which do not go well with forks.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+# Before triton is imported, where it is: its kernels are tested without a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -195,6 +195,9 @@ class Training(Dataset):
     loss_chunk_tokens: int = key(
         2048, "tokens whose logits cross_entropy makes at a time; 0: those of all", minimum=0, changes="speed"
     )
+    loss_kernel: Literal["torch", "triton"] = key(
+        "torch", "what computes a chunk's losses and gradients; torch is compiled with the loss", changes="speed"
+    )
     local_batch_size: int = key(8, "sequences a data-parallel rank takes in one forward", minimum=1, changes="speed")
     global_batch_size: int = key(
         -1,

@@ -30,7 +30,7 @@ from dtron import compat
 from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
-from dtron.models.loss import torch_kernel
+from dtron.models.loss import Kernel, torch_kernel
 from dtron.models.spec import ModelConfig, ModelSpec, attended_tokens, layers_of, meta_model
 from dtron.parallel.context import apply_context_parallel, apply_gathered_attention, uses_masks
 from dtron.parallel.data import (
@@ -242,8 +242,11 @@ def _mean_loss(meta: MetaParts, device: torch.device) -> TokenMean:
     if head is None or meta.spec.logits_variant is None:
         compile_loss = partial(torch.compile, backend=c.backend, fullgraph=True)
         return TokenMean(compile_loss(meta.token_loss) if compiled else meta.token_loss, device)
-    # Chunks are of at most two sizes, of which neither is worth a kernel for all sizes.
-    kernel = torch.compile(torch_kernel, backend=c.backend, fullgraph=True, dynamic=False) if compiled else torch_kernel
+    kernel: Kernel = torch_kernel
+    if meta.config.training.loss_kernel == "triton":
+        from dtron.models.loss_triton import triton_kernel as kernel
+    elif compiled:  # chunks are of at most two sizes, of which neither is worth a kernel for all sizes
+        kernel = torch.compile(kernel, backend=c.backend, fullgraph=True, dynamic=False)
     variant, tokens = meta.spec.logits_variant(meta.model_config), meta.config.training.loss_chunk_tokens
     return ChunkedTokenMean(head, variant, tokens, kernel, device)
 

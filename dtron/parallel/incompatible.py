@@ -55,6 +55,7 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
     "Muon": lambda c: c.optimizer.name == "Muon",
     "ring attention": lambda c: c.parallelism.context_parallel_degree > 1 and c.training.attention_mask == "causal",
     "fp32 compute on CUDA": lambda c: c.training.device == "cuda" and c.training.mixed_precision_param == "float32",
+    "loss in Triton": lambda c: c.training.loss_kernel == "triton",
     "device cpu": lambda c: c.training.device == "cpu",
 }
 
@@ -121,6 +122,11 @@ RULES = [
         "float8 all-gather", "tensor parallel",
         "each tensor-parallel rank scales its own part of a weight, so that a training would depend on tp",
         "set quantize.linear.float8.enable_fsdp_float8_all_gather false", _TEST,
+    ),
+    Rule(
+        "loss in Triton", "device cpu",
+        "Triton compiles for GPUs",
+        "set training.loss_kernel torch", _TEST,
     ),
     Rule("CPU offload", "device cpu", "the weights are in CPU memory already", "leave it off on CPU", _TEST),
 ]  # fmt: skip

@@ -140,7 +140,7 @@ def build_step(setup: Setup, mode: Callable[[], contextlib.AbstractContextManage
 
     mode: makes the context in which memory is taken.
     """
-    c = setup.config
+    c = replace(setup.config, "training.loss_kernel", "torch")
     if c.compile.enable:
         c = replace(c, "compile.backend", COMPILED)
     c = replace(c, "training.global_batch_size", check_batch(c, setup.degrees, c.training.global_batch_size))

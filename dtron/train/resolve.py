@@ -5,6 +5,7 @@ file under `dtron/parallel/`; here is the order in which they are checked.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -155,6 +156,8 @@ def _value_mistakes(c: Config) -> Iterator[str]:
         yield "compile.enable is true and compile.components is empty; name model, loss or both, or set it false"
     if c.compile.enable and c.compile.backend not in (known := torch._dynamo.list_backends(None)):
         yield f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}"
+    if c.training.loss_kernel == "triton" and importlib.util.find_spec("triton") is None:
+        yield "training.loss_kernel = triton, and it is not installed here: pip install triton, or set torch"
     if c.checkpoint.folder.startswith("memory:"):
         yield "checkpoint.folder in memory:// is gone when the run ends; name a place that stays"
     if c.checkpoint.resume_run and not c.checkpoint.enable:

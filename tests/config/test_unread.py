@@ -22,6 +22,7 @@ STATES = {
     "checkpoint.initial_load_path": ("--checkpoint.initial_load_path x", ""),
     "checkpoint.initial_load_in_hf = true": ("--checkpoint.initial_load_in_hf", ""),
     "validation.enable = true": ("--validation.enable", ""),
+    "training.loss_chunk_tokens above 0": ("", "--training.loss_chunk_tokens 0"),
     "training.loss = cross_entropy": ("", "--training.loss mine"),
     "model.rope_scaling.rope_type": ("--model.rope_scaling.rope_type yarn", ""),
     "model.hf_config_path left out, which replaces it": ("", "--model.hf_config_path x"),

@@ -29,6 +29,7 @@ ON = {
     "Muon": "--optimizer.name Muon",
     "ring attention": "--cp 2",
     "fp32 compute on CUDA": "--training.device cuda --training.mixed_precision_param float32",
+    "loss in Triton": "--training.loss_kernel triton",
     "device cpu": "--training.device cpu",
 }
 # Neither feature of a rule is on here but by its arguments: so these switch off what would be on by default.
