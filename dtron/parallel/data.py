@@ -82,8 +82,8 @@ def apply_data_parallel(
         # second microbatch, that is the head.
         module.set_modules_to_backward_prefetch([module])
         module.set_unshard_in_backward(not all(isinstance(m, nn.Embedding) for m in before))  # a look-up needs none
-    if expert_mesh is not None:
-        _prefetch_explicitly(list(layers_of(model).values()))
+    if expert_mesh is not None or (reshard_after_forward and mesh.size(mesh.ndim - 1) > 1):
+        _prefetch_explicitly(before[:1], list(layers_of(model).values()), after[:1])
     # On one rank torch divides by a factor of 1 too, into a second copy; without one it would average over more ranks.
     alone = mesh.size() == 1 and (expert_mesh is None or expert_mesh.size() == 1)
     for module in model.modules():
@@ -93,11 +93,17 @@ def apply_data_parallel(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def _prefetch_explicitly(blocks: list[nn.Module]) -> None:
-    """Gather a block's neighbour when the block begins: else the host's wait for the rows' split sizes delays it."""
-    units: list[list[FSDPModule]] = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+def _prefetch_explicitly(before: list[nn.Module], blocks: list[nn.Module], after: list[nn.Module]) -> None:
+    """Gather what comes next when a module begins: in the forward the next of all, in the backward the block before.
+
+    Left to itself FSDP gathers ahead in the forward only as far as the host is ahead of the device, which waits (for
+    the sizes of what experts exchange) and small blocks undo.
+    """
+    parts = (*before, *blocks, *after)
+    units: list[list[FSDPModule]] = [[m for m in part.modules() if isinstance(m, FSDPModule)] for part in parts]
     for here, following in itertools.pairwise(units):
         here[0].set_modules_to_forward_prefetch(following)
+    for here, following in itertools.pairwise(units[len(before) : len(before) + len(blocks)]):
         following[0].set_modules_to_backward_prefetch(here)
 
 

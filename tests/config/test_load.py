@@ -207,7 +207,7 @@ def test_a_key_given_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("[training]\nseqlen = 1", 'unknown key "training.seqlen"; did you mean "training.seq_len"?'),
-        ("[training]\nlr = 1", 'unknown key "training.lr"; did you mean "optimizer.lr"?'),
+        ("[training]\nlr = 1", 'unknown key "training.lr"; did you mean "optimizer.lr" or "optimizer.muon.lr"?'),
         (
             "[optimizer]\nsteps = 1",
             'unknown key "optimizer.steps"; did you mean "training.steps" or "validation.steps"?',

@@ -27,6 +27,7 @@ STATES = {
     "model.rope_scaling.rope_type": ("--model.rope_scaling.rope_type yarn", ""),
     "model.hf_config_path left out, which replaces it": ("", "--model.hf_config_path x"),
     "an optimizer.name other than SGD": ("", "--optimizer.name SGD"),
+    "optimizer.name = Muon": ("--optimizer.name Muon", ""),
     "optimizer.weight_decay above 0": ("", "--optimizer.weight_decay 0"),
     "lr_scheduler.decay_ratio above 0": ("", "--lr_scheduler.decay_ratio 0"),
     "training.spike_factor above 0": ("--training.spike_factor 3", ""),
