@@ -5,13 +5,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dtron.compat import planning
 from dtron.models.attention import attention_mask
 from dtron.models.llama import Block, LlamaConfig
 from dtron.models.rope import rope_table
 from dtron.parallel.recompute import apply_recompute
-from dtron.plan import torch_internals
 from dtron.plan.cuda_attention import flex_attention_stand_in
 from dtron.plan.recorder import Recorder
 
@@ -40,7 +39,7 @@ def block_bytes(m: LlamaConfig) -> BlockBytes:
         parameters = sum(p.numel() for p in Block(m, m.n_layers - 1).parameters())
     if m.moe is not None:
         m = dataclasses.replace(m, moe=None, ffn_dim=m.moe.expert_dim)
-    with torch_internals.fused_norms(), flex_attention_stand_in():
+    with planning.fused_norms(), flex_attention_stand_in():
         kept, temporary = _slope(m, "none", "2")
         return BlockBytes(kept, _slope(m, "selective", "op")[0], temporary, parameters)
 
@@ -55,7 +54,7 @@ def _record(m: LlamaConfig, tokens: int, mode: str, option: str) -> tuple[int, i
     """Bytes that a block keeps of so many tokens, and that its backward holds besides at most."""
     with torch.device("meta"):
         block = apply_recompute(Block(m, m.n_layers - 1).to(torch.bfloat16), 0, mode, option)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with planning.FakeTensorMode(allow_non_fake_inputs=True):
         return _run(m, block.to_empty(device="cpu"), tokens)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from dtron import registry
 from dtron.checkpoint.files import Progress
 from dtron.checkpoint.load import create_state
+from dtron.compat import planning
 from dtron.config import Config, replace
 from dtron.data.loader import Batch
 from dtron.errors import UserError
@@ -24,7 +25,6 @@ from dtron.mesh import Mesh
 from dtron.models.spec import experts_of, layers_of
 from dtron.parallel.compose import materialize, wrap_on_meta
 from dtron.parallel.incompatible import FEATURES
-from dtron.plan import torch_internals
 from dtron.plan.cuda_attention import flex_attention_stand_in
 from dtron.plan.record import StepRecord
 from dtron.plan.recorder import Recorder
@@ -81,12 +81,12 @@ def _can_replay(c: Config) -> bool:
 
 
 def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
-    fake = torch_internals.FakeTensorMode(allow_non_fake_inputs=True)
-    world = torch_internals.fake_world(rank, setup.degrees.world)
+    fake = planning.FakeTensorMode(allow_non_fake_inputs=True)
+    world = planning.fake_world(rank, setup.degrees.world)
     with world, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # marks of `replay.py`
         if not gloo:
-            stack.enter_context(torch_internals.fused_norms())
+            stack.enter_context(planning.fused_norms())
             stack.enter_context(flex_attention_stand_in())
         recorder = Recorder(host_value(setup), gloo)
 
@@ -117,9 +117,9 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
     recorder.flops.clear()
     step(batch)
     for part in model.parts:
-        recorder.tag(torch_internals.fsdp_gathered(part), "gathered weights")
+        recorder.tag(planning.fsdp_gathered(part), "gathered weights")
     if model.pipeline:
-        recorder.tag(torch_internals.received(model.pipeline._train), "receive buffers")
+        recorder.tag(planning.received(model.pipeline._train), "receive buffers")
     return StepRecord(
         layout=str(setup.degrees),
         rank=rank,
@@ -184,7 +184,7 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
         if part is not None:
             for i, name in enumerate(part.mesh_dim_names or ()):
                 found.setdefault(part.get_group(i).group_name, name)
-    return {torch_internals.world_name(): "world"} | found
+    return {planning.world_name(): "world"} | found
 
 
 def _tap_modules(step: Step, recorder: Recorder, replay: bool) -> list[Replay]:
@@ -197,8 +197,8 @@ def _tap_modules(step: Step, recorder: Recorder, replay: bool) -> list[Replay]:
                 module.forward = tap(recorder, name, module.forward)
         for index, block in layers_of(part).items():
             name, nested = f"layers.{index}", any(isinstance(m, FSDPModule) for m in list(block.modules())[1:])
-            if torch_internals.is_compiled(block):
-                torch_internals.wrap_compiled(block, partial(tap, recorder, name))
+            if planning.is_compiled(block):
+                planning.wrap_compiled(block, partial(tap, recorder, name))
             else:
                 block.forward = (
                     replayed.tap(name, block) if replay and not nested else tap(recorder, name, block.forward)

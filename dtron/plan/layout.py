@@ -108,6 +108,7 @@ class Layout:
 
     virtual: stages per pipeline rank. recompute: none, op, second (every second block) or full. reshard: whether
     gathered weights are freed between forward and backward. loss_chunk: training.loss_chunk_tokens, 0 for other losses.
+    state_dtype: of AdamW's moments.
     """
 
     pp: int = 1
@@ -122,6 +123,7 @@ class Layout:
     recompute: str = "op"
     reshard: bool = True
     loss_chunk: int = 2048
+    state_dtype: str = "float32"
 
     @property
     def gpus(self) -> int:

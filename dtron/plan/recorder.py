@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dtron.plan import torch_internals
+from dtron.compat import planning
 from dtron.plan.record import Collective, Peak
 
 __all__ = ["Allocation", "Recorder"]
@@ -123,11 +123,11 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> "Recorder":
         enter = self._patches.enter_context
-        enter(torch_internals.storage_resize_seen(self._resized))
-        enter(torch_internals.shape_propagation_seen(lambda: self._mute(1), lambda: self._mute(-1)))
-        enter(torch_internals.kept_while_sent())
+        enter(planning.storage_resize_seen(self._resized))
+        enter(planning.shape_propagation_seen(lambda: self._mute(1), lambda: self._mute(-1)))
+        enter(planning.kept_while_sent())
         if self._gloo:
-            enter(torch_internals.random_states_seen(lambda storage: self._track(storage, "get_rng_state")))
+            enter(planning.random_states_seen(lambda storage: self._track(storage, "get_rng_state")))
         super().__enter__()
         return self
 
@@ -140,7 +140,7 @@ class Recorder(TorchDispatchMode):
     @property
     def phase(self) -> str:
         """See `Peak.phase`."""
-        if torch_internals.in_backward():
+        if planning.in_backward():
             return "recompute" if torch.is_grad_enabled() else "backward"
         if self._labels and "post_backward" in self._labels[-1]:
             return "backward"  # a pipeline's reduction, which it calls itself
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
     @property
     def module(self) -> str:
         """The child of the model, or its block, that is at work; empty for none."""
-        if torch_internals.in_backward():
+        if planning.in_backward():
             return self.backward_module
         return self.forward_modules[-1] if self.forward_modules else ""
 
@@ -180,13 +180,13 @@ class Recorder(TorchDispatchMode):
     def tag(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what tensors are for, of which some may be new to the recorder."""
         for tensor in tensors:
-            storage = torch_internals.storage_of(tensor)
+            storage = planning.storage_of(tensor)
             self._track(storage, "")
             self.allocations[self._live[storage._cdata]].kind = kind
 
     def live_index(self, tensor: Tensor) -> int | None:
         """The allocation that holds a tensor."""
-        return self._live.get(torch_internals.storage_of(tensor)._cdata)
+        return self._live.get(planning.storage_of(tensor)._cdata)
 
     def _track(self, storage: torch.UntypedStorage, operation: str) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -252,8 +252,8 @@ class Recorder(TorchDispatchMode):
 
     def _add_message(self, packet: Any, args: tuple[Any, ...], out: Any) -> None:
         operation, group_at, counted = COLLECTIVES[packet]
-        name = torch_internals.group_name(args[group_at])
-        group = torch_internals.group_called(name)
+        name = planning.group_name(args[group_at])
+        group = planning.group_called(name)
         tensors = tree_leaves(out if counted is None else args[counted])
         size = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
         phase = "pipeline" if operation in ("send", "receive") else self.phase

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dtron.plan import torch_internals
+from dtron.compat import planning
 from dtron.plan.recorder import Allocation, Recorder
 
 __all__ = ["Replay", "UnlikeError"]
@@ -67,12 +67,12 @@ class Shape:
     def of(cls, tensor: Tensor | None) -> "Shape | None":
         if tensor is None:
             return None
-        local, spec = torch_internals.local_and_spec(tensor)
+        local, spec = planning.local_and_spec(tensor)
         return cls(local.size(), local.stride(), local.dtype, spec)
 
     def empty(self) -> Tensor:
         local = torch.empty_strided(self.size, self.stride, dtype=self.dtype)
-        return local if self.spec is None else torch_internals.dtensor(local, self.spec)
+        return local if self.spec is None else planning.dtensor(local, self.spec)
 
 
 class _Span:
@@ -104,11 +104,11 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
     """Whether what runs inside keeps `tensor` for its backward. A recomputation, which keeps all it is given, does."""
 
     def __init__(self, tensor: Tensor) -> None:
-        looked_for, self._seen, self._any = torch_internals.storage_of(tensor)._cdata, False, False
+        looked_for, self._seen, self._any = planning.storage_of(tensor)._cdata, False, False
 
         def pack(saved: Tensor) -> Tensor:
             self._any = True
-            self._seen |= torch_internals.storage_of(saved)._cdata == looked_for
+            self._seen |= planning.storage_of(saved)._cdata == looked_for
             return saved
 
         super().__init__(pack, lambda saved: saved)
@@ -226,7 +226,7 @@ class _Node(torch.autograd.Function):
         assert kind.forward is not None and kind.output is not None
         ctx.replay, ctx.kind, ctx.name, ctx.parameters = replay, kind, name, len(parameters)
         # Storages, not tensors, which would keep the graph behind them.
-        inputs = [torch_internals.storage_of(t) for t in (x, *given) if isinstance(t, Tensor)]
+        inputs = [planning.storage_of(t) for t in (x, *given) if isinstance(t, Tensor)]
         ctx.inputs = inputs if kind.keeps_input else [None, *inputs[1:]]
         ctx.start = replay.write(kind.forward, name, {}, lambda _: None)
         events, slot = replay.recorder.events, ctx.start + kind.output_slot

@@ -159,7 +159,8 @@ def describe(a: Layout) -> str:
     """In words, without what is 1."""
     degrees = {"pp": a.pp, "dp_replicate": a.dp_replicate, "dp_shard": a.dp_shard, "cp": a.cp, "tp": a.tp, "ep": a.ep}
     text = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one GPU"
-    return text + (" interleaved" if a.virtual > 1 else "") + ("" if a.reshard or a.pp > 1 else " no reshard")
+    text += (" interleaved" if a.virtual > 1 else "") + ("" if a.reshard or a.pp > 1 else " no reshard")
+    return text + ("" if a.state_dtype == "float32" else " bf16 moments")
 
 
 def explain(c: Candidate, hw: Hardware) -> str:

@@ -43,6 +43,7 @@ def layout_of(setup: Setup) -> Layout:
         recompute={"selective": selective, "memory_budget": "none"}.get(ac.mode, ac.mode),
         loss_chunk=loss_chunk(c),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
+        state_dtype=c.optimizer.state_dtype,
     )  # fmt: skip
 
 

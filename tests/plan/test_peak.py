@@ -22,13 +22,13 @@ from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from dtron.compat.planning import FakeTensorMode, fake_world
 from dtron.config import load
 from dtron.data.loader import Batch
 from dtron.models import moe
 from dtron.plan.dryrun import build_step, dry_run, fake_batch, host_value
 from dtron.plan.record import StepRecord
 from dtron.plan.recorder import COLLECTIVES, Recorder
-from dtron.plan.torch_internals import FakeTensorMode, fake_world
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 

@@ -1,4 +1,4 @@
-"""The private torch APIs of dry runs, as `dtron/compat.py` has those of training. All checked on torch 2.13 only.
+"""The private torch APIs of dry runs. All checked on torch 2.13 only.
 
 Wait for a public memory estimate that knows FSDP, DTensor and pipelines.
 """

@@ -1,0 +1,77 @@
+"""The closed form of the peak against dry runs: of every family's blocks, and of random layouts."""
+
+import random
+
+import pytest
+from random_layouts import draw
+from test_peak import MODEL
+
+from dtron.config import load
+from dtron.models.families import FAMILIES
+from dtron.plan.dryrun import dry_run
+from dtron.plan.layout import Layout, Sizes
+from dtron.plan.memory import closed_form_peak
+from dtron.plan.search import MARGIN, with_keys
+from dtron.plan.single import check_sizes
+from dtron.train.resolve import resolve
+
+SHORT = {"gemma2", "starcoder2"}  # windows, soft caps and both norms; LayerNorm, biases and no gate
+WIDE = "--model.dim 512 --model.n_layers 4 --model.n_heads 8 --model.n_kv_heads 4 --model.ffn_dim 1536"
+WIDE += " --model.vocab_size 8192 --training.seq_len 2048 --training.mixed_precision_param bfloat16"
+
+
+@pytest.mark.parametrize("family", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in FAMILIES])
+def test_the_peak_of_a_family_is_near_the_recorded_one(family: str) -> None:
+    layout = Layout(dp_shard=4, recompute="none")
+    start = load(f"{MODEL} --model.name {family} --model.flavor debugmodel {WIDE}".split())
+    setup = resolve(with_keys(start, layout), layout.gpus, "cuda")
+    check_sizes(setup)
+    closed = closed_form_peak(Sizes.of(setup.model_config), layout, 2048).peak
+    recorded = dry_run(setup, 0).peak.total
+    assert recorded <= closed * (1 + MARGIN)
+    assert closed == pytest.approx(recorded, rel=0.10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_no_random_layout_holds_more_than_the_closed_form_and_its_margin(seed: int) -> None:
+    """What is called fitting fits: on ten layouts."""
+    drawn = draw(random.Random(100 + seed))
+    for _ in range(10):
+        setup, sizes, layout = next(drawn)
+        closed = closed_form_peak(sizes, layout, setup.config.training.seq_len).peak
+        ranks = sorted({0, min(1, layout.pp - 1), layout.pp - 1})
+        recorded = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in ranks)
+        assert recorded <= closed * (1 + MARGIN), (sizes, layout)
+
+
+def test_moments_in_bf16_halve_their_bytes() -> None:
+    """Of the state, 8 bytes of each parameter's 12 are moments; recorded and in closed form."""
+    peaks = {}
+    for dtype in ("float32", "bfloat16"):
+        layout = Layout(dp_shard=2, recompute="full", state_dtype=dtype)
+        start = load(f"{MODEL} --training.seq_len 16 --optimizer.beta2 0.95".split())
+        setup = resolve(with_keys(start, layout), layout.gpus, "cuda")
+        found = dry_run(setup, 0)
+        peaks[dtype] = (
+            found.peak.parts["optimizer state"],
+            closed_form_peak(Sizes.of(setup.model_config), layout, 16).state,
+        )
+    (full, closed), (half, closed_half) = peaks["float32"], peaks["bfloat16"]
+    assert half == pytest.approx(full / 2, rel=0.01)
+    assert closed - closed_half == pytest.approx(full / 2, rel=0.02)
+
+
+def test_masks_are_recorded_as_on_cuda() -> None:
+    """Of documents, FlexAttention's mask of blocks; no scores, which soft caps have on a CPU."""
+    keys = f"{MODEL} --training.seq_len 2048 --activation_checkpoint.mode none"
+    causal, documents = (
+        dry_run(resolve(load(f"{keys} --training.attention_mask {mask}".split()), 1, "cuda"), 0).peak.total
+        for mask in ("causal", "document")
+    )
+    # document_start [2, 2048] of int64, on its way twice, and the mask: int32 [2, 4, 16, 16].
+    assert 0 < documents - causal <= 3 * 2 * 2048 * 8 + 2 * 4 * 16 * 16 * 4
+    capped = f"{keys} --model.name gemma2 --model.flavor debugmodel --model.n_layers 2"
+    peak = dry_run(resolve(load(capped.split()), 1, "cuda"), 0).peak
+    scores = 2 * 4 * 2048 * 2048 * 4
+    assert peak.parts["activations"] < scores
