@@ -20,8 +20,8 @@ class Sizes:
 
     matrices: of a feed-forward, two without a gate. shared: hidden size of an expert that every token takes. vectors:
     parameters of a block's norms and biases; None: of two RMSNorms. windows: of the layers, a pattern that repeats.
-    scaled_logits: bytes for each logit that a soft cap keeps. block: what a block of the model itself holds;
-    None: of Llama's.
+    scaled_logits: bytes for each logit that a soft cap or a multiplier adds, where the loss is given all of them and
+    where it makes them in chunks. block: what a block of the model itself holds; None: of Llama's.
     """
 
     dim: int
@@ -38,7 +38,7 @@ class Sizes:
     matrices: int = 3
     vectors: int | None = None
     windows: tuple[int | None, ...] = ()
-    scaled_logits: int = 0
+    scaled_logits: tuple[int, int] = (0, 0)
     block: BlockBytes | None = None
 
     @classmethod
@@ -58,7 +58,8 @@ class Sizes:
             return plain
         v, block = m.variant, block_bytes(m)
         plain = replace(plain, matrices=3 if v.gated else 2, windows=m.windows, vectors=0, block=block)
-        scaled = 0 if v.logits_softcap is None else 2  # of tanh
+        capped, multiplied = v.logits_softcap is not None, v.logits_multiplier != 1
+        scaled = 2 * capped, 12 * capped + 4 * multiplied
         return replace(plain, vectors=block.parameters - plain.block_parameters, scaled_logits=scaled)
 
     @property

@@ -99,11 +99,11 @@ def _loss_bytes(s: Sizes, a: Layout, tokens: int) -> tuple[float, float]:
     """(most that the loss of a microbatch holds, what is kept of it between its forward and its backward)."""
     vocab, hidden = s.vocab / a.tp, BF16 * s.dim * tokens
     if not a.loss_chunk:
-        most = ((SHARDED_LOGITS if a.tp > 1 else LOGITS) + s.scaled_logits) * tokens * vocab
+        most = ((SHARDED_LOGITS if a.tp > 1 else LOGITS) + s.scaled_logits[0]) * tokens * vocab
         return most, (BF16 + FP32) * tokens * vocab
     rows, matrix = -(-tokens // -(-tokens // a.loss_chunk)), vocab * s.dim
     # The head's gradient in fp32, and beside it a chunk or, at the end, the same gradient in bf16.
-    most = FP32 * matrix + max((CHUNK_LOGITS + s.scaled_logits) * rows * vocab, BF16 * matrix)
+    most = FP32 * matrix + max((CHUNK_LOGITS + s.scaled_logits[1]) * rows * vocab, BF16 * matrix)
     return most + hidden * (2 if a.tp > 1 else 1), hidden + BF16 * matrix
 
 
@@ -145,8 +145,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     else:
         tied_root = s.tied
         gathered = head + (BF16 * matrix if tied_root and not last else 0.0)
-        if not a.reshard:  # all is gathered until the end, and there is what the last two units were gathered into
-            gathered += BF16 * (layers * block + (0 if tied_root else matrix) + matrix + block)
+        gathered += 0.0 if a.reshard else BF16 * (layers * block + (0 if tied_root else matrix))
         gradients = FP32 * local if a.microbatches > 1 else 0.0
         waiting = 0.0
         held_at_loss = FP32 * matrix if a.microbatches > 1 else 0.0
@@ -177,7 +176,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     end = fixed + max(gradients, FP32 * local) + (BF16 + FP32 * alone) * largest + (FP32 * block if a.pp == 1 else 0)
     if a.pp > 1:
         end = fixed + gradients + FP32 * alone * largest + FP32 * local
-    elif not a.reshard:
+    elif not a.reshard:  # all is gathered until the end
         end = fixed + max(gradients, FP32 * local) + FP32 * alone * largest + gathered
     peak, moment = max((loss, "loss"), (block_peak, "block"), (end, "end"))
     return Memory(peak, moment, state, gradients, activations, gathered, logits, receive)

@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from test_peak import MODEL
 
 from dtron.config import load
 from dtron.errors import UserError
-from dtron.plan.layout import Layout, Sizes
+from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.search import layouts, with_keys
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
@@ -28,13 +29,15 @@ def draw(rng: random.Random) -> Iterator[tuple[Setup, Sizes, Layout]]:
         keys = f"--model.n_layers {rng.choice((2, 4, 8))} --model.dim {dim} --model.n_heads {heads} "
         keys += f"--model.n_kv_heads {kv} --model.ffn_dim {ffn} --model.vocab_size {vocab} "
         keys += f"--training.seq_len {rng.choice((512, 2048, 8192))} --training.mixed_precision_param bfloat16 "
+        keys += f"--training.loss_chunk_tokens {rng.choice((0, 2048))} "
         if moe:
             keys += "--model.name qwen3_moe --training.expert_balance_loss 0 "
         config = load(f"{MODEL} {keys}".split())
         sizes = Sizes.of(resolve(config, 1, "cpu").model_config)
         gpus = rng.choice(GPUS)
         found = list(layouts(sizes, config.training.seq_len, gpus, rng.choice((1, 2, 4)) * gpus, 8))
-        layout = rng.choice([a for a in found if a.microbatches <= 32] or [Layout()])
+        layout = rng.choice([a for a in found if a.microbatches <= 16] or [Layout()])
+        layout = replace(layout, loss_chunk=loss_chunk(config))
         try:
             yield resolve(with_keys(config, layout), layout.gpus, "cuda"), sizes, layout
         except UserError:

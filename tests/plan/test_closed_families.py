@@ -17,12 +17,13 @@ from dtron.train.resolve import resolve
 
 SHORT = {"gemma2", "starcoder2"}  # windows, soft caps and both norms; LayerNorm, biases and no gate
 WIDE = "--model.dim 512 --model.n_layers 4 --model.n_heads 8 --model.n_kv_heads 4 --model.ffn_dim 1536"
-WIDE += " --model.vocab_size 8192 --training.seq_len 2048 --training.mixed_precision_param bfloat16"
+WIDE += " --model.vocab_size 8192 --training.seq_len 2048 --training.loss_chunk_tokens 512"
+WIDE += " --training.mixed_precision_param bfloat16"
 
 
 @pytest.mark.parametrize("family", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in FAMILIES])
 def test_the_peak_of_a_family_is_near_the_recorded_one(family: str) -> None:
-    layout = Layout(dp_shard=4, recompute="none")
+    layout = Layout(dp_shard=4, recompute="none", loss_chunk=512)
     start = load(f"{MODEL} --model.name {family} --model.flavor debugmodel {WIDE}".split())
     setup = resolve(with_keys(start, layout), layout.gpus, "cuda")
     check_sizes(setup)
