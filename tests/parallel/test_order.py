@@ -52,8 +52,8 @@ def record(case: Case) -> tuple[list[Event], list[Event]]:
             outside = -1 if name.startswith("embed") else LAYERS
             numbers[id(one)] = int(name.split(".")[1]) if name.startswith("layers.") else outside
     at_loss: list[int] = []
-    token_loss = model.loss.token_loss
-    model.loss.token_loss = lambda *args: (at_loss.append(len(events)), token_loss(*args))[1]
+    compute = model.loss.compute
+    model.loss.compute = lambda *args: (at_loss.append(len(events)), compute(*args))[1]
     with (
         patch.object(FSDPParamGroup, "unshard", gather),
         patch.object(FSDPParamGroup, "post_backward", reduce),
