@@ -147,7 +147,7 @@ def test_kept_weights_are_gathered_once_per_step(
     seen = ranks.run(degrees.world, per_microbatch, Case("", degrees, keys, batches=2))[0]
     assert tuple(n for n, _ in seen) == gathers
     if degrees == ONE:
-        assert all(elements < 100 for _, elements in seen)  # of the rotary frequencies
+        assert all(elements < 1000 for _, elements in seen)  # the smallest unit has 3,072
 
 
 @pytest.mark.parametrize(
