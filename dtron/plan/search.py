@@ -108,6 +108,7 @@ def layout_keys(a: Layout) -> dict[str, Any]:
     """The keys of the configuration that make a layout."""
     mode, option = RECOMPUTE[a.recompute]
     pipeline = a.pp > 1
+    default = pipeline or (a.reshard and a.dp_shard * a.cp > 1)
     keys: dict[str, Any] = {
         P + "pipeline_parallel_degree": a.pp,
         P + "data_parallel_replicate_degree": a.dp_replicate,
@@ -115,7 +116,8 @@ def layout_keys(a: Layout) -> dict[str, Any]:
         P + "context_parallel_degree": a.cp,
         P + "tensor_parallel_degree": a.tp,
         P + "expert_parallel_degree": a.ep,
-        P + "fsdp_reshard_after_forward": "default" if a.reshard or pipeline else "never",
+        # One shard keeps weights by default where they fit; the closed forms do not know that rule.
+        P + "fsdp_reshard_after_forward": "default" if default else "always" if a.reshard else "never",
         "training.local_batch_size": a.microbatch * (a.microbatches if pipeline else 1),
         "training.global_batch_size": a.microbatch * a.microbatches * a.dp,
         "activation_checkpoint.mode": mode,
