@@ -17,6 +17,7 @@ from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 __all__ = ["FRAGMENTATION", "Memory", "beside_allocator", "block_bytes_per_token", "closed_form_peak"]
 
 BF16, FP32 = 2, 4
+EXPERT_ROWS = 20  # bytes for each value of a routed row in its backward; from one recorded layout with ep and tp
 CHUNK_LOGITS = BF16 + FP32  # bytes for each logit of a chunk of the loss
 LOGITS = 12  # of each where the loss is given all: in bf16, fp32 and twice more in its backward
 SHARDED_LOGITS = 16  # with tensor parallel, one fp32 copy more
@@ -110,6 +111,7 @@ def _loss_bytes(s: Sizes, a: Layout, tokens: int) -> tuple[float, float]:
 def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     """Of pipeline rank `rank`."""
     tp, shards, tokens = a.tp, a.dp_shard * a.cp, a.tokens(seq_len)
+    reshard = a.reshard and shards > 1
     n_stages = a.pp * a.virtual
     split = layers_per_stage(s, seq_len, n_stages)
     stages = range(rank, n_stages, a.pp)
@@ -145,21 +147,23 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     else:
         tied_root = s.tied
         gathered = head + (BF16 * matrix if tied_root and not last else 0.0)
-        gathered += 0.0 if a.reshard else BF16 * (layers * block + (0 if tied_root else matrix))
+        gathered += 0.0 if reshard else BF16 * (layers * block + (0 if tied_root else matrix))
         gradients = FP32 * local if a.microbatches > 1 else 0.0
         waiting = 0.0
         held_at_loss = FP32 * matrix if a.microbatches > 1 else 0.0
         held_at_block = 0.0 if tied_root else FP32 * matrix
-        prefetched = BF16 * block if a.reshard and layers > 1 else 0.0
+        prefetched = BF16 * block if reshard and layers > 1 else 0.0
     fixed = state + receive + waiting
     loss = fixed + activations + gathered + gradients + held_at_loss
     loss += logits
     # A block's backward: its own gathered weights and gradients, the next one's weights, temporaries of SwiGLU.
-    own = (BF16 * block if a.reshard and a.pp == 1 else 0.0) + prefetched + BF16 * block
+    own = (BF16 * block if reshard and a.pp == 1 else 0.0) + prefetched + BF16 * block
     rows = tokens * (s.top_k / tp if s.experts else 1 / tp)
     temporary = 3 * BF16 * s.ffn * rows
     if s.block:
         temporary = max(temporary, s.block.temporary * tokens / tp)
+    if s.experts:
+        temporary += EXPERT_ROWS * s.dim * rows
     ring = tokens * (8 * s.heads + 2 * BF16 * s.kv_heads * a.cp) * s.head_size / tp if a.cp > 1 else 0.0
     without_head = gathered - (head if a.pp == 1 and not s.tied else 0.0)
     inside = fixed + again + own + max(temporary, ring) + without_head
@@ -176,7 +180,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     end = fixed + max(gradients, FP32 * local) + (BF16 + FP32 * alone) * largest + (FP32 * block if a.pp == 1 else 0)
     if a.pp > 1:
         end = fixed + gradients + FP32 * alone * largest + FP32 * local
-    elif not a.reshard:  # all is gathered until the end
+    elif not reshard:  # all is gathered until the end
         end = fixed + max(gradients, FP32 * local) + FP32 * alone * largest + gathered
     peak, moment = max((loss, "loss"), (block_peak, "block"), (end, "end"))
     return Memory(peak, moment, state, gradients, activations, gathered, logits, receive)
