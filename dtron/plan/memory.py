@@ -17,7 +17,7 @@ from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 __all__ = ["FRAGMENTATION", "Memory", "beside_allocator", "block_bytes_per_token", "closed_form_peak"]
 
 BF16, FP32 = 2, 4
-EXPERT_ROWS = 20  # bytes for each value of a routed row in its backward; from one recorded layout with ep and tp
+EXPERT_ROWS = 11  # bytes for each value of a routed row in its backward; from one recorded layout with ep and tp
 CHUNK_LOGITS = BF16 + FP32  # bytes for each logit of a chunk of the loss
 LOGITS = 12  # of each where the loss is given all: in bf16, fp32 and twice more in its backward
 SHARDED_LOGITS = 16  # with tensor parallel, one fp32 copy more
