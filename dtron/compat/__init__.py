@@ -3,12 +3,14 @@
 An entry is deleted when its public counterpart, named beside it, exists in all supported versions.
 """
 
+import itertools
 import os
 import pickle
 import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -25,9 +27,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _utils as pipelining_utils
 from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
     _Action,
     _ComputationType,
     _PipelineScheduleRuntime,
+    get_schedule_class,
 )
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import register_sharding
@@ -57,6 +61,7 @@ __all__ = [
     "has_units_of_two_meshes",
     "keep_forward_only",
     "ring_attention_style",
+    "schedule_actions",
     "set_memory_budget",
     "set_timeout",
     "skip_update_where",
@@ -273,9 +278,31 @@ def _leaves(action: _Action) -> list[_Action]:
 
 def csv_actions(rows: Sequence[Sequence[str]]) -> list[list[tuple[int, str, int]]]:
     """Each rank's (stage, kind, microbatch) from cells such as 0F3; ValueError on a cell that is none."""
-    parsed = [[_Action.from_str(cell.strip()) for cell in row if cell.strip()] for row in rows]
-    flat = [[leaf for action in row if action is not None for leaf in _leaves(action)] for row in parsed]
-    return [[(a.stage_index, a.computation_type.value, a.microbatch_index or 0) for a in row] for row in flat]
+    return _flat([_Action.from_str(cell.strip()) for cell in row if cell.strip()] for row in rows)
+
+
+def schedule_actions(name: str, pp: int, n_stages: int, microbatches: int) -> list[list[tuple[int, str, int]]]:
+    """Each rank's (stage, kind, microbatch) in the order in which torch's schedule of that name computes them.
+
+    It is the order of the schedule object itself, made without stages. What is not computed, as messages and
+    reductions, is left out.
+    """
+    cls = get_schedule_class(name)
+    # The lowering to messages is left out: it takes most of the time, and is of no use without stages.
+    lone = type(name, (cls,), {"_prepare_schedule_with_comms": lambda self, actions: None})
+    stage = SimpleNamespace(num_stages=n_stages, group_size=pp, group_rank=0, is_last=False, submod=nn.Module())
+    schedule: Any = lone(stage if issubclass(cls, PipelineScheduleSingle) else [stage] * (n_stages // pp), microbatches)
+    rows = _flat(schedule.pipeline_order[rank] for rank in range(pp))
+    rows = [[action for action in row if action[1] in ("F", "B", "I", "W")] for row in rows]
+    if name == "1F1B":  # whose list, but not whose run, begins with microbatch 1 on the last rank
+        numbers = [itertools.count() for _ in rows]
+        rows = [[(s, k, next(n) if k == "F" else m) for s, k, m in row] for row, n in zip(rows, numbers, strict=True)]
+    return rows
+
+
+def _flat(rows: Iterable[Iterable[_Action | None]]) -> list[list[tuple[int, str, int]]]:
+    leaves = [[leaf for action in row if action is not None for leaf in _leaves(action)] for row in rows]
+    return [[(a.stage_index, a.computation_type.value, a.microbatch_index or 0) for a in row] for row in leaves]
 
 
 class CsvSchedule(_PipelineScheduleRuntime):

@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
     add("--exact", type=int, default=3, metavar="N", help="of the fastest, record so many (default: %(default)s)")
     add("--out", metavar="FILE", help="write the fastest as a TOML file based on CONFIG, for train.py")
-    add("--picture", metavar="FOLDER", help="draw time.png, speed.png and memory.png there; needs matplotlib")
+    add(
+        "--picture", metavar="FOLDER", help="draw time.png, speed.png, steps.png and memory.png there; needs matplotlib"
+    )
+    add("--measured", metavar="FILE", help="metrics.jsonl of a run of CONFIG as it is: print it beside the prediction")
     add("--json", action="store_true", help="print JSON")
     add("--explain", action="store_true", help="show the arithmetic of the fastest")
     parser.set_defaults(run=run, takes_keys=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["HARDWARE", "Hardware"]
+__all__ = ["HARDWARE", "Constants", "Hardware"]
 
 GB = 1e9
 
@@ -19,16 +19,37 @@ class Hardware:
     network_rate: float  # to other nodes
     gpus_per_node: int = 8
     multiprocessors: int = 132
+    matmul: float = 0.72  # share of `flops` that large bf16 matmuls of a long run reach, whose power limits the clock
+    attention: float = 0.56  # the same of attention's forward, the masked half not counted
+    power: float = 1.0  # what the cards may draw, as a share of the data sheet's
     peak_flops: float | None = None  # what MFU divides by; None: flops
     measured: tuple[str, ...] = ()  # fields that preflight measured
 
 
+@dataclass(frozen=True)
+class Constants:
+    """Of all GPUs, as shares of peak rates unless a unit is said. `scripts/bench/plan_error.py --fit` fitted them to
+    published steps, but for launch_s.
+    """
+
+    memory: float = 0.76
+    link: float = 0.68
+    network: float = 0.57
+    launch_s: float = 6e-6  # of one kernel by the host, in eager mode
+    contention: float = 0.09  # of the network's rate, for each doubling of the nodes beyond two
+    overlap_tax: float = 0.065  # of a block's time, while as much is gathered and reduced behind it
+    optimizer_s: float = 2e-3  # beside its bytes
+
+
 # NVIDIA's data sheets of the SXM modules; a network adapter for each GPU, 200 Gbit/s with A100s, 400 with later ones.
-# Memory is what torch.cuda sees: less than the name says.
+# Memory is what torch.cuda sees: less than the name says. The matmuls of H100s are from NVIDIA NeMo's and nanotron's
+# steps; of H200s from KempnerForge's; of A100s the best measured, 0.85, less what H100s lose over a long run; of B200s
+# as H100s. Attention is cuDNN's, which torch takes first on Hopper from 2.11 on: 560 of 989 TFLOP/s; on A100s
+# FlashAttention 2's (arXiv 2307.08691). A limit of power lowers the clock, so rates go with its root.
 HARDWARE = {
-    "a100-40gb": Hardware("a100-40gb", 312e12, 39.4 * 2**30, 1555 * GB, 300 * GB, 25 * GB, multiprocessors=108),
-    "a100": Hardware("a100", 312e12, 79.2 * 2**30, 2039 * GB, 300 * GB, 25 * GB, multiprocessors=108),
+    "a100-40gb": Hardware("a100-40gb", 312e12, 39.4 * 2**30, 1555 * GB, 300 * GB, 25 * GB, 8, 108, 0.77, 0.55),
+    "a100": Hardware("a100", 312e12, 79.2 * 2**30, 2039 * GB, 300 * GB, 25 * GB, 8, 108, 0.77, 0.55),
     "h100": Hardware("h100", 989.5e12, 79.1 * 2**30, 3350 * GB, 450 * GB, 50 * GB),
-    "h200": Hardware("h200", 989.5e12, 139.8 * 2**30, 4800 * GB, 450 * GB, 50 * GB),
+    "h200": Hardware("h200", 989.5e12, 139.8 * 2**30, 4800 * GB, 450 * GB, 50 * GB, matmul=0.79),
     "b200": Hardware("b200", 2250e12, 178.3 * 2**30, 7700 * GB, 900 * GB, 50 * GB, multiprocessors=148),
 }

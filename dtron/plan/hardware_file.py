@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 from difflib import get_close_matches
@@ -10,8 +11,8 @@ from typing import Any
 
 from dtron.errors import UserError
 from dtron.observe.device import peak_flops_per_s
-from dtron.plan.hardware import HARDWARE, Hardware
-from dtron.plan.timemodel import Constants, contended
+from dtron.plan.hardware import HARDWARE, Constants, Hardware
+from dtron.plan.network import contended
 
 __all__ = ["read_hardware"]
 
@@ -19,13 +20,16 @@ SCHEMA = 1  # of preflight's file, see docs/preflight.md
 SQUARE_MATMUL = (
     0.80  # share of the peak that the best bf16 matmuls of H100 and H200 reach, which is what preflight runs
 )
+CPU_ATTENTION = 0.3  # share of the matmuls' rate; a guess
 GIVEN = tuple(field.name for field in dataclasses.fields(Hardware) if field.name != "measured")
 
 
-def read_hardware(text: str) -> Hardware:
-    """A name in `HARDWARE`, or a JSON file: of `dtron preflight`, or with `name` and other figures of `Hardware`.
+def read_hardware(text: str, cpu: bool = False) -> Hardware:
+    """A name in `HARDWARE` or as torch.cuda has it, or a JSON file: of `dtron preflight`, or with `name` and other
+    figures of `Hardware`.
 
-    UserError for an unknown name, an unreadable file, an unknown field and a figure that is no positive number.
+    cpu: of a run on CPUs, for which there is only what preflight measured there. UserError for an unknown name, an
+    unreadable file, an unknown field and a figure that is no positive number.
     """
     if text.endswith(".json"):
         try:
@@ -33,10 +37,15 @@ def read_hardware(text: str) -> Hardware:
         except (OSError, ValueError) as error:
             raise UserError(f"--hardware {text}: {error}") from None
         if isinstance(given, dict) and "schema" in given:
-            return _of_preflight(given, text)
-        return _of_figures(given, text)
+            return _of_preflight(given, text, cpu)
+        if not cpu:
+            return _of_figures(given, text)
+    if cpu:
+        raise UserError(f"--hardware {text}: this run was on CPUs; expected the file of dtron preflight on them")
     if text.lower() in HARDWARE:
         return HARDWARE[text.lower()]
+    if known := _named(text):
+        return known
     near = get_close_matches(text.lower(), HARDWARE, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
@@ -59,7 +68,7 @@ def _of_figures(given: Any, file: str) -> Hardware:
     return dataclasses.replace(base, **figures)
 
 
-def _of_preflight(figures: dict[str, Any], file: str) -> Hardware:
+def _of_preflight(figures: dict[str, Any], file: str, cpu: bool) -> Hardware:
     """The table's figures of the GPU, but for those that were measured: for these the time model gets the rate that
     it would need for the measured times.
     """
@@ -69,23 +78,44 @@ def _of_preflight(figures: dict[str, Any], file: str) -> Hardware:
         )
     try:
         device, ranks = figures["ranks"][0]["device"], figures["ranks"]
-        base = _of_device(device, file)
-        taken = _gpu_rates(ranks, base)
+        base = _of_cpu(device, ranks, file) if cpu else _of_device(device, file)
+        taken = {} if cpu else _gpu_rates(ranks, base)
         found = _network_rates(figures["dimensions"], [rank["host"] for rank in ranks])
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"--hardware {file}: not a whole file of dtron preflight ({type(error).__name__}: {error}); run it again"
         ) from None
     taken |= found
-    return dataclasses.replace(base, peak_flops=base.flops, measured=tuple(taken), **taken)  # type: ignore[arg-type]
+    return dataclasses.replace(base, peak_flops=None if cpu else base.flops, measured=tuple(taken), **taken)  # type: ignore[arg-type]
 
 
-def _of_device(device: str, file: str) -> Hardware:
+def _named(device: str) -> Hardware | None:
     """The table's GPU of a name as torch.cuda gives it."""
     words = set(re.split(r"[^a-z0-9]+", device.lower()))
     for name, hw in HARDWARE.items():  # a100-40gb is before a100
         if words.issuperset(name.split("-")) and peak_flops_per_s(device) == hw.flops and "pcie" not in words:
             return hw
+    return None
+
+
+def _of_cpu(device: str, ranks: list[dict[str, Any]], file: str) -> Hardware:
+    """A rank's share of a CPU, computing in fp32, whose elements take twice the bytes that the time model counts.
+
+    Messages that preflight did not measure go through the memory.
+    """
+    if device != "cpu":
+        raise UserError(f"--hardware {file}: it was measured on {device}, and this run was on CPUs")
+    memory = statistics.median(rank["memory_bytes_per_s"] for rank in ranks) / 2
+    flops = statistics.median(rank["matmul_flops_per_s"] for rank in ranks)
+    return Hardware(
+        "cpu", flops, math.inf, memory / Constants().memory, memory, memory,
+        gpus_per_node=len(ranks), multiprocessors=1, matmul=1.0, attention=CPU_ATTENTION,
+    )  # fmt: skip
+
+
+def _of_device(device: str, file: str) -> Hardware:
+    if known := _named(device):
+        return known
     raise UserError(
         f"--hardware {file}: it was measured on {device}, which is none of {', '.join(HARDWARE)}; for another GPU give "
         "a file with a name of these and the figures that differ"

@@ -1,6 +1,6 @@
 """A model's sizes and a layout, as the closed forms of memory and time read them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -9,6 +9,7 @@ from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig
 from dtron.models.spec import experts_of
 from dtron.parallel.pipeline import split_by_cost
+from dtron.plan import schedule
 from dtron.plan.blocks import BlockBytes, block_bytes
 
 __all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage", "loss_chunk"]
@@ -108,8 +109,9 @@ class Layout:
     """microbatch: sequences in one forward; microbatches: of an optimizer step, on each rank.
 
     virtual: stages per pipeline rank. recompute: none, op, second (every second block) or full. reshard: whether
-    gathered weights are freed between forward and backward. loss_chunk: training.loss_chunk_tokens, 0 for other losses.
-    state_dtype: of AdamW's moments.
+    gathered weights are freed between forward and backward. schedule: of the pipeline, a name or a CSV file; empty:
+    1F1B, or Interleaved1F1B with several stages per rank. loss_chunk: training.loss_chunk_tokens, 0 for other
+    losses. state_dtype: of AdamW's moments.
     """
 
     pp: int = 1
@@ -125,6 +127,12 @@ class Layout:
     reshard: bool = True
     loss_chunk: int = 2048
     state_dtype: str = "float32"
+    schedule: str = ""
+    layers_per_stage: int = field(default=0, compare=False)  # of which virtual follows, where that is more than 2
+
+    def __post_init__(self) -> None:
+        if not self.schedule:
+            object.__setattr__(self, "schedule", "1F1B" if self.virtual == 1 else "Interleaved1F1B")
 
     @property
     def gpus(self) -> int:
@@ -155,9 +163,5 @@ def layers_per_stage(s: Sizes, seq_len: int, n_stages: int) -> list[int]:
 
 def in_flight(layout: Layout, rank: int) -> int:
     """Most microbatches that a pipeline rank has gone forward with and not backward, each of its stages counted."""
-    if layout.pp == 1:
-        return 1
-    if layout.virtual == 1:
-        return min(layout.microbatches, layout.pp - rank)
-    warm_up = (layout.virtual - 1) * layout.pp + 2 * (layout.pp - rank - 1)
-    return min(layout.microbatches * layout.virtual, warm_up + 1)
+    a = layout
+    return 1 if a.pp == 1 else schedule.in_flight(a.schedule, a.pp, a.pp * a.virtual, a.microbatches, rank)

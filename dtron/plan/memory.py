@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
+from dtron.plan.schedule import stages_of
 
 __all__ = ["FRAGMENTATION", "Memory", "beside_allocator", "block_bytes_per_token", "closed_form_peak"]
 
@@ -114,7 +115,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     reshard = a.reshard and shards > 1
     n_stages = a.pp * a.virtual
     split = layers_per_stage(s, seq_len, n_stages)
-    stages = range(rank, n_stages, a.pp)
+    stages = stages_of(a.schedule, a.pp, n_stages)[rank]
     first, last = 0 in stages, n_stages - 1 in stages
     layers = sum(split[stage] for stage in stages)
     # Parameters of one tensor rank, whole over the shards; experts are split by ep, not by tp.

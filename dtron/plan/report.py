@@ -7,16 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dtron.config import Config, read, replace
+from dtron.config import Config, load, read, replace
 from dtron.config.cli import parse_arguments
 from dtron.config.toml import toml_value
 from dtron.errors import Mistakes, UserError
+from dtron.plan.gantt import draw_steps
 from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
+from dtron.plan.measured import beside_measured
 from dtron.plan.picture import check_matplotlib, draw_memory, draw_speed, draw_time
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.plan.single import check_sizes
+from dtron.plan.timemodel import style_of
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 
@@ -45,6 +48,10 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         raise UserError("--gpus and --top must be 1 or more, --exact 0 or more")
     if given.picture:
         check_matplotlib()
+    if given.measured:
+        config = load(["--job.config_file", given.config, *keys])
+        print("\n".join(beside_measured(config, given.gpus, given.hardware, given.measured)))
+        return
     hw = read_hardware(given.hardware)
     fixed = {name: setting.value for name, setting in parse_arguments(keys, Mistakes()).items()}
     reading = read(["--job.config_file", given.config, *keys])
@@ -64,12 +71,12 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         if given.explain:
             print(explain(found.candidates[0], hw))
     if given.picture:
-        draw(
-            found.candidates[: given.top],
-            found,
-            f"{Path(given.config).stem} on {given.gpus} x {hw.name}",
-            given.picture,
-        )
+        title = f"{Path(given.config).stem} on {given.gpus} x {hw.name}"
+        draw(found.candidates[: given.top], found, title, given.picture)
+        first = found.candidates[0].layout
+        title = f"{title}: {describe(first)}, {first.microbatch} x {first.microbatches}, {first.recompute}"
+        sizes, seq_len = Sizes.of(setup.model_config), config.training.seq_len
+        draw_steps(sizes, first, seq_len, hw, style_of(config), title, Path(given.picture, "steps.png"))
     if given.out:
         Path(given.out).write_text(as_toml(found.candidates[0].layout, given.config, given.out))
         if not given.json:
@@ -159,7 +166,9 @@ def describe(a: Layout) -> str:
     """In words, without what is 1."""
     degrees = {"pp": a.pp, "dp_replicate": a.dp_replicate, "dp_shard": a.dp_shard, "cp": a.cp, "tp": a.tp, "ep": a.ep}
     text = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one GPU"
-    text += (" interleaved" if a.virtual > 1 else "") + ("" if a.reshard or a.pp > 1 else " no reshard")
+    if a.pp > 1:
+        text += f" {a.schedule}" + (f" x{a.virtual}" if a.virtual > 2 else "")
+    text += "" if a.reshard or a.pp > 1 else " no reshard"
     return text + ("" if a.state_dtype == "float32" else " bf16 moments")
 
 

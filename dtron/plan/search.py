@@ -5,18 +5,20 @@ the peak of the first few.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dtron.config import Config, flatten, replace
 from dtron.errors import UserError
+from dtron.parallel.incompatible import FEATURES
+from dtron.parallel.schedules import SCHEDULES
 from dtron.plan.dryrun import dry_run
 from dtron.plan.hardware import Hardware
 from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import FRAGMENTATION, Memory, beside_allocator, closed_form_peak
 from dtron.plan.record import StepRecord
-from dtron.plan.timemodel import COMPILED, EAGER, Prediction, predict
+from dtron.plan.timemodel import Prediction, predict, style_of
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 
@@ -126,7 +128,9 @@ def layout_keys(a: Layout) -> dict[str, Any]:
     }
     if pipeline:
         keys[P + "pipeline_parallel_microbatch_size"] = a.microbatch
-        keys[P + "pipeline_parallel_schedule"] = "1F1B" if a.virtual == 1 else "Interleaved1F1B"
+        keys[P + "pipeline_parallel_schedule"] = a.schedule
+        if a.virtual > 2:
+            keys[P + "pipeline_parallel_layers_per_stage"] = a.layers_per_stage
     return keys
 
 
@@ -146,7 +150,7 @@ def search(
     UserError where no layout makes the batch.
     """
     s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
-    style = COMPILED if config.compile.enable else EAGER
+    style = style_of(config)
     found: list[Candidate] = []
     too_big: dict[tuple[int, int, int], Candidate] = {}
     looked_at, families = 0, set()
@@ -154,7 +158,7 @@ def search(
     dtypes = [config.optimizer.state_dtype]
     if config.optimizer.name == "AdamW" and dtypes == ["float32"] and "optimizer.state_dtype" not in fixed:
         dtypes.append("bfloat16")
-    for any_state in layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node):
+    for any_state in layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node, _schedules(config, fixed)):
         for dtype in dtypes:
             layout = dataclasses.replace(any_state, state_dtype=dtype, loss_chunk=loss_chunk(config))
             if not _allowed(layout, fixed):
@@ -187,7 +191,28 @@ def search(
     return Search(legal, illegal + reasons, smallest, looked_at, best)
 
 
-def layouts(s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int) -> Iterator[Layout]:
+def _schedules(config: Config, fixed: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that are looked at. GPipe and LoopedBFS only where they are given: 1F1B and Interleaved1F1B take as long,
+    and hold less.
+    """
+    if config.parallelism.pipeline_parallel_schedule_csv:
+        raise UserError(
+            "dtron plan takes schedules by their names; leave out parallelism.pipeline_parallel_schedule_csv "
+            "(scripts/slurm/submit.py --dry-run predicts a run with it)"
+        )
+    if given := fixed.get(P + "pipeline_parallel_schedule"):
+        return (given,)
+    compiled = FEATURES["compiled blocks"](config)
+    return tuple(
+        name
+        for name, kind in SCHEDULES.items()
+        if name not in ("GPipe", "LoopedBFS") and not (kind.zero_bubble and compiled)
+    )
+
+
+def layouts(
+    s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int, schedules: Sequence[str] = ("1F1B",)
+) -> Iterator[Layout]:
     """Layouts whose degrees divide what they split, and that make the global batch."""
     for tp in _divisors(gpus, min(s.kv_heads, 2 * per_node)):
         for pp in _divisors(gpus // tp, s.layers):
@@ -199,25 +224,45 @@ def layouts(s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int)
                     for ep in _divisors(dp // replicate * cp * tp, max(1, s.experts)):
                         if not s.experts or s.experts % ep == 0:
                             first = Layout(pp, replicate, dp // replicate, cp, tp, ep)
-                            yield from _batches(s, first, global_batch)
+                            yield from _batches(s, first, global_batch, schedules)
 
 
-def _batches(s: Sizes, first: Layout, global_batch: int) -> Iterator[Layout]:
+def _batches(s: Sizes, first: Layout, global_batch: int, schedules: Sequence[str]) -> Iterator[Layout]:
     """The microbatches, schedules, recomputations and reshardings of given degrees."""
     for microbatch in MICROBATCHES:
         if global_batch % (first.dp * microbatch):
             continue
         microbatches = global_batch // first.dp // microbatch
-        virtuals = (1, 2) if first.pp > 1 and 2 * first.pp <= s.layers else (1,)
-        for virtual in virtuals:
-            if first.pp > 1 and (microbatches < first.pp or (virtual > 1 and microbatches % first.pp)):
+        if first.pp > 1:
+            for schedule, virtual in _pipelines(s.layers, first.pp, microbatches, schedules):
+                for recompute in RECOMPUTE:
+                    # By operation, the halves of the backward do not find what was saved.
+                    if not (SCHEDULES[schedule].zero_bubble and recompute == "op"):
+                        yield dataclasses.replace(
+                            first, microbatch=microbatch, microbatches=microbatches, virtual=virtual,
+                            recompute=recompute, reshard=False, schedule=schedule,
+                            layers_per_stage=-(-s.layers // first.pp // virtual),
+                        )  # fmt: skip
+            continue
+        for recompute in RECOMPUTE:
+            for reshard in (True, False) if first.dp_shard * first.cp > 1 else (True,):
+                yield dataclasses.replace(
+                    first, microbatch=microbatch, microbatches=microbatches, recompute=recompute, reshard=reshard
+                )
+
+
+def _pipelines(layers: int, pp: int, microbatches: int, schedules: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Schedules and stages per rank that so many microbatches allow."""
+    for schedule in schedules:
+        kind = SCHEDULES[schedule]
+        for virtual in (1,) if not kind.multi else (2,) if kind.v_shape else (2, 4):
+            stages = pp * virtual
+            if stages > layers or microbatches < (stages if kind.at_least_stages else pp):
                 continue
-            for recompute in RECOMPUTE:
-                for reshard in (True, False) if first.pp == 1 and first.dp_shard * first.cp > 1 else (first.pp == 1,):
-                    yield dataclasses.replace(
-                        first, microbatch=microbatch, microbatches=microbatches, virtual=virtual, recompute=recompute,
-                        reshard=reshard,
-                    )  # fmt: skip
+            # Four stages per rank are made by the layers of each, which must come out as so many.
+            made = virtual <= 2 or -(-layers // -(-layers // stages)) == stages
+            if made and (not kind.in_rounds or microbatches % pp == 0):
+                yield schedule, virtual
 
 
 def _divisors(n: int, most: int) -> list[int]:

@@ -6,7 +6,7 @@ from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.search import Candidate, record
-from dtron.plan.timemodel import COMPILED, EAGER, predict
+from dtron.plan.timemodel import predict, style_of
 from dtron.train.resolve import check_batch
 from dtron.train.setup import Setup, stages_of
 
@@ -44,6 +44,7 @@ def layout_of(setup: Setup) -> Layout:
         loss_chunk=loss_chunk(c),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
         state_dtype=c.optimizer.state_dtype,
+        schedule=(p.pipeline_parallel_schedule_csv or p.pipeline_parallel_schedule) if d.pp > 1 else "",
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def describe_run(setup: Setup, hardware: str) -> list[str]:
     hw, a, s = read_hardware(hardware), layout_of(setup), Sizes.of(setup.model_config)
     c, gpus = setup.config, setup.degrees.world
     memory = closed_form_peak(s, a, c.training.seq_len)
-    time = predict(s, a, c.training.seq_len, hw, COMPILED if c.compile.enable else EAGER)
+    time = predict(s, a, c.training.seq_len, hw, style_of(c))
     run = record(Candidate(a, memory, time, memory.peak, 0.0, False), setup, hw)
     gib = 2**30
     step_s = time.step_s * _rows(setup) / (a.microbatch * a.microbatches)

@@ -18,6 +18,7 @@ from dtron.ranks.failure import exit_on_signals, exit_with_message, exit_with_tr
 from dtron.ranks.logs import setup_logging
 from dtron.ranks.world import World, compare_configs, join, start_process_group
 from dtron.train.evaluate import Evaluation
+from dtron.train.prediction import compare_with_prediction
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
 from dtron.train.trainer import Trainer
@@ -49,10 +50,15 @@ def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> Non
         _announce(world, setup.config, notes)
         start_process_group(world, setup.config, setup.device_type)
         try:
-            _what_runs(setup, trainer)(setup, world).run()
+            running = _what_runs(setup, trainer)(setup, world)
+            running.run()
+            trained = running if isinstance(running, Trainer) else None
         except StopBeforeStartError as stop:
+            trained = None
             log.info(stop)
         dist.destroy_process_group()
+        if trained and rank == 0:
+            compare_with_prediction(setup.config, trained)
         # Threads of the groups may still be ending; a process that tears down around them can abort after all is done.
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a closed terminal
             sys.stdout.flush()

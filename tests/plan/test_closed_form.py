@@ -136,10 +136,11 @@ def test_a_model_that_fits_nowhere_is_told_where_it_would(tmp_path: Path, capsys
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ["plan", DEBUG, "--gpus", "4", "--exact", "0", "--picture", str(tmp_path / "pictures")]
+    arguments = ["plan", DEBUG, "--gpus", "4", "--exact", "0", "--picture", str(tmp_path / "pictures"), "--pp", "2"]
     assert main(arguments) == 0
     files = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
-    assert set(files) == {"time.png", "speed.png"} and all(data.startswith(b"\x89PNG") for data in files.values())
+    assert set(files) == {"time.png", "speed.png", "steps.png"}
+    assert all(data.startswith(b"\x89PNG") for data in files.values())
 
 
 def test_keys_of_a_layout() -> None:

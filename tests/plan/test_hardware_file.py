@@ -10,10 +10,11 @@ from dtron.__main__ import main
 from dtron.cluster.preflight.report import SCHEMA, summarize_dimensions, summarize_ranks
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
-from dtron.plan.hardware import HARDWARE
+from dtron.plan.hardware import HARDWARE, Constants
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
-from dtron.plan.timemodel import Constants, _Group, _message_s, predict
+from dtron.plan.network import Group, message_s
+from dtron.plan.timemodel import predict
 
 DEBUG = str(Path(__file__).resolve().parents[2] / "configs/debug.toml")
 BYTES = 2**28
@@ -48,8 +49,8 @@ def test_measured_rates_replace_the_tables(tmp_path: Path, capsys: pytest.Captur
     hw, c = read_hardware(str(file)), Constants()
     assert hw.flops == pytest.approx(6e14 / 0.8) and hw.peak_flops == HARDWARE["h100"].flops
     assert hw.memory_rate * c.memory == pytest.approx(2e12) and hw.memory_bytes == 8e10
-    for group, rate in ((_Group(2, 2), 3e11), (_Group(4, 2), 2e10)):  # the measured gathers, but for latency
-        assert _message_s(BYTES, group, hw, c) == pytest.approx(BYTES / rate, rel=0.02)
+    for group, rate in ((Group(2, 2), 3e11), (Group(4, 2), 2e10)):  # the measured gathers, but for latency
+        assert message_s(BYTES, group, hw, c) == pytest.approx(BYTES / rate, rel=0.02)
     s, layout = Sizes.of(FAMILIES["llama3"]["8B"]), Layout(dp_shard=8)
     plain, measured = (predict(s, layout, 8192, one) for one in (HARDWARE["h100"], hw))
     ratio = plain.tokens_per_s / measured.tokens_per_s

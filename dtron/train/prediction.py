@@ -1,0 +1,61 @@
+"""At the end of a run: the planner's prediction beside what was measured.
+
+The planner is a tool, which the core does not import, and its dry run needs a process without a process group. So it is
+asked as a user would ask it, by `dtron plan --measured`, in a process of its own, when all is saved and done: whatever
+happens there is one line here.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from dtron.config import Config
+from dtron.observe.device import device_name
+from dtron.train.trainer import Trainer
+
+__all__ = ["compare_with_prediction"]
+
+log = logging.getLogger(__name__)
+
+DEADLINE_S = 120  # of the planner; a stage of 405B takes it 5 CPU-seconds, and it looks at three
+OF_A_RANK = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+
+
+def compare_with_prediction(config: Config, trainer: Trainer) -> None:
+    """Log the prediction of a run that has ended, beside what was measured, or why there is none."""
+    hardware = config.metrics.plan_hardware
+    if not hardware and trainer.device.type == "cpu":
+        log.info("plan: no prediction, as no rates of this CPU are given (metrics.plan_hardware)")
+        return
+    attempts = sorted(trainer.run_folder.glob("config*.toml"), key=lambda path: path.stat().st_mtime)
+    words = [
+        str(attempts[-1]),
+        "--gpus",
+        str(trainer.world.size),
+        "--hardware",
+        hardware or device_name(trainer.device),
+    ]
+    log.info(
+        "\n".join(f"plan: {line}" for line in _ask([*words, "--measured", str(trainer.run_folder / "metrics.jsonl")]))
+    )
+
+
+def _ask(words: list[str]) -> list[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    environment |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+    }
+    command = [sys.executable, "-m", "dtron", "plan", *words]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"no prediction: dtron plan took longer than {DEADLINE_S} s"]
+    except OSError as error:
+        return [f"no prediction: {error}"]
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    if said and done.returncode == 0:
+        return said
+    return [f"no prediction: {said[-1] if said else f'dtron plan ended with {done.returncode}'}"]

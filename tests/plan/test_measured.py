@@ -1,0 +1,97 @@
+"""A run's prediction beside what was measured, at its end."""
+
+import json
+import subprocess
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_hardware_file import preflight
+
+from dtron.__main__ import main
+from dtron.config import load, replace
+from dtron.errors import UserError
+from dtron.plan.hardware import Hardware
+from dtron.plan.hardware_file import read_hardware
+from dtron.train import prediction
+
+DEBUG = str(Path(__file__).resolve().parents[2] / "configs/debug.toml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a run on two CPU ranks: its rows, and what preflight measured there."""
+    rows = [
+        {"step": i, "tokens_per_s_per_gpu": speed, "max_memory_bytes": 2**30} for i, speed in enumerate((5, 90, 110))
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"unix_s": 1.0, "mfu": None}) + "\n" for row in rows)
+    )
+    (tmp_path / "preflight.json").write_text(json.dumps(preflight("cpu", "float32", {})))
+    return tmp_path
+
+
+def test_a_cpu_run_is_predicted_from_preflights_rates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", DEBUG, "--gpus", "2", "--hardware", str(folder / "preflight.json")]
+    arguments += ["--measured", str(folder / "metrics.jsonl"), "--training.device", "cpu"]
+    assert main([*arguments, "--training.mixed_precision_param", "float32"]) == 0
+    speed, memory = capsys.readouterr().out.splitlines()
+    assert speed.startswith("tokens/s per rank: predicted ") and "measured 100 (" in speed
+    assert memory.startswith("peak memory: predicted ") and memory.endswith("measured 1.00 of the process")
+    hw = read_hardware(str(folder / "preflight.json"), cpu=True)
+    assert isinstance(hw, Hardware) and hw.flops == 6e14
+    with pytest.raises(UserError, match="this run was on CPUs"):
+        read_hardware("h100", cpu=True)
+    (folder / "metrics.jsonl").write_text("")
+    assert main(arguments) == 1
+    assert "has no row with a speed" in capsys.readouterr().err
+
+
+def test_torchs_name_of_a_gpu_is_one_of_the_table() -> None:
+    assert read_hardware("NVIDIA H100 80GB HBM3").name == "h100"
+    with pytest.raises(UserError, match="unknown"):
+        read_hardware("NVIDIA L4")
+
+
+def test_what_goes_wrong_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a CPU without rates is not predicted at all."""
+    (folder / "config.toml").touch()
+    world = types.SimpleNamespace(size=2)
+    trainer: Any = types.SimpleNamespace(device=torch.device("cpu"), run_folder=folder, world=world)
+    asked: list[list[str]] = []
+
+    def answers(*outcomes: Any) -> Any:
+        def run(command: list[str], **options: Any) -> Any:
+            asked.append(command)
+            assert options["timeout"] == prediction.DEADLINE_S and "RANK" not in options["env"]
+            outcome = outcomes[len(asked) - 1]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return types.SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), outcome, strict=True)))
+
+        return run
+
+    late = subprocess.TimeoutExpired("dtron plan", prediction.DEADLINE_S)
+    outcomes = (0, "tokens/s: 1\nMFU: 2\n", ""), (1, "", "a\nerror: no\n"), (1, "", ""), late, OSError("no python")
+    monkeypatch.setattr(subprocess, "run", answers(*outcomes))
+    monkeypatch.setenv("RANK", "0")
+    said: list[str] = []
+    monkeypatch.setattr(prediction.log, "info", said.append)
+    config = load(["--job.config_file", DEBUG])
+    prediction.compare_with_prediction(config, trainer)
+    assert (
+        asked == [] and said.pop() == "plan: no prediction, as no rates of this CPU are given (metrics.plan_hardware)"
+    )
+    for _ in outcomes:
+        prediction.compare_with_prediction(replace(config, "metrics.plan_hardware", "preflight.json"), trainer)
+    assert asked[0][1:] == [
+        "-m", "dtron", "plan", str(folder / "config.toml"), "--gpus", "2", "--hardware", "preflight.json",
+        "--measured", str(folder / "metrics.jsonl"),
+    ]  # fmt: skip
+    assert said == [
+        "plan: tokens/s: 1\nplan: MFU: 2", "plan: no prediction: error: no",
+        "plan: no prediction: dtron plan ended with 1", "plan: no prediction: dtron plan took longer than 120 s",
+        "plan: no prediction: no python",
+    ]  # fmt: skip
