@@ -29,6 +29,8 @@ from dtron.ranks.logs import setup_logging
 
 def _serve(rank: int, jobs: Connection) -> None:
     setup_logging()
+    # What a test put in front of it is there too: scripts/bench has a module named as a folder of the tests.
+    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     while True:
         fn, world, store, keep, args = jobs.recv()

@@ -8,8 +8,9 @@ no powers of two, but of whole weights, so that all layouts without tensor paral
 
 All other scales are rounded down to powers of two. What a tensor's scale is depends on how it is sharded: each rank
 takes the largest value of its own tokens. With powers of two a value gets the same bits under either scale, but for the
-very smallest; with others, a weight of a small model was more than 2% apart between one rank and two after two steps.
-So layouts agree, to 2e-7, but where the last bit of a sum decides how a value is rounded (tests/parity/test_float8.py).
+very smallest; with others, the weights of a small model were 38% of their way apart on one rank and two, after two
+steps. So layouts agree, to 2e-7, but where the last bit of a sum decides how a value is rounded
+(tests/parity/test_float8.py).
 
 The head, the embedding, the router and the grouped products of experts keep the compute dtype.
 """

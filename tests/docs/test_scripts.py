@@ -184,7 +184,7 @@ def test_torchtitan_configs_counts_the_files_of_a_checkout_by_time(tmp_path: Pat
     subprocess.run([*git, "init", "-q"], check=True)
     files = {
         "2024-06-01": ("a.toml", "[training]\nbatch_size = 2\ndataset = 'c4'\n"),
-        "2025-10-01": ("b.toml", "[model]\nconverters = ['float8']\n"),
+        "2025-10-01": ("b.toml", "[model]\nconverters = ['mx']\n"),
         "2026-01-01": ("c.toml", "[model]\nname = 'llama4'\n"),
     }
     for date, (name, text) in files.items():
@@ -204,4 +204,4 @@ def test_torchtitan_configs_counts_the_files_of_a_checkout_by_time(tmp_path: Pat
     }
     assert rows["2024-06"][:2] == ["1", "1"] and rows["2025-10"][:2] == ["2", "1"]
     assert [cell for cell in rows["2026-02"] if cell] == ["3", "1", "1", "1"]
-    assert "batch_size is read as training.local_batch_size" in done.stdout and "float8 is not built yet" in done.stdout
+    assert "batch_size is read as training.local_batch_size" in done.stdout and "MXFP8 is not built yet" in done.stdout

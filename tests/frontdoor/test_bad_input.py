@@ -169,7 +169,7 @@ REFUSED = {
     "missing file": (1, "--job.config_file no.toml", ["no.toml"]),
     "wrong type": (1, "--training.steps ten", ["training.steps", '"ten"', "an integer"]),
     "unknown key": (1, "--training.sequence_len 8", ['"training.sequence_len"', "did you mean", "training.seq_len"]),
-    "not supported": (1, "--quantize.linear.float8.emulate", ["quantize.linear.float8.emulate", "not supported"]),
+    "not supported": (1, "--metrics.enable_wandb", ["metrics.enable_wandb", "not supported"]),
 }
 
 

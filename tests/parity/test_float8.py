@@ -1,9 +1,9 @@
 """float8, emulated: every layout and recipe against one process that torchao converts; and what refuses it.
 
 Equal but for roundings: where the last bit of a sum in fp32 decides which of two float8 numbers a value becomes, all
-that follows differs a little. Of the layouts and recipes below some had one such value in two steps, which moved a
-loss by up to 2e-6, a norm by 1.2e-3 and a weight by 1e-2 of the largest in its matrix. Hence these tolerances. Scales
-that are no powers of two are far outside them.
+that follows differs a little. Of 42 runs below, of two steps each, 38 had none: their weights differ by at most 6e-6 of
+the way they went (root mean squares of a matrix). The others had one, which moved a loss by up to 2e-6, a norm by
+1.2e-3 and a matrix by 0.023 of its way. Hence these tolerances. With other scales it is 0.38 and more.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from parity.layout import CPU, Case, _train_once, build, build_config, with_keys
-from parity.single import MODELS, in_float8, single_process
+from parity.single import MODELS, in_float8, plain_model, single_process
 from parity.table import CP2, FSDP2, FSDP2_TP2, ONE, OP, PP2, PP2_CP2, PP2_FSDP2, TP2, compiled, schedule
 from ranks import Ranks, kept
 from torch.distributed.tensor import DTensor
@@ -26,7 +26,7 @@ from dtron.parallel.compose import parallelize
 from dtron.parallel.float8 import check_float8, to_float8
 
 pytest.importorskip("torchao")
-LOSS, NORM, WEIGHT = 2e-4, 3e-3, 1e-2
+LOSS, NORM, WEIGHT = 2e-4, 3e-3, 0.05
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 
@@ -78,18 +78,25 @@ def train(case: Case, optimizer: str, plain_scales: bool = False) -> tuple[list[
 
 
 def differences(case: Case, ranks: Ranks, optimizer: str, plain_scales: bool = False) -> tuple[float, float, float]:
-    """Of the loss and the norm, relative, and of a weight, in shares of the largest of its matrix."""
+    """Of the loss and the norm, relative, and of a matrix, in shares of the way it went: root mean squares."""
     recipe = "plain scales" if plain_scales else case.keys["quantize.linear.float8.recipe_name"]
     expected = single_process(case.model, optimizer, recipe=recipe)
     results = ranks.run(case.degrees.world, train, case, optimizer, plain_scales, share=case.degrees)
     (losses, norms, _), weights = results[0], {name: w for result in results for name, w in result[2].items()}
     assert weights.keys() == expected.weights.keys()
-    moved = [float(np.abs(weights[name] - w.numpy()).max() / w.abs().max()) for name, w in expected.weights.items()]
+    off = off_its_way(weights, {name: w.numpy() for name, w in expected.weights.items()})
     relative = [
         max(abs(got - want) / want for got, want in zip(*pair, strict=True))
         for pair in ((losses, expected.losses), (norms, expected.norms))
     ]
-    return relative[0], relative[1], max(moved)
+    return relative[0], relative[1], off
+
+
+def off_its_way(weights: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest difference of a matrix in two runs, in shares of the way that it went."""
+    start = {name: p.detach().numpy() for name, p in plain_model(MODELS["small"]).named_parameters()}
+    pairs = [(weights[name] - w, w - start[name]) for name, w in expected.items()]
+    return max(float(np.sqrt(np.square(off).mean() / np.square(way).mean())) for off, way in pairs)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -102,7 +109,7 @@ def test_layout_equals_one_process(case: Case, optimizer: str, ranks: Ranks) -> 
 
 
 def test_scales_that_are_no_powers_of_two_depend_on_the_layout(ranks: Ranks) -> None:
-    assert differences(Case("fsdp2", FSDP2), ranks, "SGD", plain_scales=True)[2] > 2 * WEIGHT
+    assert differences(Case("fsdp2", FSDP2), ranks, "SGD", plain_scales=True)[2] > 5 * WEIGHT
 
 
 GATHERED = {"quantize.linear.float8.enable_fsdp_float8_all_gather": True}
@@ -127,7 +134,7 @@ def test_weights_gathered_as_float8_equal_those_of_one_rank(case: Case, ranks: R
     results = ranks.run(case.degrees.world, train, case, "AdamW", share=case.degrees)
     weights = {name: w for result in results for name, w in result[2].items()}
     assert weights.keys() == expected[2].keys()
-    assert max(np.abs(weights[n] - w).max() / np.abs(w).max() for n, w in expected[2].items()) < WEIGHT
+    assert off_its_way(weights, expected[2]) < WEIGHT
     assert results[0][0] == pytest.approx(expected[0], rel=LOSS)
     assert results[0][1] == pytest.approx(expected[1], rel=NORM)
     other = single_process("small", "AdamW", recipe="tensorwise")  # whose scales are powers of two

@@ -135,14 +135,20 @@ def test_global_batch_is_resolved_once_and_holds(ranks: Ranks, tmp_path: Path) -
 
 # --- every key takes effect
 
-SECTIONS = {name: kind for name, kind in vars(sections).items() if dataclasses.is_dataclass(kind)}
+
+def sections_in(holder: Any) -> dict[str, type]:
+    """The sections that a section has, and those in them, by the attributes that hold them."""
+    found: dict[str, type] = {}
+    for field in dataclasses.fields(holder):
+        if dataclasses.is_dataclass(section := getattr(holder, field.name)):
+            found |= {field.name: type(section)} | sections_in(section)
+    return found
+
+
 # Attributes that hold a section: `config.training`, and `self._config` where a class names it so.
-BY_ATTRIBUTE = {
-    field.name: type(getattr(holder, field.name))
-    for holder in (Config(), Config().training)
-    for field in dataclasses.fields(holder)
-    if dataclasses.is_dataclass(getattr(holder, field.name))
-}
+BY_ATTRIBUTE = sections_in(Config())
+SECTIONS = {name: kind for name, kind in vars(sections).items() if dataclasses.is_dataclass(kind)}
+SECTIONS |= {kind.__name__: kind for kind in BY_ATTRIBUTE.values()}
 
 
 def declared_in(kind: type, leaf: str) -> str:
