@@ -29,8 +29,9 @@ from dtron.ranks.logs import setup_logging
 
 def _serve(rank: int, jobs: Connection) -> None:
     setup_logging()
-    # What a test put in front of it is there too: scripts/bench has a module named as a folder of the tests.
-    sys.path.insert(0, str(Path(__file__).parent))
+    # What a test added is there too: scripts/bench, with a module that is named as a folder of the tests and hides it.
+    scripts = Path(__file__).parents[1] / "scripts"
+    sys.path[:] = [path for path in sys.path if scripts not in Path(path).parents]
     torch.set_num_threads(1)
     while True:
         fn, world, store, keep, args = jobs.recv()

@@ -11,7 +11,7 @@ from dtron.models.families import FAMILIES
 from dtron.plan.dryrun import dry_run
 from dtron.plan.layout import Layout, Sizes
 from dtron.plan.memory import closed_form_peak
-from dtron.plan.search import MARGIN, with_keys
+from dtron.plan.search import MARGIN, SLACK_BYTES, with_keys
 from dtron.plan.single import check_sizes
 from dtron.train.resolve import resolve
 
@@ -43,7 +43,7 @@ def test_no_random_layout_holds_more_than_the_closed_form_and_its_margin(seed: i
         closed = closed_form_peak(sizes, layout, setup.config.training.seq_len).peak
         ranks = sorted({0, min(1, layout.pp - 1), layout.pp - 1})
         recorded = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in ranks)
-        assert recorded <= closed * (1 + MARGIN), (sizes, layout)
+        assert recorded <= closed * (1 + MARGIN) + SLACK_BYTES, (sizes, layout)
 
 
 def test_moments_in_bf16_halve_their_bytes() -> None:
