@@ -3,7 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: ranks share few cores, and forking wants no threads
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of CPU ranks, also where there is a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of CPU ranks, also where there is a GPU; but see on_gpu.py
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Else inductor keeps processes, and threads that talk to them, which do not go well with forks.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

@@ -63,17 +63,19 @@ def to_float8(model: nn.Module, config: Config) -> nn.Module:
     )
 
 
-def scale_gathered_weights(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Have the scales of all float8 weights that FSDP gathers computed at once, now and after each update.
+def scale_gathered_weights(config: Config, parts: Iterable[nn.Module]) -> None:
+    """Compute the scales of all weights that FSDP gathers as float8 at once, where that is asked for.
 
-    A collective over the mesh of the weights, to be called when they are loaded.
+    A collective over the mesh of the weights, to be called when they were loaded, and after each update.
     """
     float8 = config.quantize.linear.float8
-    if float8.enable_fsdp_float8_all_gather and float8.precompute_float8_dynamic_scale_for_fsdp:
-        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+    asked = float8.enable_fsdp_float8_all_gather and float8.precompute_float8_dynamic_scale_for_fsdp
+    if not asked or not any(name in FLOAT8 for name in config.model.converters):
+        return
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
-        precompute_float8_dynamic_scale_for_fsdp(model)
-        optimizer.register_step_post_hook(lambda *_: precompute_float8_dynamic_scale_for_fsdp(model))
+    for part in parts:
+        precompute_float8_dynamic_scale_for_fsdp(part)
 
 
 @contextlib.contextmanager
@@ -94,7 +96,7 @@ def converters_of_parameters(names: Iterable[str]) -> list[str]:
 
 def describe_float8(config: Config) -> str:
     """A few words for the log; none without float8."""
-    if len(converters_of_parameters(config.model.converters)) == len(config.model.converters):
+    if not any(name in FLOAT8 for name in config.model.converters):
         return ""
     float8 = config.quantize.linear.float8
     return f", float8 {float8.recipe_name or 'tensorwise'}{' (emulated)' if float8.emulate else ''}"

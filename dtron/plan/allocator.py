@@ -57,6 +57,16 @@ class _Pool:
         del self.by_address[block.address]
         del self.free[bisect.bisect_left(self.free, (block.size, block.address))]
 
+    def join(self, block: _Block, after: _Block) -> _Block:
+        """`block` with the one after it, neither of which is among the free."""
+        block.size += after.size
+        block.after = after.after
+        if after.after:
+            after.after.before = block
+        if self.last is after:
+            self.last = block
+        return block
+
     def best_fit(self, size: int) -> _Block | None:
         """get_free_block: the smallest that is large enough; the end of an expandable segment counts as endless."""
         at = bisect.bisect_left(self.free, (size, -1))
@@ -130,19 +140,8 @@ class CachingAllocator:
         pool = block.pool
         if (before := block.before) and before.free:
             pool.take(before)
-            before.size += block.size
-            before.after = block.after
-            if block.after:
-                block.after.before = before
-            if pool.last is block:
-                pool.last = before
-            block = before
+            block = pool.join(before, block)
         if (after := block.after) and after.free:
             pool.take(after)
-            block.size += after.size
-            block.after = after.after
-            if after.after:
-                after.after.before = block
-            if pool.last is after:
-                pool.last = block
+            block = pool.join(block, after)
         pool.put(block)

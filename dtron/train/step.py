@@ -33,7 +33,7 @@ class Step:
     config: with the global batch resolved. optimizers: of `model.parts`. progress: counted up by each
     step. tally: sums for the metrics. balance: of a mixture of experts. stop_requested: whether a stop was requested on
     this rank.
-    before_update: called when gradients are final and weights are about to change.
+    before_update: called when gradients are final and weights are about to change. after_update: when they have.
     """
 
     config: Config
@@ -47,6 +47,7 @@ class Step:
     balance: Balance | None = None
     stop_requested: Callable[[], bool] = lambda: False
     before_update: Callable[[], None] = lambda: None
+    after_update: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Train on this rank's rows of the next global batch. Returns what `StepGuard.watch` reads, and the local loss.
@@ -80,6 +81,7 @@ class Step:
             elif not optimizer.state:
                 create_state(optimizer)  # a checkpoint is to hold it, whatever the first step was
             optimizer.zero_grad()
+        self.after_update()
         if self.balance and counts is not None:
             self.balance.update_bias(counts, stats[3] == 0)
         self.progress.consumed += c.training.global_batch_size

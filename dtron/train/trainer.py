@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,7 @@ class Trainer:
         if not self.start.resume_from:
             check_vocabulary(self.config, self.data.first)
         load_start(self.start, setup, self.model, self.optimizers)
-        for part, optimizer in zip(self.model.parts, self.optimizers, strict=True):
-            scale_gathered_weights(self.config, part, optimizer)
+        scale_gathered_weights(self.config, self.model.parts)
         self.step = self._build_step()
         self.report = start_report(
             world, setup, self.config, self.start, self.data, self.device, self._flops_per_token()
@@ -250,5 +250,5 @@ class Trainer:
             balance = Balance(self.model, self.config, experts, m.n_layers, self.device)
         return Step(
             self.config, self.mesh, self.device, self.model, self.optimizers, guard, self.progress, tally, balance,
-            self._stop_requested,
+            self._stop_requested, after_update=partial(scale_gathered_weights, self.config, self.model.parts),
         )  # fmt: skip

@@ -1,7 +1,5 @@
 """A step never makes the host wait for the device, but where it is to: a stand-in device records what would."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from on_gpu import needs_gpu, run_on_gpu
 from parity.layout import Case, build_config, with_keys
 from parity.single import MODELS, ROWS, batch
 from parity.table import ONE
@@ -144,24 +143,33 @@ def test_a_value_that_is_read_is_seen() -> None:
     assert seen.seen == ["_local_scalar_dense"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_a_step_on_a_gpu_synchronises_nothing(tmp_path: Path) -> None:
     """torch's own detector, of whole steps of the Trainer: after the first, which makes memory and streams."""
-    command = f"""
+    program = f"""
 import torch
 from tinyrun import train_tiny
 from dtron.train.step import Step
 torch.cuda.set_device(0)
-call = Step.__call__
-def watched(step, batch):
-    torch.cuda.set_sync_debug_mode("error" if step.progress.step else "default")
-    try:
+call, watched = Step.__call__, []
+def watch(step, batch):
+    if not step.progress.step:
         return call(step, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = call(step, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-Step.__call__ = watched
+    watched.append(step.progress.step)
+    return result
+Step.__call__ = watch
 torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
 train_tiny({str(tmp_path)!r}, 5, "--training.device cuda --training.mixed_precision_param bfloat16")
+torch.cuda.set_sync_debug_mode("error")
+try:
+    torch.ones((), device="cuda").item()
+except RuntimeError:
+    watched.append("a wait is seen")
+print(watched)
 """
-    folders = os.pathsep.join(str(path) for path in Path(__file__).resolve().parents[1:3])
-    subprocess.run([sys.executable, "-c", command], env=os.environ | {"PYTHONPATH": folders}, check=True, timeout=300)
+    assert run_on_gpu(program).splitlines()[-1] == "[2, 3, 4, 5, 'a wait is seen']"
