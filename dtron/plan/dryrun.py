@@ -24,6 +24,7 @@ from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.models.spec import experts_of, layers_of
 from dtron.parallel.compose import materialize, wrap_on_meta
+from dtron.parallel.float8 import FLOAT8
 from dtron.parallel.incompatible import FEATURES
 from dtron.plan.cuda_attention import flex_attention_stand_in
 from dtron.plan.record import StepRecord
@@ -39,7 +40,7 @@ from dtron.train.setup import Setup
 from dtron.train.step import Step
 from dtron.train.tally import Tally
 
-__all__ = ["build_step", "dry_run", "dry_run_stages", "fake_batch", "host_value"]
+__all__ = ["build_step", "check_known", "dry_run", "dry_run_stages", "fake_batch", "host_value"]
 
 CPU = torch.device("cpu")
 # What fake tensors can run: the graphs, decompositions and choice of saved tensors of inductor, without its kernels.
@@ -52,11 +53,10 @@ def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True)
     gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers, and
     what RMSNorm keeps where it is not one operator.
     replay: record blocks that are alike once (`replay.py`), where that is possible. Experts are taken to be in balance,
-    documents to be whole sequences. What is compiled runs with the backend `COMPILED`. UserError with CPU offload,
-    which a dry run does not know.
+    documents to be whole sequences. What is compiled runs with the backend `COMPILED`. UserError for what a dry run does
+    not know, see `check_known`.
     """
-    if setup.config.training.enable_cpu_offload:
-        raise UserError("a dry run does not know training.enable_cpu_offload; set it false")
+    check_known(setup.config)
     if replay and _can_replay(setup.config):
         try:
             return _dry_run(setup, rank, gloo, True)
@@ -64,6 +64,17 @@ def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True)
             if not _is_unlike(error):
                 raise
     return _dry_run(setup, rank, gloo, False)
+
+
+def check_known(config: Config) -> None:
+    """UserError for what neither dry runs nor the closed forms know."""
+    if config.training.enable_cpu_offload:
+        raise UserError("the planner does not know training.enable_cpu_offload; set it false")
+    if any(name in FLOAT8 for name in config.model.converters):
+        raise UserError(
+            "the planner does not know float8; plan without it, by --model.converters= : a GPU then holds about as much, "
+            "and steps are at most as long"
+        )
 
 
 def dry_run_stages(setup: Setup) -> list[StepRecord]:

@@ -177,6 +177,11 @@ def search(
             if family not in too_big or needed < too_big[family].needed_bytes:
                 time = predict(s, layout, seq_len, hw, style)
                 too_big[family] = Candidate(layout, memory, time, memory.peak, reserved, False)
+    if not looked_at and fixed.get("activation_checkpoint.mode") == "memory_budget":
+        raise UserError(
+            "the search knows no memory budget; plan with --activation_checkpoint.mode none, which holds more and takes "
+            "as long as a budget of 0.75, or selective with selective_ac_option op, which holds less"
+        )
     if not looked_at:
         raise UserError(
             f"no layout of {gpus} GPUs makes a global batch of {global_batch} sequences with the keys that are given; "

@@ -2,6 +2,7 @@
 
 from dtron.errors import UserError
 from dtron.models.spec import meta_model
+from dtron.plan.dryrun import check_known
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import closed_form_peak
@@ -16,7 +17,8 @@ SIZES_MAY_DIFFER = 0.03
 
 
 def check_sizes(setup: Setup) -> None:
-    """UserError unless the closed forms' blocks, all of which are alike, are the model's."""
+    """UserError unless the run is of what the planner knows, and the closed forms' alike blocks are the model's."""
+    check_known(setup.config)
     expected = Sizes.of(setup.model_config).parameters
     parameters = sum(p.numel() for p in meta_model(setup.spec, setup.model_config).parameters())
     if abs(parameters / expected - 1) > SIZES_MAY_DIFFER:

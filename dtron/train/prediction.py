@@ -30,24 +30,15 @@ def compare_with_prediction(config: Config, trainer: Trainer) -> None:
         log.info("plan: no prediction, as no rates of this CPU are given (metrics.plan_hardware)")
         return
     attempts = sorted(trainer.run_folder.glob("config*.toml"), key=lambda path: path.stat().st_mtime)
-    words = [
-        str(attempts[-1]),
-        "--gpus",
-        str(trainer.world.size),
-        "--hardware",
-        hardware or device_name(trainer.device),
-    ]
-    log.info(
-        "\n".join(f"plan: {line}" for line in _ask([*words, "--measured", str(trainer.run_folder / "metrics.jsonl")]))
-    )
+    words = [str(attempts[-1]), "--gpus", str(trainer.world.size), "--hardware"]
+    words += [hardware or device_name(trainer.device), "--measured", str(trainer.run_folder / "metrics.jsonl")]
+    log.info("\n".join(f"plan: {line}" for line in _ask(words)))
 
 
 def _ask(words: list[str]) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
-    environment |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
-    }
+    ours = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])  # where this process finds dtron
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ours}
     command = [sys.executable, "-m", "dtron", "plan", *words]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)

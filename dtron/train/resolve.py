@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -158,6 +159,14 @@ def _value_mistakes(c: Config) -> Iterator[str]:
         yield f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}"
     if c.training.loss_kernel == "triton" and importlib.util.find_spec("triton") is None:
         yield "training.loss_kernel = triton, and it is not installed here: pip install triton, or set torch"
+    if (hardware := c.metrics.plan_hardware).endswith(".json"):
+        if not Path(hardware).is_file():
+            yield f"metrics.plan_hardware: there is no file {hardware}; `dtron preflight` writes it on these machines"
+    elif hardware and c.training.device == "cpu":
+        yield (
+            f"metrics.plan_hardware is {hardware}, and the device is cpu: expected the file that `dtron preflight` "
+            "wrote on this machine, such as preflight.json, or nothing"
+        )
     if c.checkpoint.folder.startswith("memory:"):
         yield "checkpoint.folder in memory:// is gone when the run ends; name a place that stays"
     if c.checkpoint.resume_run and not c.checkpoint.enable:

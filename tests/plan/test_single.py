@@ -1,11 +1,14 @@
 """The layout that a configured run has, as the planner reads it."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
 import pytest
 
 from dtron.config import load
+from dtron.errors import UserError
+from dtron.plan import command, report
 from dtron.plan.layout import Layout
 from dtron.plan.search import with_keys
 from dtron.plan.single import describe_run, layout_of
@@ -37,3 +40,19 @@ def test_a_step_of_several_passes_of_a_pipeline_takes_as_often_as_long() -> None
     assert layout_of(three) == one
     steps = [float(describe_run(each, "h100")[1].split()[1]) for each in (setup, three)]
     assert steps[1] == pytest.approx(3 * steps[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("--model.converters float8", "does not know float8; plan without it"),
+        ("--training.enable_cpu_offload", "does not know training.enable_cpu_offload"),
+        ("--activation_checkpoint.mode memory_budget --compile.enable", "knows no memory budget; plan with"),
+    ],
+)
+def test_what_the_planner_does_not_know_is_refused_at_once(keys: str, said: str) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = parser.parse_args([DEBUG, "--gpus", "2", "--exact", "0"])
+    with pytest.raises(UserError, match=said):
+        report.main(given, [*BF16, *keys.split()])
