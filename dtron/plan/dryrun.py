@@ -53,8 +53,8 @@ def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True)
     gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers, and
     what RMSNorm keeps where it is not one operator.
     replay: record blocks that are alike once (`replay.py`), where that is possible. Experts are taken to be in balance,
-    documents to be whole sequences. What is compiled runs with the backend `COMPILED`. UserError for what a dry run does
-    not know, see `check_known`.
+    documents to be whole sequences. What is compiled runs with the backend `COMPILED`. UserError for what a dry run
+    does not know, see `check_known`.
     """
     check_known(setup.config)
     if replay and _can_replay(setup.config):
@@ -72,8 +72,7 @@ def check_known(config: Config) -> None:
         raise UserError("the planner does not know training.enable_cpu_offload; set it false")
     if any(name in FLOAT8 for name in config.model.converters):
         raise UserError(
-            "the planner does not know float8; plan without it, by --model.converters= : a GPU then holds about as much, "
-            "and steps are at most as long"
+            "the planner does not know float8; plan without it, by --model.converters= , which holds about as much"
         )
 
 

@@ -179,8 +179,8 @@ def search(
                 too_big[family] = Candidate(layout, memory, time, memory.peak, reserved, False)
     if not looked_at and fixed.get("activation_checkpoint.mode") == "memory_budget":
         raise UserError(
-            "the search knows no memory budget; plan with --activation_checkpoint.mode none, which holds more and takes "
-            "as long as a budget of 0.75, or selective with selective_ac_option op, which holds less"
+            "the search knows no memory budget; plan with --activation_checkpoint.mode none, which holds more, or "
+            "selective with selective_ac_option op, which holds less than a budget of 0.75"
         )
     if not looked_at:
         raise UserError(
