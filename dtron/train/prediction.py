@@ -24,7 +24,12 @@ OF_A_RANK = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def compare_with_prediction(config: Config, trainer: Trainer) -> None:
-    """Log the prediction of a run that has ended, beside what was measured, or why there is none."""
+    """Log the prediction of a run that has done all its steps, beside what was measured, or why there is none.
+
+    One that was stopped before is to end at once: a scheduler may be about to kill it.
+    """
+    if trainer.progress.step < config.training.steps:
+        return
     hardware = config.metrics.plan_hardware
     if not hardware and trainer.device.type == "cpu":
         log.info("plan: no prediction, as no rates of this CPU are given (metrics.plan_hardware)")

@@ -59,7 +59,8 @@ def test_what_goes_wrong_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPat
     """And a CPU without rates is not predicted at all."""
     (folder / "config.toml").touch()
     world = types.SimpleNamespace(size=2)
-    trainer: Any = types.SimpleNamespace(device=torch.device("cpu"), run_folder=folder, world=world)
+    progress = types.SimpleNamespace(step=7)
+    trainer: Any = types.SimpleNamespace(device=torch.device("cpu"), run_folder=folder, world=world, progress=progress)
     asked: list[list[str]] = []
 
     def answers(*outcomes: Any) -> Any:
@@ -79,7 +80,10 @@ def test_what_goes_wrong_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "0")
     said: list[str] = []
     monkeypatch.setattr(prediction.log, "info", said.append)
-    config = load(["--job.config_file", DEBUG])
+    config = load(["--job.config_file", DEBUG, "--training.steps", "8"])
+    prediction.compare_with_prediction(replace(config, "metrics.plan_hardware", "preflight.json"), trainer)
+    assert asked == said == []  # it was stopped before its last step, and is to end at once
+    progress.step = 8
     prediction.compare_with_prediction(config, trainer)
     assert (
         asked == [] and said.pop() == "plan: no prediction, as no rates of this CPU are given (metrics.plan_hardware)"
