@@ -16,6 +16,7 @@ from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError, quiet_broken_pipe
 from dtron.hf import sample
 from dtron.plan import command as plan
+from dtron.verify import command as verify
 
 __all__ = ["main"]
 
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     preflight.add_arguments(commands.add_parser("preflight", help=text, allow_abbrev=False))
     text = "rank the layouts of a model on GPUs that need not be there"
     plan.add_arguments(commands.add_parser("plan", help=text, allow_abbrev=False))
+    text = "prove that a layout trains as one process does"
+    verify.add_arguments(commands.add_parser("verify", help=text, allow_abbrev=False))
     arguments = argparse.Namespace(after_interrupt="", takes_keys=False)
     try:
         with quiet_broken_pipe():
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.keys = others
             if others and not arguments.takes_keys:
                 parser.error(f"unrecognized arguments: {' '.join(others)}")
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -50,7 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted{arguments.after_interrupt}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ from dtron.train.data import check_datasets
 from dtron.train.initial import check_export, check_initial, resolve_initial
 from dtron.train.setup import Setup
 
-__all__ = ["check_batch", "choose_device_type", "resolve"]
+__all__ = ["check_batch", "check_model", "choose_device_type", "resolve"]
 
 
 def resolve(
@@ -78,7 +78,7 @@ def resolve(
     with found.collect():
         degrees = resolve_degrees(config.parallelism, world)
     if model is not None:
-        _check_model(config, *model, degrees, found)
+        check_model(config, *model, degrees, found)
     if degrees is not None and not config.validation.only:
         with found.collect():
             check_batch(config, degrees, config.training.global_batch_size)
@@ -228,7 +228,7 @@ def _rope_scaling(keys: RopeScalingKeys) -> RopeScaling | None:
     return read_scaling(given, "model.rope_scaling")
 
 
-def _check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, found: Mistakes) -> None:
+def check_model(c: Config, spec: ModelSpec, m: Any, degrees: Degrees | None, found: Mistakes) -> None:
     """The model by itself, with its initial weights and its export, and in the layout."""
     if c.training.attention_mask == "document" and not spec.document_masks:
         found.append(f"model.name {c.model.name} takes no documents; set training.attention_mask causal")

@@ -23,6 +23,7 @@ from dtron.models.families import FAMILIES
 from dtron.models.hf import to_hf_config
 from dtron.plan import command as plan
 from dtron.train.resolve import resolve
+from dtron.verify import command as verify
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "scripts/bench/README.md"]
@@ -112,8 +113,9 @@ def check_tool(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         (sample, "run"),
         (preflight, "run"),
         (plan, "run"),
+        (verify, "run"),
     ):
-        monkeypatch.setattr(module, name, lambda given: load(given.keys) if given.keys else None)
+        monkeypatch.setattr(module, name, lambda given: int(bool(given.keys and not load(given.keys))))
     assert dtron.__main__.main(arguments) == 0
 
 

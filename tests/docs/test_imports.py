@@ -17,6 +17,7 @@ FLOORS = [
     {"registry"},
     {"train"},
     {"hf", "cluster", "plan"},
+    {"verify"},
     {"__main__"},
 ]
 ANYWHERE = {

@@ -14,12 +14,13 @@ from torch import Tensor
 from dtron.config.optimizer import Optimizer
 from dtron.models.init import initial_rows, llama_init_std
 from dtron.models.llama import Llama, LlamaConfig
-from dtron.models.moe import MoEConfig, Router, choose_experts
+from dtron.models.moe import MoEConfig
 from dtron.models.rope import Llama3Scaling, LongRopeScaling, YarnScaling
 from dtron.models.variants import Variant
 from dtron.optim import muon
 from dtron.optim.adamw import AdamW
 from dtron.train.optimizer import block_matrices
+from dtron.verify.plain import Routers
 
 STEPS, ROWS, SEQ, CLIP = 2, 8, 32, 0.5
 SMALL = LlamaConfig(vocab_size=96, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, init_std=0.15)
@@ -229,7 +230,7 @@ def single_process(
     if recipe:
         in_float8(model, "tensorwise" if recipe == "plain scales" else recipe, recipe != "plain scales")
     optimizer = plain_optimizer(optimizer_name, model)
-    routers = Routers(model)
+    routers = Routers(model, model.config.moe, BALANCE_LOSS / ROWS)
     losses, norms, all_counts = [], [], []
     for step in range(STEPS):
         tokens, labels = batch(step)
@@ -244,59 +245,9 @@ def single_process(
             losses[-1] += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
-        all_counts.append(routers.take_counts())
+        all_counts.append(routers.move_biases(BIAS_RATE))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return Run(losses, norms, weights, all_counts, routers.gap)
-
-
-def _gap(scores: Tensor, k: int) -> float:
-    """The least distance, of any token, from its k-th best score to the next."""
-    ranked = scores.sort(-1, descending=True).values
-    return (ranked[..., k - 1] - ranked[..., k]).min().item()
-
-
-class Routers:
-    """What a plain loop needs of the routers: the written balance loss, the counts, and the bias that follows them."""
-
-    def __init__(self, model: Llama) -> None:
-        self._c, self.gap = model.config.moe, float("inf")
-        self._routers = [module for module in model.modules() if isinstance(module, Router)]
-        self._scores: list[Tensor] = []
-        dense = model.config.n_layers - len(self._routers)
-        self._counts = torch.zeros(model.config.n_layers, self._c.n_experts if self._c else 0)[dense:]
-        for router in self._routers:
-            router.register_forward_hook(lambda _, inputs, scores: self._scores.append(scores))
-
-    def balance_loss(self) -> Tensor:
-        """Of a microbatch, by the formula; and its rows are counted."""
-        total = torch.zeros(())
-        for i, (router, scores) in enumerate(zip(self._routers, self._scores, strict=True)):
-            bias = router.e_score_correction_bias
-            chosen = choose_experts(scores.detach(), bias, self._c)
-            rows = F.one_hot(chosen, self._c.n_experts).sum(2)  # [B, S, N]
-            share = rows.sum(1) * self._c.n_experts / (self._c.top_k * scores.size(1))  # f [B, N]
-            mean = (scores / scores.sum(-1, keepdim=True)).mean(1)  # P [B, N]
-            total = total + BALANCE_LOSS / ROWS * (share * mean).sum()
-            self._counts[i] += rows.sum((0, 1))
-            ranked = scores.detach() + (0 if bias is None else bias)
-            if self._c.n_groups > 1:
-                groups = ranked.unflatten(-1, (self._c.n_groups, -1))
-                best = groups.topk(2, -1).values.sum(-1)  # [B, S, G]
-                self.gap = min(self.gap, _gap(best, self._c.top_groups))
-                kept = best >= best.sort(-1, descending=True).values[..., self._c.top_groups - 1, None]
-                ranked = groups.masked_fill(~kept[..., None], -1.0).flatten(-2)
-            self.gap = min(self.gap, _gap(ranked, self._c.top_k))
-        self._scores.clear()
-        return total
-
-    def take_counts(self) -> list[list[int]]:
-        """Of a step, whose biases then move."""
-        for router, n in zip(self._routers, self._counts, strict=True):
-            if router.e_score_correction_bias is not None:
-                router.e_score_correction_bias.data += BIAS_RATE * (n.mean() - n).sign()
-        counts = self._counts.int().tolist()
-        self._counts.zero_()
-        return counts
 
 
 def off(weight: Tensor, expected: Tensor, atol: float = ATOL) -> float:

@@ -156,10 +156,11 @@ def global_positions() -> Iterator[None]:
 
 
 def _plan(change: dict[str, Any]) -> Any:
-    """The model family with another tensor-parallel plan; None leaves an entry out."""
-    spec = registry.look_up("model", "llama3", "")
+    """The model families with another tensor-parallel plan; None leaves an entry out."""
     plan = {name: style for name, style in {**llama_plan(True), **change}.items() if style is not None}
-    return patch.dict(registry._REGISTRY["model"], {"llama3": replace(spec, tensor_plan=lambda loss_parallel: plan)})
+    models = registry._REGISTRY["model"]
+    ours = {name: spec for name, spec in models.items() if spec.tensor_plan is llama_plan}
+    return patch.dict(models, {n: replace(spec, tensor_plan=lambda loss_parallel: plan) for n, spec in ours.items()})
 
 
 @broken

@@ -1,0 +1,235 @@
+"""`dtron verify` finds right layouts equal to one process, and names the parameter of each planted fault."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace as replaced
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from extending import outside_model
+from parallel.random_model import DropoutLlama
+from parity.test_rules import BROKEN
+from ranks import RankError, Ranks
+
+import dtron.__main__
+from dtron import registry
+from dtron.config import Config, replace
+from dtron.models.families import FAMILIES
+from dtron.train.step import Step
+from dtron.verify import report
+from dtron.verify.draws import Draw, alike
+from dtron.verify.layout import Seen, train_layout
+from dtron.verify.plain import Truth, train_plain
+from dtron.verify.report import StepSeen, compare, table
+from dtron.verify.small import fewest_gpus, make_proof
+
+LAYOUT = {"pp": "pipeline", "tp": "tensor", "cp": "context", "ep": "expert"}
+
+
+def run_config(name: str = "llama3", keys: Mapping[str, Any] | None = None, **degrees: int) -> Config:
+    """A run of a family's small model, in bf16 and by AdamW, as users have them; degrees: pp, tp, cp, ep, dp."""
+    config = Config()
+    values = {"model.name": name, "training.seq_len": 256}
+    for short, degree in degrees.items():
+        key = "data_parallel_shard" if short == "dp" else f"{LAYOUT[short]}_parallel"
+        values[f"parallelism.{key}_degree"] = degree
+    for key, value in (values | dict(keys or {})).items():
+        config = replace(config, key, value)
+    return config
+
+
+def job(rule: str, config: Config, truth: Truth) -> Seen:
+    """A rank's part of the command, without a rule."""
+    with BROKEN[rule]():
+        return train_layout(make_proof(config, None, 16, False), truth)
+
+
+def verify(ranks: Ranks, config: Config, rule: str = "nothing") -> tuple[list[StepSeen], list[str]]:
+    """What the command finds."""
+    proof = make_proof(config, None, 16, False)
+    truth = train_plain(proof, 2)
+    try:
+        results = ranks.run(proof.setup.degrees.world, job, rule, config, truth)
+    except RankError as error:
+        return [], [str(error)]
+    return compare(truth, results, proof.setup.degrees)
+
+
+DOCUMENTS = {"training.attention_mask": "document"}
+RIGHT = {
+    "fsdp2 and tp2": run_config(dp=2, tp=2),
+    "documents under cp2, accumulated": run_config(
+        keys={**DOCUMENTS, "training.local_batch_size": 2, "training.global_batch_size": 8}, dp=1, cp=2
+    ),
+    "interleaved": run_config(
+        keys={"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}, dp=1, pp=2
+    ),
+    "experts": run_config("qwen3_moe", dp=2, ep=2),
+    "windows and sinks under tp2": run_config("gpt_oss", dp=1, tp=2),
+    "Gemma's windows under cp2": run_config("gemma3", dp=1, cp=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_layout_is_equal(name: str, ranks: Ranks):
+    steps, wrong = verify(ranks, RIGHT[name])
+    assert not wrong and len(steps) == 2 and all(step.equal for step in steps)
+    # A tenth of the tolerance is the most that rounding was seen to make.
+    assert max(off for step in steps for off in step.off.values()) < report.WAY_RTOL / 10
+    assert all(step.norm[0] > 0.05 for step in steps)
+
+
+@contextlib.contextmanager
+def dropout_alike() -> Iterator[None]:
+    """Ranks of tensor parallel draw the same numbers."""
+
+    def seed(step: Step, number: int) -> None:
+        m = step.mesh
+        key = f"{number} {m.dp_rank} {m.cp_rank} {m.pp_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+
+    with patch.object(Step, "_seed_random", seed):
+        yield
+
+
+BROKEN["dropout_alike"] = dropout_alike
+
+# Fault -> the layout that shows it, and what names the place.
+FAULTS = {
+    "divide_factor": (run_config(dp=2), "lm_head.weight"),
+    "norms_in_the_plan": (run_config(dp=1, tp=2), "input_layernorm.weight"),
+    "unscaled_gradients": (run_config(dp=1, pp=2), "lm_head.weight"),
+    "bias_of_o_added_once": (run_config("gpt_oss", dp=1, tp=2), "o_proj.bias"),
+    "router_gradients_summed": (run_config("qwen3_moe", dp=1, tp=2), "mlp.gate.weight"),
+    "global_positions": (run_config(dp=1, cp=2), "k_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_its_parameter_named(fault: str, ranks: Ranks):
+    config, place = FAULTS[fault]
+    steps, wrong = verify(ranks, config, fault)
+    assert wrong or not steps[0].equal
+    first = [name for name, off in steps[0].off.items() if off > report.WAY_RTOL] if steps else []
+    assert any(place in name for name in [*first, *wrong]), (first, wrong)
+    said = table(steps, wrong, color=False)
+    assert said[-1] == "The layout does not train as one process does."
+    if fault == "router_gradients_summed":  # and nothing else is wrong yet
+        assert all("mlp.gate" in name for name in first)
+
+
+class GPTOfFaults:
+    """Tensor-parallel plans of a user's own model."""
+
+    @staticmethod
+    def plan(change: dict[str, Any]) -> Any:
+        plan = {k: v for k, v in {**outside_model.tensor_plan(True), **change}.items() if v is not None}
+        return replaced(outside_model.SPEC, tensor_plan=lambda _: plan)
+
+
+def _outside(change: dict[str, Any]) -> Any:
+    return patch.dict(registry._REGISTRY["model"], {"gpt": GPTOfFaults.plan(change)})
+
+
+BROKEN["outside"] = lambda: _outside({})
+BROKEN["outside_norm"] = lambda: _outside({"layers.*.norm": None})
+
+
+@pytest.mark.parametrize(("fault", "place"), [("outside", ""), ("outside_norm", "layers.0.norm.weight")])
+def test_a_model_and_plan_from_outside(fault: str, place: str, ranks: Ranks):
+    config = run_config("gpt", {"model.flavor": "tiny", "training.seq_len": 64}, dp=1, tp=2)
+    with BROKEN["outside"]():
+        steps, wrong = verify(ranks, config, fault)
+    if place:
+        assert any(place in line for line in wrong)
+    else:
+        assert not wrong and all(step.equal for step in steps)
+
+
+BROKEN["dropout"] = lambda: _dropout()
+BROKEN["dropout_drawn_alike"] = lambda: _both(_dropout(), dropout_alike())
+
+
+@contextlib.contextmanager
+def _both(*managers: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager)
+        yield
+
+
+def _dropout() -> Any:
+    spec = registry.look_up("model", "llama3", "")
+    return patch.dict(registry._REGISTRY["model"], {"llama3": replaced(spec, build=DropoutLlama)})
+
+
+@pytest.mark.parametrize(("fault", "right"), [("dropout", True), ("dropout_drawn_alike", False)])
+def test_dropout_is_compared_by_its_draws(fault: str, right: bool, ranks: Ranks):
+    with BROKEN["dropout"]():
+        steps, wrong = verify(ranks, run_config(dp=1, tp=2), fault)
+    assert all(step.equal for step in steps)
+    assert (not wrong) if right else ("ranks 0 and 1" in wrong[0] and "layers." in wrong[0])
+
+
+def test_draws_of_equal_values_must_be_equal_and_others_not():
+    a, b = Draw("x", "1", "m"), Draw("x", "2", "n")
+    assert alike([[a], [a]]) is None and alike([[a], [b]]) is None
+    assert alike([[a], [Draw("x", "2", "m")]]) == (0, 1, "x")
+    assert alike([[a], [Draw("x", "1", "n")]]) == (0, 1, "x")
+
+
+def test_what_no_rank_holds_is_said():
+    truth = Truth(1.0, 0, [1.0], [1.0], {"a": torch.zeros(2), "b": torch.zeros(2)}, [{}])
+    seen = Seen([1.0], [1.0], [{"a": 0.0, "b": float("nan")}], {"a": 2, "b": 1})
+    (step,), wrong = compare(truth, [seen], make_proof(run_config(dp=1), 1, 1, False).setup.degrees)
+    assert wrong == ["no rank trains b, or not the whole of it"]
+    assert step.off["b"] == float("inf") and not step.equal
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_made_small_for_every_dimension(name: str):
+    config = run_config(name, {"model.flavor": list(FAMILIES[name])[-1]}, dp=4, pp=2, cp=2)
+    proof = make_proof(config, None, 8, False)
+    m = proof.setup.model_config
+    assert proof.setup.degrees.world == 8 and m.dim <= 128 and m.n_layers <= 8
+    assert proof.asked.model_config.variant == m.variant
+
+
+def test_degrees_are_lowered_and_stay_above_one():
+    config = run_config(dp=8, tp=4, keys={"parallelism.data_parallel_replicate_degree": 4, "model.flavor": "8B"})
+    assert fewest_gpus(config) == 128
+    degrees = make_proof(config, None, 8, False).setup.degrees
+    assert (degrees.dp_replicate, degrees.dp_shard, degrees.tp) == (2, 2, 2)
+    assert make_proof(config, None, 8, True).setup.degrees.world == 128
+
+
+def test_the_command_prints_a_table_and_its_exit_code_tells(capsys: pytest.CaptureFixture[str], tmp_path: Any):
+    (tmp_path / "run.toml").write_text("[training]\nseq_len = 256\n")
+    command = ["verify", str(tmp_path / "run.toml"), "--dp", "2", "--steps", "1"]
+    assert dtron.__main__.main(command) == 0
+    text = capsys.readouterr().out
+    assert "dp_shard 2: 2 ranks on this machine" in text and "Equal: loss within 1e-05" in text
+    assert "not here  bfloat16, AdamW (SGD instead), clipping" in text
+    with patch.object(report, "WAY_RTOL", 0.0):
+        assert dtron.__main__.main([*command, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["equal"] and found["degrees"]["dp_shard"] == 2 and len(found["steps"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.toml"], "nowhere.toml"),
+        (["configs/debug.toml", "--gpus", "3", "--tp", "2"], "does not divide the world size 3"),
+        (["configs/debug.toml", "--tp", "3"], "tensor_parallel_degree 3 does not divide"),
+        (["configs/debug.toml", "--steps", "0"], "--steps"),
+        (["configs/debug.toml", "--training.nothing", "0"], "training.nothing"),
+    ],
+)
+def test_mistakes_are_said_before_anything_starts(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    assert dtron.__main__.main(["verify", *arguments]) == 1
+    assert said in capsys.readouterr().err
