@@ -24,7 +24,7 @@ __all__ = ["StdlibSource", "load_stdlib", "prepare_stdlib"]
 # Tests, and tables of literals (character sets, help topics, HTML entities, locale names), which were 2.4 of 12 MB: the
 # small model of the quickstart, once it had seen them, wrote little else.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
-LEFT_OUT |= {"entities.py", "stringprep.py", "_compat_pickle.py", "locale.py"}
+LEFT_OUT |= {"entities.py", "stringprep.py", "_compat_pickle.py", "locale.py", "_opcode_metadata.py"}
 
 Split = Literal["train", "validation"]
 

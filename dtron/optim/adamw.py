@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["LARGEST_BETA", "AdamW"]
+__all__ = ["LARGEST_BETA", "AdamW", "first_chunk"]
 
 LARGEST_BETA = 0.99
 # Elements updated at a time in eager mode, each with about six temporaries of 4 bytes; on a CPU they stay in its cache.
@@ -53,11 +53,11 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._dtype = state_dtype
-        self._update: Callable[..., None] = _in_chunks
+        self.update: Callable[..., None] = _in_chunks  # of a flat shard
 
     def compile(self, backend: str) -> None:
         """Make the update one pass over memory, by this backend of torch.compile."""
-        self._update = torch.compile(_update, dynamic=True, fullgraph=True, backend=backend)
+        self.update = torch.compile(_update, dynamic=True, fullgraph=True, backend=backend)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -87,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
             shards = [_local(t).view(-1) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
             if shards[0].numel():
                 correction = corrections[0][i], corrections[1][i]
-                self._update(*shards, scale, found, lr, betas, correction, group["eps"], decay)
+                self.update(*shards, scale, found, lr, betas, correction, group["eps"], decay)
 
     def _state_of(self, p: Tensor, device: torch.device) -> dict[str, Any]:
         state = self.state[p]
@@ -107,3 +107,8 @@ def _in_chunks(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *sc
     size = CPU_CHUNK if p.device.type == "cpu" else CHUNK
     for parts in zip(*(t.split(size) for t in (p, grad, exp_avg, exp_avg_sq)), strict=True):
         _update(*parts, *scalars)
+
+
+def first_chunk(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *scalars: Any) -> None:
+    """The beginning of the update on a GPU, for dry runs: every chunk takes and frees the same memory."""
+    _update(p[:CHUNK], grad[:CHUNK], exp_avg[:CHUNK], exp_avg_sq[:CHUNK], *scalars)

@@ -23,6 +23,7 @@ from dtron.data.loader import Batch
 from dtron.errors import UserError
 from dtron.mesh import Mesh
 from dtron.models.spec import experts_of, layers_of
+from dtron.optim.adamw import AdamW, first_chunk
 from dtron.parallel.compose import materialize, wrap_on_meta
 from dtron.parallel.float8 import FLOAT8
 from dtron.parallel.incompatible import FEATURES
@@ -107,6 +108,9 @@ def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
 
         step = build_step(setup, recorded)
         recorder.groups = _dimensions(step.mesh)
+        for optimizer in step.optimizers:
+            if isinstance(optimizer, AdamW) and not gloo:
+                optimizer.update = first_chunk  # a CPU's chunks would be 120,000 for 8B parameters
         with recorded():
             return _record(setup, rank, step, recorder, replay)
 

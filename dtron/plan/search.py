@@ -154,7 +154,7 @@ def search(
     style = style_of(config)
     found: list[Candidate] = []
     too_big: dict[tuple[int, int, int], Candidate] = {}
-    looked_at, families = 0, set()
+    looked_at, families = 0, set[tuple[int, int, int]]()
     # Moments in bf16 are another training: they are tried where those in fp32 do not fit.
     dtypes = [config.optimizer.state_dtype]
     if config.optimizer.name == "AdamW" and dtypes == ["float32"] and "optimizer.state_dtype" not in fixed:
@@ -189,8 +189,13 @@ def search(
         )
     found.sort(key=lambda c: -c.time.tokens_per_s)
     nearest = sorted(too_big.items(), key=lambda item: item[1].needed_bytes)
-    reasons = _too_big([c for family, c in nearest if family not in families], hw)
+    if not found and exact:  # estimates have margins: what fits without them is recorded, to know
+        found = [c for _, c in nearest if c.memory.peak + beside_allocator(c.layout) <= hw.memory_bytes]
+        top = exact
     legal, illegal = _legal(config, found, gpus, hw, exact, top)
+    legal = [c for c in legal if c.fits]  # not so where there was no try left to record one of those
+    families |= {(c.layout.pp, c.layout.tp, c.layout.cp) for c in legal}
+    reasons = _too_big([c for family, c in nearest if family not in families], hw)
     smallest = min(too_big.values(), key=lambda c: c.needed_bytes, default=None)
     best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
     best |= {(c.layout.tp, c.layout.pp): c.time.tokens_per_s for c in reversed(found)}

@@ -295,7 +295,8 @@ def test_goodput_goes_on_over_restarts(tmp_path: Path, whole: list[list[Any]]) -
     assert parts == pytest.approx(last["unix_s"] - accounts[0]["unix_s"] + sum(
         value for key, value in accounts[0].items() if key.startswith("spent_s/")
     ), rel=1e-3)  # fmt: skip
-    assert all(abs(row["spent_s/other"]) < 0.2 for row in accounts)
+    # What is between two measurements: on a machine with much else to do a fiftieth of all was seen.
+    assert all(abs(row["spent_s/other"]) < max(0.2, parts / 25) for row in accounts)
     assert "goodput" in run.out[0] and "start-up" in run.out[0]
     assert [row["step"] for row in rows if "checkpoint_stall_s" in row] == [4, 6, 8, 9]
 

@@ -134,6 +134,24 @@ def test_a_model_that_fits_nowhere_is_told_where_it_would(tmp_path: Path, capsys
     assert main([*arguments, found[1]]) == 0
 
 
+def test_what_fits_but_for_the_margins_of_an_estimate_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """A step of bf16 moments on one GPU, of which the record holds less than the estimate with its margins."""
+    keys = "--model.n_layers 12 --model.dim 1024 --training.global_batch_size 8 --training.local_batch_size 2"
+    keys += " --activation_checkpoint.mode full --optimizer.state_dtype bfloat16"
+    arguments = ["plan", DEBUG, *keys.split(), "--gpus", "1", "--json", "--top", "1"]
+    assert main([*arguments, "--exact", "0"]) == 0
+    estimate = json.loads(capsys.readouterr().out)[0]["needed_bytes"]
+    file = tmp_path / "less.json"
+    file.write_text(json.dumps({"name": "h100", "memory_bytes": estimate - 1e6}))
+    arguments += ["--hardware", str(file)]
+    assert main([*arguments, "--exact", "0"]) == 1
+    assert main([*arguments, "--exact", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["exact"] and found["fits"] and found["needed_bytes"] < estimate
+
+
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     arguments = ["plan", DEBUG, "--gpus", "4", "--exact", "0", "--picture", str(tmp_path / "pictures"), "--pp", "2"]
