@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dtron.cluster import preflight
+from dtron.compare import command as compare
 from dtron.data.corpus import StdlibSource
 from dtron.data.prepare import SHARD_TOKENS, choose_encoder, prepare
 from dtron.data.shards import TokenStore, open_store
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_arguments(commands.add_parser("plan", help=text, allow_abbrev=False))
     text = "prove that a layout trains as one process does"
     verify.add_arguments(commands.add_parser("verify", help=text, allow_abbrev=False))
+    text = "runs side by side: figures, from which step they part, which keys and versions differ"
+    compare.add_arguments(commands.add_parser("compare", help=text, allow_abbrev=False))
     arguments = argparse.Namespace(after_interrupt="", takes_keys=False)
     try:
         with quiet_broken_pipe():

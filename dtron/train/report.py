@@ -27,6 +27,7 @@ from dtron.train.data import RunData
 from dtron.train.folder import write_config
 from dtron.train.setup import Setup, describe, stages_of
 from dtron.train.start import ResumePoint
+from dtron.train.versions import versions_comment
 
 __all__ = ["Report", "StepClock", "start_report"]
 
@@ -110,6 +111,7 @@ class Report:
         self._began_s = process_start_s()
         self._since = time.monotonic() - (time.time() - self._began_s)  # one clock, that nobody sets back
         if world.rank == 0:
+            config_text = versions_comment() + config_text
             write_config(run_folder, attempt, config_text)
             before = last_row(run_folder / "metrics.jsonl", "unix_s")
             self._ledger = Ledger(self._began_s, saved_ledger, before)

@@ -14,6 +14,7 @@ import pytest
 import dtron.__main__
 from dtron.cluster import preflight
 from dtron.cluster import sweep as sweeps
+from dtron.compare import command as compare
 from dtron.config import load, read, to_toml
 from dtron.data.prepare import prepare
 from dtron.data.sources import SourceSpec, open_source
@@ -114,6 +115,7 @@ def check_tool(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         (preflight, "run"),
         (plan, "run"),
         (verify, "run"),
+        (compare, "run"),
     ):
         monkeypatch.setattr(module, name, lambda given: int(bool(given.keys and not load(given.keys))))
     assert dtron.__main__.main(arguments) == 0

@@ -16,8 +16,7 @@ FLOORS = [
     {"data", "checkpoint", "observe", "optim"},
     {"registry"},
     {"train"},
-    {"hf", "cluster", "plan"},
-    {"verify"},
+    {"hf", "cluster", "plan", "verify", "compare"},
     {"__main__"},
 ]
 ANYWHERE = {
