@@ -74,7 +74,9 @@ class Metrics:
         "", "of the prediction at the end of a run, as for dtron plan --hardware; empty: the GPU's, none on a CPU"
     )
     save_for_all_ranks: bool = key(False, "", unsupported="metrics are reduced over all ranks and written once")
-    enable_wandb: bool = key(False, "", unsupported="Weights & Biases needs a network; use TensorBoard")
+    enable_wandb: bool = key(
+        False, "the same metrics in Weights & Biases too; needs the package wandb (pip install 'dtron[wandb]')"
+    )
 
 
 @dataclass(frozen=True)

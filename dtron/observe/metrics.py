@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON object per line in metrics.jsonl, and the same in TensorBoard.
+"""A run's metrics: one JSON object per line in metrics.jsonl, and the same in TensorBoard and Weights & Biases.
 
 The rows are written by one rank. A row holds any of the keys of `TAGS`, `step` (from 1) and
 `attempt` (1, and one more after each resume); other numbers are kept too. Units are in the
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dtron.config.sections import Metrics
 from dtron.errors import UserError
+from dtron.observe.wandb_run import WandbRun
 
 __all__ = ["LAYOUT", "TAGS", "MetricsWriter", "Tag", "last_row", "read_metrics", "tag_of"]
 
@@ -154,12 +155,12 @@ def _to_json(row: dict[str, Any]) -> bytes:
 
 
 class MetricsWriter:
-    """Appends rows to `run_folder/metrics.jsonl` and to TensorBoard. Make it on one rank only.
+    """Appends rows to `run_folder/metrics.jsonl`, to TensorBoard and to Weights & Biases. Make it on one rank only.
 
     `config_text`: the resolved configuration as TOML, shown in TensorBoard. `hparams`: name ->
     bool, number or string, for TensorBoard's HPARAMS page (other values are shown as text).
     `attempt`: 1 for a fresh run, one more after each resume.
-    Raises UserError if TensorBoard is enabled and not installed.
+    Raises UserError if TensorBoard or Weights & Biases is enabled and not installed.
     """
 
     def __init__(
@@ -169,9 +170,11 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.attempt = attempt
         self._failed = False
-        self._board: _Board | None = None
+        self._boards: list[_Board | WandbRun] = []
         if config.enable_tensorboard:
-            self._board = _Board(folder / config.save_tb_folder, config_text, hparams)
+            self._boards.append(_Board(folder / config.save_tb_folder, config_text, hparams))
+        if config.enable_wandb:
+            self._boards.append(WandbRun(folder, hparams, tag_of))
         # Unbuffered: one write per row, so that a kill cuts the last line at worst. Such a stump stays, ended.
         self._file = (folder / "metrics.jsonl").open("a+b", buffering=0)
         size = self._file.seek(0, os.SEEK_END)
@@ -186,9 +189,9 @@ class MetricsWriter:
         row = {**row, "attempt": self.attempt}
         with self._forgiving():
             self._file.write(_to_json({key: value for key, value in row.items() if not isinstance(value, Tensor)}))
-        if self._board is not None:
+        for board in self._boards:
             with self._forgiving():
-                self._board.draw(row)
+                board.draw(row)
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -201,12 +204,12 @@ class MetricsWriter:
             self._failed = True
 
     def close(self) -> None:
-        """Finish both files. A run that is killed loses nothing but TensorBoard's mark of its end."""
+        """Finish all of them. A run that is killed loses nothing but TensorBoard's mark of its end."""
         with self._forgiving():
             self._file.close()
-        if self._board is not None:
+        for board in self._boards:
             with self._forgiving():
-                self._board.close()
+                board.close()
 
 
 class _Board:

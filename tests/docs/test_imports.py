@@ -25,7 +25,7 @@ ANYWHERE = {
     "errors",
     "files",
 }  # may be imported from anywhere, and import nothing of dtron but each other
-LAZY = {"transformers", "datasets", "tokenizers", "tensorboard", "torchdata", "matplotlib"}
+LAZY = {"transformers", "datasets", "tokenizers", "tensorboard", "torchdata", "matplotlib", "wandb"}
 
 
 def room(module: str) -> str:

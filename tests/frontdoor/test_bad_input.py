@@ -171,7 +171,7 @@ REFUSED = {
     "unknown key": (1, "--training.sequence_len 8", ['"training.sequence_len"', "did you mean", "training.seq_len"]),
     "no file of preflight": (1, "--metrics.plan_hardware nothere.json", ["no file nothere.json", "dtron preflight"]),
     "a GPU's rates for a CPU": (1, "--metrics.plan_hardware h100", ["h100", "the device is cpu", "preflight.json"]),
-    "not supported": (1, "--metrics.enable_wandb", ["metrics.enable_wandb", "not supported"]),
+    "not supported": (1, "--metrics.save_for_all_ranks", ["metrics.save_for_all_ranks", "not supported"]),
 }
 
 
