@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-__all__ = ["device_name", "max_memory_bytes", "peak_flops_per_s", "reset_max_memory"]
+__all__ = ["device_name", "max_memory_bytes", "memory_statistics", "peak_flops_per_s", "reset_max_memory"]
 
 # Dense bf16 matrix peak with fp32 accumulation, in FLOP/s, of one device as torch.cuda counts them.
 # NVIDIA's data sheets often print the figure with 2:4 sparsity: it is halved here.
@@ -72,6 +72,17 @@ def max_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def memory_statistics(device: torch.device) -> dict[str, int]:
+    """`max_memory_bytes`, and on CUDA what tensors held of it at most, and how often the allocator had to free its
+    cache because nothing was left, which is slow.
+    """
+    found = {"max_memory_bytes": max_memory_bytes(device)}
+    if device.type == "cuda":
+        seen = torch.cuda.memory_stats(device)
+        found |= {"max_active_memory_bytes": seen["active_bytes.all.peak"], "alloc_retries": seen["num_alloc_retries"]}
+    return found
 
 
 def reset_max_memory(device: torch.device) -> None:

@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dtron import compat
-from dtron.models import moe  # noqa: F401 - registers dtron::grouped_product
+from dtron.models import moe  # and with it dtron::grouped_product
+from dtron.models.flops import matmul_parameters
 
-__all__ = ["apply_recompute"]
+__all__ = ["apply_recompute", "recomputed_flops_per_token"]
 
 # Of an nn.Linear without and with a bias, and in float8.
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
@@ -55,6 +56,23 @@ def apply_recompute(block: nn.Module, index: int, mode: str, option: str) -> nn.
     if mode == "full" or (mode == "selective" and index % int(option) == 0):
         return compat.checkpoint_wrapper(block, preserve_rng_state=True)
     return block
+
+
+def recomputed_flops_per_token(block: nn.Module, index: int, attention: float, mode: str, option: str) -> float:
+    """FLOPs per token of one block that its backward computes again; the arguments are those of `apply_recompute`.
+
+    attention: forward and backward FLOPs per token of the block's attention, of which the forward is a third. The last
+    product, where only its sum with the residual is needed, is not computed again: recomputation stops before it.
+    """
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    last = [block, *(m for m in block.modules() if isinstance(m, nn.Linear | moe.Experts))][-1]
+    needed = hasattr(block, "post_feedforward_layernorm") or isinstance(last, moe.Experts)
+    if mode == "selective" and option == "op":
+        again = [linears[i] for i in sorted(_recomputed(block))]
+        return 2.0 * sum(m.weight.numel() for m in again if needed or m is not last)
+    if mode == "full" or (mode == "selective" and index % int(option) == 0):
+        return 2.0 * (matmul_parameters(block) - (0 if needed else matmul_parameters(last))) + attention / 3
+    return 0.0
 
 
 def _recomputed(block: nn.Module) -> frozenset[int]:

@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", metavar="FOLDER", help="draw time.png, speed.png, steps.png and memory.png there; needs matplotlib"
     )
     add("--measured", metavar="FILE", help="metrics.jsonl of a run of CONFIG as it is: print it beside the prediction")
+    add(
+        "--as-configured",
+        action="store_true",
+        help="predict CONFIG's own layout alone, batch and recompute as they are",
+    )
     add("--json", action="store_true", help="print JSON")
     add("--explain", action="store_true", help="show the arithmetic of the fastest")
     parser.set_defaults(run=run, takes_keys=True)

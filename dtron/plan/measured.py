@@ -15,9 +15,30 @@ from dtron.plan.single import check_sizes, layout_of
 from dtron.plan.timemodel import predict, style_of
 from dtron.train.resolve import resolve
 
-__all__ = ["beside_measured"]
+__all__ = ["beside_measured", "predict_run"]
 
 GIB = 2**30
+
+
+def predict_run(config: Config, world: int, hardware: str) -> dict[str, float]:
+    """tokens_per_s_per_gpu, bubble (a share of the step), max_memory_bytes, on GPUs mfu, of a run as it is configured.
+
+    max_memory_bytes: what the allocator reserves of the fullest GPU; on a CPU the tensors of the fullest rank.
+    UserError without a prediction.
+    """
+    on_cpu = config.training.device == "cpu"
+    setup = resolve(config, world, "cpu" if on_cpu else "cuda")
+    check_sizes(setup)
+    hw, a, s = read_hardware(hardware, on_cpu), layout_of(setup), Sizes.of(setup.model_config)
+    seq_len = config.training.seq_len
+    time = predict(s, a, seq_len, hw, style_of(config))
+    found = {"tokens_per_s_per_gpu": time.tokens_per_s, "bubble": time.bubble_s / time.step_s}
+    if on_cpu:
+        peaks = (dry_run(setup, pp_rank * setup.degrees.stage, gloo=True).peak.total for pp_rank in range(a.pp))
+        return found | {"max_memory_bytes": max(peaks)}
+    memory = closed_form_peak(s, a, seq_len)
+    run = record(Candidate(a, memory, time, memory.peak, 0.0, False), setup, hw)
+    return found | {"mfu": time.mfu_full, "max_memory_bytes": run.reserved_bytes}
 
 
 def beside_measured(config: Config, world: int, hardware: str, metrics: str) -> list[str]:
@@ -25,28 +46,20 @@ def beside_measured(config: Config, world: int, hardware: str, metrics: str) -> 
     rows = [row for row in read_metrics(Path(metrics)) if row.get("tokens_per_s_per_gpu")]
     if not rows:
         raise UserError(f"{metrics} has no row with a speed")
-    on_cpu = config.training.device == "cpu"
-    setup = resolve(config, world, "cpu" if on_cpu else "cuda")
-    check_sizes(setup)
-    hw, a, s = read_hardware(hardware, on_cpu), layout_of(setup), Sizes.of(setup.model_config)
-    seq_len = config.training.seq_len
-    time = predict(s, a, seq_len, hw, style_of(config))
+    on_cpu, found = config.training.device == "cpu", predict_run(config, world, hardware)
     # The first row is that of a step that compiles and warms up.
     speed = statistics.median(row["tokens_per_s_per_gpu"] for row in rows[1:] or rows)
-    lines = [_line("tokens/s per " + ("rank" if on_cpu else "GPU"), time.tokens_per_s, speed, ",.0f")]
+    lines = [_line("tokens/s per " + ("rank" if on_cpu else "GPU"), found["tokens_per_s_per_gpu"], speed, ",.0f")]
     mfus = [row["mfu"] for row in rows[1:] or rows if row.get("mfu")]
-    if mfus:
-        lines.append(_line("MFU", time.mfu_full, statistics.median(mfus), ".1%"))
-    most = max(row["max_memory_bytes"] for row in rows)
+    if mfus and "mfu" in found:
+        lines.append(_line("MFU", found["mfu"], statistics.median(mfus), ".1%"))
+    most, peak = max(row["max_memory_bytes"] for row in rows), found["max_memory_bytes"]
     if on_cpu:
-        peak = max(dry_run(setup, pp_rank * setup.degrees.stage, gloo=True).peak.total for pp_rank in range(a.pp))
         lines.append(
             f"peak memory: predicted {peak / GIB:.2f} GiB of tensors, measured {most / GIB:.2f} of the process"
         )
     else:
-        memory = closed_form_peak(s, a, seq_len)
-        run = record(Candidate(a, memory, time, memory.peak, 0.0, False), setup, hw)
-        lines.append(_line("reserved GiB", run.reserved_bytes / GIB, most / GIB, ".1f"))
+        lines.append(_line("reserved GiB", peak / GIB, most / GIB, ".1f"))
     return lines
 
 

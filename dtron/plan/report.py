@@ -15,7 +15,7 @@ from dtron.plan.gantt import draw_steps
 from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
-from dtron.plan.measured import beside_measured
+from dtron.plan.measured import beside_measured, predict_run
 from dtron.plan.picture import check_matplotlib, draw_memory, draw_speed, draw_time
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.plan.single import check_sizes
@@ -51,6 +51,10 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     if given.measured:
         config = load(["--job.config_file", given.config, *keys])
         print("\n".join(beside_measured(config, given.gpus, given.hardware, given.measured)))
+        return
+    if given.as_configured:
+        figures = predict_run(load(["--job.config_file", given.config, *keys]), given.gpus, given.hardware)
+        print(json.dumps(figures, indent=1) if given.json else "\n".join(f"{k}: {v:.6g}" for k, v in figures.items()))
         return
     hw = read_hardware(given.hardware)
     fixed = {name: setting.value for name, setting in parse_arguments(keys, Mistakes()).items()}

@@ -204,12 +204,14 @@ def _attempt(folder: Path) -> int:
     return 1 + len(list(folder.glob("config*.toml")))
 
 
-def write_config(folder: Path, attempt: int, text: str) -> None:
+def write_config(folder: Path, attempt: int, text: str) -> Path:
     """Keep the resolved configuration of an attempt: the first one's is config.toml, which a resume never overwrites.
 
-    A kill leaves no half of it, which would be taken for another run's.
+    A kill leaves no half of it, which would be taken for another run's. Returns its path.
     """
-    write_atomically(folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml"), text)
+    path = folder / ("config.toml" if attempt == 1 else f"config-attempt-{attempt}.toml")
+    write_atomically(path, text)
+    return path
 
 
 def _last_config(folder: Path) -> Config | None:

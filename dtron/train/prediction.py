@@ -1,18 +1,14 @@
 """At the end of a run: the planner's prediction beside what was measured.
 
-The planner is a tool, which the core does not import, and its dry run needs a process without a process group. So it is
-asked as a user would ask it, by `dtron plan --measured`, in a process of its own, when all is saved and done: whatever
-happens there is one line here.
+It is asked by `dtron plan --measured` when all is saved and done: whatever happens there is one line here.
 """
 
 import logging
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 from dtron.config import Config
 from dtron.observe.device import device_name
+from dtron.train.planner import plan_command
 from dtron.train.trainer import Trainer
 
 __all__ = ["compare_with_prediction"]
@@ -20,7 +16,6 @@ __all__ = ["compare_with_prediction"]
 log = logging.getLogger(__name__)
 
 DEADLINE_S = 120  # of the planner; a stage of 405B takes it 5 CPU-seconds, and it looks at three
-OF_A_RANK = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
 def compare_with_prediction(config: Config, trainer: Trainer) -> None:
@@ -41,10 +36,7 @@ def compare_with_prediction(config: Config, trainer: Trainer) -> None:
 
 
 def _ask(words: list[str]) -> list[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
-    ours = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])  # where this process finds dtron
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ours}
-    command = [sys.executable, "-m", "dtron", "plan", *words]
+    command, environment = plan_command(words)
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     except subprocess.TimeoutExpired:

@@ -25,6 +25,7 @@ from dtron.observe.metrics import MetricsWriter, last_row, read_metrics
 from dtron.ranks.world import World
 from dtron.train.data import RunData
 from dtron.train.folder import write_config
+from dtron.train.planner import Prediction
 from dtron.train.setup import Setup, describe, stages_of
 from dtron.train.start import ResumePoint
 from dtron.train.versions import versions_comment
@@ -95,6 +96,7 @@ class StepClock:
 
 class Report:
     """Writes on rank 0 only. flops: per token; peak: FLOP/s per GPU, or None; entropy: nats per token, or None.
+    recomputed: FLOPs per token that the backward computes again, None where only the compiler knows.
 
     saved_ledger: what `account` gave for the checkpoint that is resumed.
     """
@@ -102,9 +104,12 @@ class Report:
     def __init__(
         self, world: World, config: Config, config_text: str, run_folder: Path, attempt: int,
         flops: float, peak: float | None, entropy: float | None, saved_ledger: dict[str, Any] | None = None,
+        recomputed: float | None = None,
     ) -> None:  # fmt: skip
         self._world, self._config, self._folder = world, config, run_folder
         self._flops, self._peak, self._entropy, self._attempt = flops, peak, entropy, attempt
+        self._recomputed = recomputed
+        self._prediction: Prediction | None = None
         self._eta = EtaClock(config.training.steps)
         self._color = use_color(sys.stdout, config.metrics.disable_color_printing)
         self._writer = None
@@ -112,7 +117,7 @@ class Report:
         self._since = time.monotonic() - (time.time() - self._began_s)  # one clock, that nobody sets back
         if world.rank == 0:
             config_text = versions_comment() + config_text
-            write_config(run_folder, attempt, config_text)
+            self._config_file = write_config(run_folder, attempt, config_text)
             before = last_row(run_folder / "metrics.jsonl", "unix_s")
             self._ledger = Ledger(self._began_s, saved_ledger, before)
             self._writer = MetricsWriter(run_folder, config_text, flatten(config), config.metrics, attempt)
@@ -133,20 +138,29 @@ class Report:
             self._ledger.add(part, seconds)
         return self._ledger.row(self._now_s()) | {"attempt": self._attempt}
 
-    def step(self, row: dict[str, Any], clock: StepClock) -> None:
-        """Complete a row with its times and rates, and write it everywhere."""
+    def step(self, row: dict[str, Any], clock: StepClock) -> float:
+        """Complete a row with its times and rates, and write it everywhere. Returns the seconds per step."""
         step_s, data_s = clock.read()
         tokens_per_s = self._config.training.global_batch_size * self._config.training.seq_len / step_s
         per_gpu = tokens_per_s / self._world.size
         flops = row.get("flops_per_token", self._flops)  # under document masks it changes with the documents
         mfu = per_gpu * flops / self._peak if self._peak else None
         rates = {"tokens_per_s": tokens_per_s, "tokens_per_s_per_gpu": per_gpu, "mfu": mfu}
+        if self._peak and self._recomputed is not None:
+            rates["hfu"] = per_gpu * (flops + self._recomputed) / self._peak
         row = {**row, "step_s": step_s, "data_s": data_s, **rates, **self.account(clock)}
         self._eta.tick(step_s)
         if self._writer:
-            self._writer.log(row)
+            self._writer.log(row | self._predicted())
             left = self._eta.seconds_left(row["step"])
             log.info(format_step(row, self._config.training.steps, left, self._color))
+        return step_s
+
+    def _predicted(self) -> dict[str, float]:
+        """The planner's figures, once they are known; it is asked after the first step, if metrics.plan_hardware is."""
+        if hardware := self._config.metrics.plan_hardware:
+            self._prediction = self._prediction or Prediction(self._config_file, self._world.size, hardware)
+        return self._prediction.row() if self._prediction else {}
 
     def validation(self, step: int, loss: float) -> None:
         row = {"step": step, "validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
@@ -182,6 +196,8 @@ class Report:
             return
         self._writer.log({"step": step, **self.account(clock)})
         self._writer.close()
+        if self._prediction:
+            self._prediction.close()
         rows = read_metrics(self._folder / "metrics.jsonl")
         more = {"unigram_entropy": self._entropy, "flops_per_token": self._flops, "peak_flops": self._peak}
         log.info(format_summary(rows, self._folder, self._resume_command(), **more))
@@ -200,7 +216,7 @@ class Report:
 
 def start_report(
     world: World, setup: Setup, config: Config, start: ResumePoint, data: RunData, device: torch.device,
-    flops_per_token: Callable[[Sequence[float]], float],
+    flops_per_token: Callable[[Sequence[float]], float], recomputed: float | None,
 ) -> Report:  # fmt: skip
     """Say what is about to be trained, on what and where, and open the report."""
     c, name = config.training, device_name(device)
@@ -222,4 +238,5 @@ def start_report(
     entropy = getattr(held_out, "unigram_entropy", None) if world.rank == 0 else None
     attempt, ledger = start.progress.attempt, start.progress.ledger
     history = f"# changed since attempt {attempt - 1}: {start.changed}\n" if start.changed else ""
-    return Report(world, config, history + to_toml(config), start.run_folder, attempt, flops, peak, entropy, ledger)
+    text = history + to_toml(config)
+    return Report(world, config, text, start.run_folder, attempt, flops, peak, entropy, ledger, recomputed)

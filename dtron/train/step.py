@@ -5,7 +5,9 @@ The trainer runs this, and so does whoever wants to record a step, prove it or t
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ class Step:
     step. tally: sums for the metrics. balance: of a mixture of experts. stop_requested: whether a stop was requested on
     this rank.
     before_update: called when gradients are final and weights are about to change. after_update: when they have.
+    phase: a context around each named phase of the step, for times and traces.
     """
 
     config: Config
@@ -48,6 +51,7 @@ class Step:
     stop_requested: Callable[[], bool] = lambda: False
     before_update: Callable[[], None] = lambda: None
     after_update: Callable[[], None] = lambda: None
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Train on this rank's rows of the next global batch. Returns what `StepGuard.watch` reads, and the local loss.
@@ -56,23 +60,36 @@ class Step:
         """
         c, loss = self.config, self.model.loss
         self._seed_random(self.progress.step + 1)
-        valid, unlabelled = self._count_valid(batch.labels)
+        with self.phase("count labels"):
+            valid, unlabelled = self._count_valid(batch.labels)
         loss.valid_tokens = valid
         loss.rows = None if batch.sources is None else []
         local_loss = torch.zeros((), device=self.device)
         size, gathered_keys = c.training.local_batch_size, self.model.gathered_keys
         forwards = local_batches(batch, size, c.parallelism, self.mesh, self.device, gathered_keys)
-        for i, arguments in enumerate(forwards):
-            local_loss += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
-        self.model.finish_gradients()
+        with self.phase("forward-backward"):
+            for i, arguments in enumerate(forwards):
+                local_loss += self.model.forward_backward(*arguments, last=i == len(forwards) - 1)
+            self.model.finish_gradients()
         self.tally.accumulate(batch, [labels for _, labels, *_ in forwards], loss.rows)
         counts = self.balance.take_counts() if self.balance else None
 
         stats = self._reduce(local_loss)
         stats = torch.cat((stats, self.guard.unlabelled() if unlabelled else self.guard.judge(stats)))
         self.before_update()
-        clip_gradients(self.optimizers, stats[1], c.training.max_norm)
         self.progress.step += 1
+        with self.phase("optimizer"):
+            self._update(stats[1], unlabelled)
+        self.after_update()
+        if self.balance and counts is not None:
+            self.balance.update_bias(counts, stats[3] == 0)
+        self.progress.consumed += c.training.global_batch_size
+        self.progress.tokens += c.training.global_batch_size * c.training.seq_len
+        return stats, local_loss
+
+    def _update(self, norm: Tensor, unlabelled: bool) -> None:
+        """Clip and change the weights; unlabelled: there is nothing to learn from."""
+        clip_gradients(self.optimizers, norm, self.config.training.max_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.progress.step, group.get("initial_lr"))
@@ -81,12 +98,6 @@ class Step:
             elif not optimizer.state:
                 create_state(optimizer)  # a checkpoint is to hold it, whatever the first step was
             optimizer.zero_grad()
-        self.after_update()
-        if self.balance and counts is not None:
-            self.balance.update_bias(counts, stats[3] == 0)
-        self.progress.consumed += c.training.global_batch_size
-        self.progress.tokens += c.training.global_batch_size * c.training.seq_len
-        return stats, local_loss
 
     def learning_rate(self, step: int, peak: float | None = None) -> float:
         """Learning rate of optimizer step `step` (from 1). peak: of parameters with one of their own."""
@@ -113,7 +124,8 @@ class Step:
         squares = squared_gradient_norm(self.model.named_parameters(), self.model.aliases, d.stage, self.device)
         stops = torch.full_like(squares, self.stop_requested())
         stats = torch.stack((local_loss.double() / d.tp, squares, stops))
-        dist.all_reduce(stats)
+        with self.phase("reduce loss and norm"):
+            dist.all_reduce(stats)
         stats[1].sqrt_()
         return stats
 

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dtron import compat, registry
 from dtron.data.loader import Batch
 from dtron.mesh import Mesh
 from dtron.models.flops import flops_per_token
-from dtron.models.spec import attended_tokens, experts_of, meta_model
-from dtron.observe.device import max_memory_bytes
+from dtron.models.spec import attended_tokens, experts_of, layers_of, meta_model
+from dtron.observe.phases import Phases
 from dtron.observe.profiler import profiler
 from dtron.parallel.compose import parallelize
 from dtron.parallel.float8 import scale_gathered_weights
+from dtron.parallel.recompute import recomputed_flops_per_token
 from dtron.ranks.agree import from_rank_0, warn_on_rank_0
 from dtron.ranks.control import LONG_S, StopBeforeStartError
 from dtron.ranks.watchdog import Watchdog
@@ -32,6 +32,7 @@ from dtron.train.optimizer import build_optimizers
 from dtron.train.report import StepClock, start_report
 from dtron.train.saving import Saving
 from dtron.train.setup import Setup
+from dtron.train.slowest import Slowest
 from dtron.train.start import load_start, resolve_global_batch, start_run
 from dtron.train.step import Step
 from dtron.train.tally import Tally
@@ -78,9 +79,17 @@ class Trainer:
             check_vocabulary(self.config, self.data.first)
         load_start(self.start, setup, self.model, self.optimizers)
         scale_gathered_weights(self.config, self.model.parts)
+        self.phases, self.slowest = Phases(self.device), Slowest(world, self.mesh, self.device)
         self.step = self._build_step()
         self.report = start_report(
-            world, setup, self.config, self.start, self.data, self.device, self._flops_per_token()
+            world,
+            setup,
+            self.config,
+            self.start,
+            self.data,
+            self.device,
+            self._flops_per_token(),
+            self._recomputed_flops_per_token(),
         )
         self.saving = Saving(setup, self.config, self.start, self.data, self.step, self.report, world)
         self._logged_step = 0
@@ -191,22 +200,20 @@ class Trainer:
     def _log(self, stats: Tensor, clock: StepClock) -> None:
         self._logged_step = self.progress.step
         loss, norm, _, verdict, _ = stats.tolist()
-        memory = torch.tensor(max_memory_bytes(self.device), device=self.device)
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
         of_labels = {} if verdict == UNLABELLED else {"loss": loss, "grad_norm": norm}
         row = {
             "step": self.progress.step,
             **of_labels,
             "lr": self.step.learning_rate(self.progress.step),
             "tokens": self.progress.tokens,
-            "max_memory_bytes": int(memory),
+            **self.slowest.reduce(self.phases),
             **self.step.tally.reduce(self.progress.consumed),
             **self.data.metrics(self.progress.consumed),
             **(self.step.balance.reduce() if self.step.balance else {}),
         }
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
-        self.report.step(row, clock)
+        self.slowest.warn(row, self.report.step(row, clock))
         self.data.say_epochs(row)
 
     # --- parts
@@ -235,6 +242,19 @@ class Trainer:
         whole = meta_model(spec, m)
         return lambda attended: flops_per_token(whole, [spec.attention_flops(m, n) for n in attended])
 
+    def _recomputed_flops_per_token(self) -> float | None:
+        """What the backward computes again; None where only the compiler knows, and on a CPU, which has no HFU."""
+        spec, m, ac = self.setup.spec, self.setup.model_config, self.config.activation_checkpoint
+        if self.device.type != "cuda" or ac.mode == "memory_budget":
+            return None
+        blocks = layers_of(meta_model(spec, m)).values()
+        attended = attended_tokens(m, self.config.training.seq_len)
+        again = [
+            recomputed_flops_per_token(block, i, spec.attention_flops(m, n), ac.mode, ac.selective_ac_option)
+            for i, (block, n) in enumerate(zip(blocks, attended, strict=True))
+        ]
+        return sum(again)
+
     def _build_step(self) -> Step:
         c = self.config.training
         guard = StepGuard(c, self.optimizers, self.progress, self.device)
@@ -251,4 +271,5 @@ class Trainer:
         return Step(
             self.config, self.mesh, self.device, self.model, self.optimizers, guard, self.progress, tally, balance,
             self._stop_requested, after_update=partial(scale_gathered_weights, self.config, self.model.parts),
+            phase=self.phases,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from dtron.models.families import FAMILIES
 from dtron.models.llama import Llama, LlamaConfig
 from dtron.models.moe import Experts, MoEConfig
 from dtron.parallel import recompute
-from dtron.parallel.recompute import apply_recompute
+from dtron.parallel.recompute import apply_recompute, recomputed_flops_per_token
 
 
 class Forwards(TorchDispatchMode):
@@ -111,6 +111,18 @@ def test_each_policy_recomputes_what_it_does_not_keep(name: str, mode: str, opti
     every = forward if forward is MIXTURE or norm_follows else forward[:-1]
     again = {"none": [], "all": every, "o": [] if norm_follows else ["o_proj"]}[EXPECTED[mode, option, index]]
     assert watch(CONFIGS[name], index, mode, option) == (forward, again)
+    counted = recomputed_flops_per_token(Llama(CONFIGS[name]).layers[str(index)], index, 300.0, mode, option)
+    assert counted == recomputed_flops(CONFIGS[name], index, again), "what HFU counts beside MFU"
+
+
+def recomputed_flops(config: LlamaConfig, index: int, names: list[str]) -> float:
+    """FLOPs per token of products and of an attention that takes 300 in forward and backward."""
+    block = Llama(config).layers[str(index)]
+    weights = {n.rpartition(".")[2]: m.weight.numel() for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    if experts := next((m for m in block.modules() if isinstance(m, Experts)), None):
+        sizes = ((n, p.numel() // p.size(0)) for n, p in experts.named_parameters() if p.dim() == 3)
+        weights |= {f"experts.{n}": size * experts.top_k for n, size in sizes}
+    return sum(100.0 if name == "attention" else 2.0 * weights[name] for name in names)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -42,6 +42,11 @@ def test_a_cpu_run_is_predicted_from_preflights_rates(folder: Path, capsys: pyte
     assert memory.startswith("peak memory: predicted ") and memory.endswith("measured 1.00 of the process")
     hw = read_hardware(str(folder / "preflight.json"), cpu=True)
     assert isinstance(hw, Hardware) and hw.flops == 6e14
+    figures = [word for word in arguments if word not in ("--measured", str(folder / "metrics.jsonl"))]
+    assert main([*figures, "--training.mixed_precision_param", "float32", "--as-configured", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"tokens_per_s_per_gpu", "bubble", "max_memory_bytes"} and found["bubble"] == 0
+    assert f"predicted {found['tokens_per_s_per_gpu']:,.0f}, measured" in speed
     with pytest.raises(UserError, match="this run was on CPUs"):
         read_hardware("h100", cpu=True)
     (folder / "metrics.jsonl").write_text("")
