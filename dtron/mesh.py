@@ -126,5 +126,5 @@ def _context_mesh(d: Degrees, device_type: str) -> DeviceMesh | None:
         return None
     outer = range(d.world // (d.cp * d.tp))
     ranks = [[(o * d.cp + c) * d.tp + t for c in range(d.cp)] for o in outer for t in range(d.tp)]
-    group, _ = dist.new_subgroups_by_enumeration(ranks)  # type: ignore[no-untyped-call]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, group_desc="mesh_cp")  # type: ignore[no-untyped-call]
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=("cp",))

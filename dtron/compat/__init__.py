@@ -37,6 +37,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.serialization import _get_layout
 
+from dtron.compat import tracing
+
 __all__ = [
     "DCP_INDEX_CLASSES",
     "CsvSchedule",
@@ -214,6 +216,22 @@ class Stage(PipelineStage):
         if hidden is not None and hasattr(pipelining_utils, "InferenceMode"):  # 2.13
             self._inference_mode = pipelining_utils.InferenceMode.STATIC
             self._runtime_validate = False  # checks the two that are only counted, too
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Named in traces, as the next two: 2.13 names some schedules' actions itself, others' not."""
+        with tracing.span(f"forward of microbatch {fwd_chunk_id}, stage {self.stage_index}"):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        # Positional in some schedules: loss, full_backward.
+        full = args[1] if len(args) > 1 else kwargs.get("full_backward", True)
+        of = "" if full else " of inputs"
+        with tracing.span(f"backward{of} of microbatch {bwd_chunk_id}, stage {self.stage_index}"):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with tracing.span(f"backward of weights of microbatch {bwd_chunk_id}, stage {self.stage_index}"):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Sent into a buffer of another dtype or size, hidden states would become NaN or end the process."""

@@ -54,11 +54,15 @@ class Profiling:
     save_traces_folder: PathText = key(
         "profile_traces", "folder of the traces, inside the run folder", check=folder_in_run
     )
-    profile_freq: int = key(10, "steps from one trace to the next", minimum=1)
+    profile_freq: int = key(10, "steps from one trace, or memory snapshot, to the next", minimum=1)
     profiler_active: int = key(1, "steps per trace", minimum=1)
     profiler_warmup: int = key(3, "steps of profiler warm-up before each trace", minimum=0)
-    enable_memory_snapshot: bool = key(False, "", unsupported="memory snapshots are not built yet")
-    save_memory_snapshot_folder: PathText = key("memory_snapshot", "", unsupported="memory snapshots are not built yet")
+    enable_memory_snapshot: bool = key(
+        False, "write snapshots of CUDA memory every profile_freq steps, and when a step runs out of memory"
+    )
+    save_memory_snapshot_folder: PathText = key(
+        "memory_snapshot", "folder of the memory snapshots, inside the run folder", check=folder_in_run
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.profiler import record_function
+
+from dtron.compat.tracing import span
 
 __all__ = ["Phases"]
 
@@ -28,7 +29,7 @@ class Phases:
             if name not in self._events:
                 self._events[name] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events[name][0].record()
-        with record_function(name):
+        with span(name):
             yield
         if self._cuda:
             self._events[name][1].record()

@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from dtron.config.sections import Profiling
 from dtron.errors import UserError
+from dtron.observe.trace_names import name_collectives
 
 __all__ = ["Off", "profiler"]
 
@@ -40,7 +41,8 @@ def profiler(config: Profiling, run_folder: Path | str, rank: int, *, steps_done
 
     Of every `profile_freq` steps the last `profiler_active` are recorded, after `profiler_warmup`
     steps that only warm the profiler up. Traces (chrome://tracing, Perfetto) land in
-    `run_folder/save_traces_folder/iteration_N/rank_R.json.gz`, N being the last step recorded.
+    `run_folder/save_traces_folder/iteration_N/rank_R.json.gz`, N being the last step recorded, collectives named by
+    their dimension.
     `steps_done`: steps before this attempt began, so that N counts from the start of the run.
     Raises UserError if warm-up and recording do not fit into `profile_freq`.
     """
@@ -53,7 +55,9 @@ def profiler(config: Profiling, run_folder: Path | str, rank: int, *, steps_done
     def save(prof: profile) -> None:
         folder = traces / f"iteration_{steps_done + prof.step_num}"
         folder.mkdir(parents=True, exist_ok=True)
-        prof.export_chrome_trace(str(folder / f"rank_{rank}.json.gz"))
+        file = folder / f"rank_{rank}.json.gz"
+        prof.export_chrome_trace(str(file))
+        name_collectives(file)
 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():

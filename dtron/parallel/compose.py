@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
 from dtron import compat
+from dtron.compat import tracing
 from dtron.config.sections import Config
 from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
@@ -96,8 +97,10 @@ class ParallelModel:
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, *extra_inputs)
             reduce_gradients_now(self.parts[0], self.every_microbatch, last, self.keeps_weights)
-            loss = self.loss(self.parts[0](tokens, *extra_inputs), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with tracing.span("forward"):
+                loss = self.loss(self.parts[0](tokens, *extra_inputs), labels)
+            with tracing.span("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
         return plain_loss(loss)
 
     @torch.no_grad()

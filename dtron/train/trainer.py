@@ -16,6 +16,7 @@ from dtron.models.flops import flops_per_token
 from dtron.models.spec import attended_tokens, experts_of, layers_of, meta_model
 from dtron.observe.phases import Phases
 from dtron.observe.profiler import profiler
+from dtron.observe.snapshot import MemorySnapshots
 from dtron.parallel.compose import parallelize
 from dtron.parallel.float8 import scale_gathered_weights
 from dtron.parallel.recompute import recomputed_flops_per_token
@@ -124,7 +125,11 @@ class Trainer:
         self.world.stop.arm()
         self.report.started()
         clock = StepClock()
-        with profiler(c.profiling, self.run_folder, self.world.rank, steps_done=self.progress.step) as trace:
+        folder, rank, done = self.run_folder, self.world.rank, self.progress.step
+        with (
+            profiler(c.profiling, folder, rank, steps_done=done) as trace,
+            MemorySnapshots(c.profiling, folder, rank, self.device, steps_done=done) as snapshots,
+        ):
             deadline_s, slowest_s = LONG_S, 0.0  # the first step compiles
             for step in range(first, steps + 1):
                 self.world.control.heartbeat("training", deadline_s, step - 1)
@@ -134,6 +139,7 @@ class Trainer:
                 self.step.guard.watch(step, stats, local_loss)
                 clock.end_step(saving)
                 trace.step()
+                snapshots.step()
                 took_s = time.monotonic() - began_s
                 slowest_s = took_s if step <= first + 1 else max(slowest_s, took_s)
                 deadline_s = max(c.comm.train_timeout_seconds + MARGIN_S, SLOWER * slowest_s)

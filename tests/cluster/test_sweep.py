@@ -148,7 +148,7 @@ def test_a_gpu_sweep_can_be_listed_without_gpus(write: Any) -> None:
         (HEAD + "[axes]\ntp = []\n", "the axis parallelism.tensor_parallel_degree has no values"),
         (HEAD + "[axes]\ntp = 2\n", "expected a list of values, such as [2]"),
         (HEAD + '[axes]\ntp = [1, "two"]\n', 'tensor_parallel_degree = "two" (a string): expected an integer'),
-        (HEAD + "[axes]\nprofiling.enable_memory_snapshot = [true]\n", "memory snapshots are not built yet"),
+        (HEAD + "[axes]\nmetrics.save_for_all_ranks = [true]\n", "metrics are reduced over all ranks"),
         (HEAD + "[fixed]\ntp = 2\n[axes]\nparallelism.tensor_parallel_degree = [1]\n", "both as fixed and as an axis"),
         (HEAD + "[axes]\ntp = [1]\nparallelism.tensor_parallel_degree = [1]\n", "twice, once in its short form"),
         (HEAD + "[fixed]\ntp = 2\n[[points]]\ntp = 1\n", "both as fixed and in [[points]]"),

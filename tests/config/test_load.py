@@ -283,10 +283,7 @@ def test_integers_become_floats_and_empty_strings_none(tmp_path: Path) -> None:
 
 def rule_is_never_met(name: str) -> bool:
     """Keys of features that are refused where they are turned on."""
-    return name in (
-        "profiling.save_memory_snapshot_folder",
-        "activation_checkpoint.preserve_rng_state",
-    )
+    return name in ("activation_checkpoint.preserve_rng_state",)
 
 
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.unsupported])

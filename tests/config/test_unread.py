@@ -32,6 +32,8 @@ STATES = {
     "lr_scheduler.decay_ratio above 0": ("", "--lr_scheduler.decay_ratio 0"),
     "training.spike_factor above 0": ("--training.spike_factor 3", ""),
     "profiling.enable_profiling = true": ("--profiling.enable_profiling", ""),
+    "profiling.enable_memory_snapshot = true": ("--profiling.enable_memory_snapshot", ""),
+    "profiling.enable_profiling or profiling.enable_memory_snapshot = true": ("--profiling.enable_memory_snapshot", ""),
     "metrics.enable_tensorboard = true": ("", "--metrics.no_enable_tensorboard"),
     "compile.enable = true": ("--compile.enable", ""),
     "activation_checkpoint.mode = selective": ("", "--activation_checkpoint.mode full"),
@@ -57,7 +59,6 @@ STATES = {
     ),
 }
 NEVER = {  # of features that are refused where they are turned on
-    "profiling.enable_memory_snapshot = true",
     "a model that draws random numbers, which always are repeated",
 }
 
