@@ -39,6 +39,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_keys_exist(page: Path) -> None:
     text = page.read_text()
+    if page.name == "coming-from.md":  # the first column has the others' keys
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
     named = set(re.findall(r"`(?:--)?([a-z_]+\.[a-z_0-9.]+)(?: [^`]*)?`", text)) | set(
         re.findall(r"--([a-z_]+\.[a-z_0-9.]+)", text)
     )
