@@ -67,6 +67,7 @@ __all__ = [
     "set_memory_budget",
     "set_timeout",
     "skip_update_where",
+    "splits_python_functions",
     "takes_scale_and_skip",
     "stages_of_rank",
     "start_flight_recorder",
@@ -116,6 +117,13 @@ def unit_of_two_meshes(mesh: DeviceMesh, other: DeviceMesh, on_other: Iterable[n
     here = ShardPlacementResult(Shard(0), cast(Any, _get_mesh_info(mesh)))
     there = ShardPlacementResult(placement, cast(Any, _get_mesh_info(other)))
     return lambda p: there if id(p) in ids else here
+
+
+# --- the two halves of a zero-bubble schedule's backward, through a Python function (the loss in chunks): 2.13;
+# 2.11 reads an attribute that such nodes do not have ("Attribute '_input_metadata' is invalid"). 2.12 was not tried.
+
+
+splits_python_functions = TORCH >= (2, 13)
 
 
 # --- ring attention: torch's own, 2.11 and 2.13; waits for a public module style and a CPU handler.

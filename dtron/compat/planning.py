@@ -26,6 +26,7 @@ __all__ = [
     "dtensor",
     "fake_world",
     "fsdp_gathered",
+    "fsdp_groups",
     "fused_norms",
     "group_called",
     "group_name",
@@ -192,14 +193,21 @@ def kept_while_sent() -> Iterator[None]:
         yield
 
 
-def fsdp_gathered(part: nn.Module) -> Iterator[Tensor]:
-    """What a part's weights are gathered into; that of modules which share a unit several times."""
+def fsdp_groups(part: nn.Module) -> Iterator[Any]:
+    """The parameter groups of a part's units; those of modules which share a unit several times."""
     for module in part.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for p in group.fsdp_params:
-                    yield from getattr(p, "all_gather_outputs", ())
-                    yield from getattr(p, "_unsharded_inner_tensors", ())
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # of 2.13; 2.11 has one at most
+            yield from [state._fsdp_param_group] if groups is None and state._fsdp_param_group else groups or ()
+
+
+def fsdp_gathered(part: nn.Module) -> Iterator[Tensor]:
+    """What a part's weights are gathered into; that of modules which share a unit several times."""
+    for group in fsdp_groups(part):
+        for p in group.fsdp_params:
+            yield from getattr(p, "all_gather_outputs", ())
+            yield from getattr(p, "_unsharded_inner_tensors", ())
 
 
 def received(schedule: Any) -> Iterator[Tensor]:

@@ -12,13 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtron import compat
 from dtron.config.sections import Config
 from dtron.models.loss import Kernel, VocabularyShard, cross_entropy, linear_cross_entropy
 from dtron.models.spec import ModelSpec
 from dtron.models.variants import Variant
+from dtron.parallel.incompatible import FEATURES
 from dtron.parallel.tensor import vocabulary_shard, whole_sequence
 
-__all__ = ["ChunkedTokenMean", "TokenLoss", "TokenMean", "chunked_head", "plain_loss", "return_hidden_states"]
+__all__ = [
+    "ChunkedTokenMean",
+    "TokenLoss",
+    "TokenMean",
+    "chunk_tokens",
+    "chunked_head",
+    "plain_loss",
+    "return_hidden_states",
+]
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]  # logits [B, S, V], labels [B, S] -> loss of every token [B, S]
 
@@ -81,8 +91,15 @@ def chunked_head(part: nn.Module, config: Config, spec: ModelSpec, token_loss: T
     head, p = getattr(part, "lm_head", None), config.parallelism
     if type(head) is not nn.Linear or spec.logits_variant is None or token_loss is not cross_entropy:
         return None
-    whole = config.training.loss_chunk_tokens == 0 or (p.tensor_parallel_degree > 1 and p.disable_loss_parallel)
-    return None if whole else head
+    gathered = p.tensor_parallel_degree > 1 and p.disable_loss_parallel
+    return head if chunk_tokens(config) and not gathered else None
+
+
+def chunk_tokens(config: Config) -> int:
+    """Tokens whose logits the standard loss makes at a time; 0: those of all."""
+    if FEATURES["zero-bubble schedule"](config) and not compat.splits_python_functions:
+        return 0
+    return config.training.loss_chunk_tokens
 
 
 def return_hidden_states(part: nn.Module, head: nn.Linear) -> None:

@@ -8,6 +8,7 @@ from dtron.config import Config
 from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig
 from dtron.models.spec import experts_of
+from dtron.parallel.loss import chunk_tokens
 from dtron.parallel.pipeline import split_by_cost
 from dtron.plan import schedule
 from dtron.plan.blocks import BlockBytes, block_bytes
@@ -149,7 +150,7 @@ class Layout:
 
 def loss_chunk(config: Config) -> int:
     """Tokens whose logits are made at a time; 0: all of a microbatch."""
-    return config.training.loss_chunk_tokens if config.training.loss == "cross_entropy" else 0
+    return chunk_tokens(config) if config.training.loss == "cross_entropy" else 0
 
 
 @cache

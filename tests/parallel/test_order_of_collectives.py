@@ -11,6 +11,8 @@ from parity.table import ALWAYS, FSDP2, FSDP2_EP2, HSDP
 from ranks import Ranks
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+from dtron.compat import planning
+
 LAYERS = MODELS["small"].n_layers
 Event = tuple[str, int]
 
@@ -46,11 +48,10 @@ def record(case: Case) -> tuple[list[Event], list[Event]]:
     model.forward_backward(*batches[0], last=False)  # FSDP names its parameters then
     events.clear()
     numbers: dict[int, int] = {}
-    for groups in [m._get_fsdp_state()._fsdp_param_groups for m in part.modules() if hasattr(m, "_get_fsdp_state")]:  # type: ignore[operator]
-        for one in groups:
-            name = one.fsdp_params[0]._param_fqn or ""
-            outside = -1 if name.startswith("embed") else LAYERS
-            numbers[id(one)] = int(name.split(".")[1]) if name.startswith("layers.") else outside
+    for one in planning.fsdp_groups(part):
+        name = one.fsdp_params[0]._param_fqn or ""
+        outside = -1 if name.startswith("embed") else LAYERS
+        numbers[id(one)] = int(name.split(".")[1]) if name.startswith("layers.") else outside
     at_loss: list[int] = []
     compute = model.loss.compute
     model.loss.compute = lambda *args: (at_loss.append(len(events)), compute(*args))[1]
