@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor._redistribute import _gen_transform_infos
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from dtron import compat
 from dtron.ranks.logs import setup_logging
 
 
@@ -58,9 +57,7 @@ def _begin(rank: int, world: int, store: str) -> None:
 def _end() -> None:
     """All ranks of a world leave it together: gloo that outlives its peers was seen to corrupt memory."""
     dist.destroy_process_group()
-    # What torch caches by mesh shape: the next world's equal mesh would find this one's process groups.
-    _clear_sharding_prop_cache()
-    _gen_transform_infos.cache_clear()
+    compat.forget_meshes()
     kept.cache_clear()
 
 

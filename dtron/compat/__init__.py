@@ -34,6 +34,8 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.experimental import register_sharding
 from torch.serialization import _get_layout
 
@@ -58,6 +60,7 @@ __all__ = [
     "dump_flight_recorder",
     "enable_async_tensor_parallel",
     "enable_ring_attention",
+    "forget_meshes",
     "flight_recorder_is_on",
     "group_ranks",
     "has_units_of_two_meshes",
@@ -354,6 +357,15 @@ def enable_async_tensor_parallel(tp_mesh: DeviceMesh) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+
+
+# --- what torch caches by the shape of a mesh, 2.11 and 2.13; waits for caches that end with the process group.
+
+
+def forget_meshes() -> None:
+    """After the process group is destroyed: the next one's equal mesh would find the groups of this one."""
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
 
 
 # --- timeouts, 2.11 and 2.13; waits for a public setter.

@@ -41,7 +41,7 @@ class World:
     """This process among the ranks.
 
     store: of the rendezvous, which all ranks reach. stop: signals that reached this process. control: files by which
-    the run is followed and stopped.
+    the run is followed and stopped. command: what starts the run again; empty: this process's command line.
     """
 
     rank: int
@@ -50,6 +50,7 @@ class World:
     store: dist.Store
     stop: StopRequest = field(default_factory=StopRequest)
     control: Control = field(default_factory=Control)
+    command: str = ""
 
 
 def join(rank: int, config: Config, control: Control | None = None) -> World:

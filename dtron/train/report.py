@@ -116,7 +116,6 @@ class Report:
         self._began_s = process_start_s()
         self._since = time.monotonic() - (time.time() - self._began_s)  # one clock, that nobody sets back
         if world.rank == 0:
-            config_text = versions_comment() + config_text
             self._config_file = write_config(run_folder, attempt, config_text)
             before = last_row(run_folder / "metrics.jsonl", "unix_s")
             self._ledger = Ledger(self._began_s, saved_ledger, before)
@@ -206,6 +205,8 @@ class Report:
         """The command line of this run; run again it resumes from the newest checkpoint."""
         if not self._config.checkpoint.enable:
             return "nothing: checkpoint.enable is false"
+        if self._world.command:
+            return self._world.command
         words = [word for word in sys.argv if word.replace("-", "_").lstrip("_") not in ONCE]
         if "LOCAL_WORLD_SIZE" not in os.environ:
             return f"python {shlex.join(words)}"
@@ -238,5 +239,5 @@ def start_report(
     entropy = getattr(held_out, "unigram_entropy", None) if world.rank == 0 else None
     attempt, ledger = start.progress.attempt, start.progress.ledger
     history = f"# changed since attempt {attempt - 1}: {start.changed}\n" if start.changed else ""
-    text = history + to_toml(config)
+    text = history + (versions_comment() if world.rank == 0 else "") + to_toml(config)
     return Report(world, config, text, start.run_folder, attempt, flops, peak, entropy, ledger, recomputed)

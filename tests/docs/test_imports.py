@@ -17,7 +17,7 @@ FLOORS = [
     {"registry"},
     {"train"},
     {"hf", "cluster", "plan", "verify", "compare"},
-    {"__main__"},
+    {"__main__", "library"},
 ]
 ANYWHERE = {
     "dtron",
