@@ -182,6 +182,8 @@ def _train_here(arguments: list[str], quiet: bool) -> Run:
 def _close(trainer: Trainer) -> None:
     if hasattr(trainer, "watchdog"):
         trainer.watchdog.stop()
+    if hasattr(trainer, "report"):
+        trainer.report.close()
     if hasattr(trainer, "start"):
         for lock in trainer.start.locks:
             lock.close()

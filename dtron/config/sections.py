@@ -75,7 +75,9 @@ class Metrics:
     disable_color_printing: bool = key(False, "plain console lines")
     save_tb_folder: PathText = key("tb", "folder of the TensorBoard events, inside the run folder", check=folder_in_run)
     plan_hardware: PathText = key(
-        "", "of the prediction at the end of a run, as for dtron plan --hardware; empty: the GPU's, none on a CPU"
+        "",
+        "GPUs that the prediction is for, as for dtron plan --hardware, logged beside what is measured and at the end; "
+        "empty: at the end only, for the run's own GPUs, none on a CPU",
     )
     save_for_all_ranks: bool = key(False, "", unsupported="metrics are reduced over all ranks and written once")
     enable_wandb: bool = key(

@@ -215,12 +215,12 @@ class MetricsWriter:
             self._failed = True
 
     def close(self) -> None:
-        """Finish all of them. A run that is killed loses nothing but TensorBoard's mark of its end."""
+        """Finish all of them; again: nothing. A run that is killed loses nothing but TensorBoard's mark of its end."""
         with self._forgiving():
             self._file.close()
-        for board in self._boards:
+        while self._boards:
             with self._forgiving():
-                board.close()
+                self._boards.pop().close()
 
 
 class _Board:

@@ -194,12 +194,17 @@ class Report:
         if not self._writer:
             return
         self._writer.log({"step": step, **self.account(clock)})
-        self._writer.close()
-        if self._prediction:
-            self._prediction.close()
+        self.close()
         rows = read_metrics(self._folder / "metrics.jsonl")
         more = {"unigram_entropy": self._entropy, "flops_per_token": self._flops, "peak_flops": self._peak}
         log.info(format_summary(rows, self._folder, self._resume_command(), **more))
+
+    def close(self) -> None:
+        """Close the files, and ask the planner no more; of a run that failed, too."""
+        if self._writer:
+            self._writer.close()
+        if self._prediction:
+            self._prediction.close()
 
     def _resume_command(self) -> str:
         """The command line of this run; run again it resumes from the newest checkpoint."""
