@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 WAITS = ("count labels", "reduce loss and norm")  # the phases that are collectives of the world
 TIMED = {"forward-backward": "forward_backward_s", "optimizer": "optimizer_s"}
-SHARE = 0.1  # of a step: a wait that is worth a line
-IN_A_ROW = 3  # logged steps
+SHARE, LEAST_S = 0.1, 0.1  # of a step, and seconds: a wait that is worth a line
+IN_A_ROW = 5  # logged steps
 LONGEST_US = 2**40
 RANKS = 2**21
 
@@ -62,7 +62,7 @@ class Slowest:
         if "slowest_rank" not in row or self._world.rank != 0:
             return
         rank, wait_s = row["slowest_rank"], row["longest_wait_s"]
-        if wait_s < SHARE * step_s:
+        if wait_s < max(SHARE * step_s, LEAST_S):
             self._last, self._times = -1, 0
             return
         self._last, self._times = rank, self._times + 1 if rank == self._last else 1

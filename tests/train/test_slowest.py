@@ -31,7 +31,7 @@ class SlowData(Trainer):
 def train_with_a_slow_rank(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
     world, said = quiet_world()
     world = dataclasses.replace(world, store=torch.distributed.distributed_c10d._get_default_store())
-    arguments = f"--dp 2 --job.dump_folder {folder} --metrics.log_freq 1 --training.steps 5"
+    arguments = f"--dp 2 --job.dump_folder {folder} --metrics.log_freq 1 --training.steps 7"
     trainer = SlowData(tiny_setup(arguments), world)
     trainer.run()
     return read_metrics(trainer.run_folder / "metrics.jsonl"), said
@@ -71,8 +71,10 @@ def test_short_waits_and_changing_ranks_are_no_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(slowest_module.log, "handlers", [said])
     store = types.SimpleNamespace(set=lambda key, host: None, get=lambda key: b"h", check=lambda keys: True)
     slowest, _ = of_stage(types.SimpleNamespace(rank=0, size=4, store=store), 0.0)
-    for rank, wait_s in ((1, 0.5), (1, 0.5), (2, 0.5), (1, 0.5), (1, 0.5), (1, 0.05), (1, 0.5), (1, 0.5)):
+    for rank, wait_s in [*4 * [(1, 0.5)], (2, 0.5), *4 * [(1, 0.5)], (1, 0.05), *4 * [(1, 0.5)]]:
         slowest.warn({"slowest_rank": rank, "longest_wait_s": wait_s}, 1.0)
+    for _ in range(9):
+        slowest.warn({"slowest_rank": 1, "longest_wait_s": 0.05}, 0.1)
     assert said.lines == []
     for _ in range(9):
         slowest.warn({"slowest_rank": 1, "longest_wait_s": 0.5}, 1.0)
