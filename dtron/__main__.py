@@ -15,6 +15,7 @@ from dtron.data.shards import TokenStore, open_store
 from dtron.data.sources import Source, SourceSpec, SplitSource, open_source
 from dtron.data.tokenizer import read_tokenizer
 from dtron.errors import UserError, quiet_broken_pipe
+from dtron.explain import command as explain
 from dtron.hf import sample
 from dtron.plan import command as plan
 from dtron.verify import command as verify
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_arguments(commands.add_parser("verify", help=text, allow_abbrev=False))
     text = "runs side by side: figures, from which step they part, which keys and versions differ"
     compare.add_arguments(commands.add_parser("compare", help=text, allow_abbrev=False))
+    text = "show what a layout does: who sends what to whom, what is where"
+    explain.add_arguments(commands.add_parser("explain", help=text, allow_abbrev=False))
     arguments = argparse.Namespace(after_interrupt="", takes_keys=False)
     try:
         with quiet_broken_pipe():

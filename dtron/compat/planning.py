@@ -23,8 +23,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 __all__ = [
     "FakeTensorMode",
+    "backward_number",
     "dtensor",
     "fake_world",
+    "forward_number",
     "fsdp_gathered",
     "fsdp_groups",
     "fused_norms",
@@ -34,6 +36,7 @@ __all__ = [
     "is_compiled",
     "kept_while_sent",
     "local_and_spec",
+    "module_calls_seen",
     "random_states_seen",
     "received",
     "shape_propagation_seen",
@@ -79,6 +82,33 @@ def group_called(name: str) -> dist.ProcessGroup:
 def world_name() -> str:
     """The name of the group of all ranks."""
     return distributed_c10d._get_default_group().group_name
+
+
+def forward_number() -> int:
+    """Of the autograd node that was made last on this thread."""
+    return int(torch.autograd._get_sequence_nr()) - 1
+
+
+def backward_number() -> int:
+    """`forward_number` of what the running backward is of; -1 for none, and for the accumulation of gradients."""
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
+
+
+@contextlib.contextmanager
+def module_calls_seen(begins: Callable[[nn.Module], None], ends: Callable[[], None]) -> Iterator[None]:
+    """Call `begins` and `ends` around each call of a module, its hooks included, which hooks of one's own would not."""
+    call = nn.Module.__call__
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        begins(module)
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            ends()
+
+    with patch.object(nn.Module, "__call__", called):
+        yield
 
 
 def is_compiled(module: nn.Module) -> bool:

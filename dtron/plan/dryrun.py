@@ -48,23 +48,30 @@ CPU = torch.device("cpu")
 COMPILED = "aot_eager_decomp_partition"
 
 
-def dry_run(setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True) -> StepRecord:
+Look = Callable[[Step, Recorder], None]
+
+
+def dry_run(
+    setup: Setup, rank: int, *, gloo: bool = False, replay: bool = True,
+    recorder_type: type[Recorder] = Recorder, look: Look = lambda step, recorder: None,
+) -> StepRecord:  # fmt: skip
     """Record the steady step of `rank` in the world of `setup`. Needs a process without a process group.
 
     gloo: count what gloo and a CPU hold besides: copies that operators work in, saved states of the random numbers, and
     what RMSNorm keeps where it is not one operator.
-    replay: record blocks that are alike once (`replay.py`), where that is possible. Experts are taken to be in balance,
+    replay: record blocks that are alike once (`replay.py`), where that is possible. look: called after the step, in the
+    world of `setup`, with the step and what recorded it. Experts are taken to be in balance,
     documents to be whole sequences. What is compiled runs with the backend `COMPILED`. UserError for what a dry run
     does not know, see `check_known`.
     """
     check_known(setup.config)
     if replay and _can_replay(setup.config):
         try:
-            return _dry_run(setup, rank, gloo, True)
+            return _dry_run(setup, rank, gloo, True, recorder_type, look)
         except Exception as error:  # a pipeline raises another one from it
             if not _is_unlike(error):
                 raise
-    return _dry_run(setup, rank, gloo, False)
+    return _dry_run(setup, rank, gloo, False, recorder_type, look)
 
 
 def check_known(config: Config) -> None:
@@ -91,7 +98,9 @@ def _can_replay(c: Config) -> bool:
     return not FEATURES["zero-bubble schedule"](c) and c.training.mixed_precision_param != "float32"
 
 
-def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
+def _dry_run(
+    setup: Setup, rank: int, gloo: bool, replay: bool, recorder_type: type[Recorder], look: Look
+) -> StepRecord:
     fake = planning.FakeTensorMode(allow_non_fake_inputs=True)
     world = planning.fake_world(rank, setup.degrees.world)
     with world, warnings.catch_warnings(), contextlib.ExitStack() as stack:
@@ -99,7 +108,7 @@ def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
         if not gloo:
             stack.enter_context(planning.fused_norms())
             stack.enter_context(flex_attention_stand_in())
-        recorder = Recorder(host_value(setup), gloo)
+        recorder = recorder_type(host_value(setup), gloo)
 
         @contextlib.contextmanager
         def recorded() -> Iterator[None]:
@@ -112,7 +121,9 @@ def _dry_run(setup: Setup, rank: int, gloo: bool, replay: bool) -> StepRecord:
             if isinstance(optimizer, AdamW) and not gloo:
                 optimizer.update = first_chunk  # a CPU's chunks would be 120,000 for 8B parameters
         with recorded():
-            return _record(setup, rank, step, recorder, replay)
+            record = _record(setup, rank, step, recorder, replay)
+        look(step, recorder)
+        return record
 
 
 def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: bool) -> StepRecord:
@@ -127,7 +138,8 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
     replays = _tap_modules(step, recorder, replay)
     batch = fake_batch(step, setup)
     recorder.tag((t for t in batch if t is not None), "batch")
-    before, sent = len(recorder.events), len(recorder.messages)
+    before = len(recorder.events)
+    recorder.messages.clear()
     recorder.flops.clear()
     step(batch)
     for part in model.parts:
@@ -141,7 +153,7 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
         stages=model.pipeline.indices if model.pipeline else (0,),
         peak=recorder.peak(before),
         start_bytes=recorder.level(before),
-        collectives=recorder.collectives(sent),
+        collectives=recorder.collectives(),
         flops=dict(recorder.flops),
         replayed=sum(part.replayed for part in replays),
         timeline=timeline(recorder, before),
@@ -191,14 +203,15 @@ def host_value(setup: Setup) -> int:
     return rows * c.training.seq_len // d.cp // d.tp * experts.top_k // d.ep
 
 
-def _dimensions(mesh: Mesh) -> dict[str, str]:
-    """Process group -> the dimension it is of."""
-    found: dict[str, str] = {}
-    for part in (mesh.pp, mesh.tp, mesh.cp, mesh.fsdp, mesh.ep, mesh.expert_fsdp):
+def _dimensions(mesh: Mesh) -> dict[str, list[str]]:
+    """Process group -> the dimensions it is of."""
+    found: dict[str, list[str]] = {}
+    for part in (mesh.pp, mesh.tp, mesh.cp, mesh.fsdp, mesh.expert_fsdp, mesh.ep):
         if part is not None:
             for i, name in enumerate(part.mesh_dim_names or ()):
-                found.setdefault(part.get_group(i).group_name, name)
-    return {planning.world_name(): "world"} | found
+                found.setdefault(part.get_group(i).group_name, []).append(name)
+    found.setdefault(planning.world_name(), []).append("world")
+    return found
 
 
 def _tap_modules(step: Step, recorder: Recorder, replay: bool) -> list[Replay]:

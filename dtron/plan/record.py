@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["KINDS", "Collective", "Moment", "Peak", "Reserved", "StepRecord"]
+__all__ = ["KINDS", "Collective", "Message", "Moment", "Peak", "Reserved", "StepRecord"]
 
 # What memory is held for. Activations are also counted for each block. Temporaries: of a backward, of the optimizer and
 # of whatever belongs to no module.
@@ -66,6 +67,27 @@ class Reserved:
     allocated: int
     reserved: int
     expandable: int
+
+
+class Message(NamedTuple):
+    """One message of one rank, see `Collective`; with an empty dimension an operation (`dtron/explain/journal.py`).
+
+    module: the block or child of the model that is at work, empty for none; part: which part of it. unit: of FSDP,
+    whose weights are gathered or gradients reduced, such as layers.3; empty for others. peer: world rank that a send
+    goes to or a receive comes from, else -1. flops, shapes: of an operation.
+    """
+
+    dimension: str
+    ranks: int
+    operation: str
+    phase: str
+    bytes: int
+    module: str = ""
+    part: str = ""
+    unit: str = ""
+    peer: int = -1
+    flops: int = 0
+    shapes: str = ""
 
 
 @dataclass(frozen=True)

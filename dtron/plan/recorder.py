@@ -14,19 +14,20 @@ real allocator:
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dtron.compat import planning
-from dtron.plan.record import Collective, Peak
+from dtron.compat import clean_name, planning
+from dtron.plan.record import Collective, Message, Peak
 
 __all__ = ["Allocation", "Recorder"]
 
@@ -99,12 +100,14 @@ class Recorder(TorchDispatchMode):
     def __init__(self, host_value: int = 1, gloo: bool = False) -> None:
         super().__init__()
         self._host_value, self._gloo = host_value, gloo
-        self.groups: Mapping[str, str] = {}  # name of a process group -> its dimension
+        self.groups: Mapping[
+            str, Sequence[str]
+        ] = {}  # name of a process group -> dimensions, several if it is all ranks
         self._scratch: Scratch = GLOO_SCRATCH if gloo else {}
         self.allocations: list[Allocation] = []
         self.events: list[tuple[int, int]] = []  # (index of the allocation, change in bytes)
         self.quiet: set[int] = set()  # indices of events after which a peak is not looked for
-        self.messages: list[tuple[str, int, str, str, int]] = []  # dimension, ranks, operation, phase, bytes
+        self.messages: list[Message] = []
         self.flops: Counter[str] = Counter()
         self.computing, self.computed = False, 0  # whether a step is before its update; events until the last that was
         self.forward_modules: list[str] = []
@@ -152,6 +155,24 @@ class Recorder(TorchDispatchMode):
         if planning.in_backward():
             return self.backward_module
         return self.forward_modules[-1] if self.forward_modules else ""
+
+    def _at_work(self) -> tuple[str, str]:
+        """`Message.module` and `Message.part`."""
+        return self.module, ""
+
+    @property
+    def _unit(self) -> str:
+        label = next((label for label in reversed(self._labels) if label.startswith("FSDP::")), "")
+        return clean_name(label.partition("(")[2].partition(")")[0] or "model") if label else ""
+
+    def _dimension(self, group: str, operation: str, phase: str) -> str:
+        """Of a message. Dimensions that have all ranks share one group with the world."""
+        names = self.groups.get(group, (group,))
+        if self._unit:
+            names = [n for n in names if n.endswith(("fsdp", "replicate", "shard_cp"))] or names
+        elif operation == "all_to_all" and "ep" in names:
+            return "ep"
+        return "world" if phase == "update" and "world" in names else names[0]
 
     @property
     def _stream(self) -> int:
@@ -256,18 +277,27 @@ class Recorder(TorchDispatchMode):
         group = planning.group_called(name)
         tensors = tree_leaves(out if counted is None else args[counted])
         size = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
-        phase = "pipeline" if operation in ("send", "receive") else self.phase
-        self.messages.append((self.groups.get(name, name), group.size(), operation, phase, size))
+        phase, peer = self.phase, -1
+        if operation in ("send", "receive"):
+            phase = "pipeline" if self.computing else phase  # gradients of tied copies are exchanged after that
+            peer = dist.get_global_rank(group, args[2])
+        self.messages.append(
+            Message(
+                self._dimension(name, operation, phase), group.size(), operation, phase, size,
+                *self._at_work(), self._unit, peer,
+            )
+        )  # fmt: skip
         if packet._qualified_op_name.startswith("_c10d_functional::") and isinstance(out, Tensor):
             self._waiting[out.untyped_storage()._cdata] = args[0]
 
     # --- results
 
-    def collectives(self, since: int) -> tuple[Collective, ...]:
-        """What was sent from message `since` on, by kind."""
+    def collectives(self) -> tuple[Collective, ...]:
+        """What was sent, by kind."""
         found: dict[tuple[str, int, str, str], list[int]] = {}
-        for *kind, size in self.messages[since:]:
-            found.setdefault(tuple(kind), []).append(size)  # type: ignore[arg-type]
+        for message in self.messages:
+            if message.dimension:
+                found.setdefault(message[:4], []).append(message.bytes)
         return tuple(Collective(*kind, len(sizes), sum(sizes)) for kind, sizes in found.items())
 
     def level(self, at: int) -> int:

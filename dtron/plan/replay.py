@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtron.compat import planning
+from dtron.plan.record import Message
 from dtron.plan.recorder import Allocation, Recorder
 
 __all__ = ["Replay", "UnlikeError"]
@@ -50,7 +51,7 @@ class Log:
 
     allocations: list[Allocation] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    messages: list[tuple[str, int, str, str, int]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     flops: Counter[str] = field(default_factory=Counter)
 
 
@@ -208,7 +209,7 @@ class Replay:
         recorder = self.recorder
         start = len(recorder.allocations)
         recorder.allocations += [Allocation(0, a.kind, a.phase, name, a.operation, a.stream) for a in log.allocations]
-        recorder.messages += log.messages
+        recorder.messages += [m._replace(module=name) for m in log.messages]
         recorder.flops.update(log.flops)
         for whose, number, change in log.changes:
             if whose == "input":

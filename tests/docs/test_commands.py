@@ -19,6 +19,7 @@ from dtron.config import load, read, to_toml
 from dtron.data.prepare import prepare
 from dtron.data.sources import SourceSpec, open_source
 from dtron.data.tokenizer import train_bpe
+from dtron.explain import command as explain
 from dtron.hf import sample
 from dtron.models.families import FAMILIES
 from dtron.models.hf import to_hf_config
@@ -116,6 +117,7 @@ def check_tool(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         (plan, "run"),
         (verify, "run"),
         (compare, "run"),
+        (explain, "run"),
     ):
         monkeypatch.setattr(module, name, lambda given: int(bool(given.keys and not load(given.keys))))
     assert dtron.__main__.main(arguments) == 0

@@ -16,8 +16,8 @@ FLOORS = [
     {"data", "checkpoint", "observe", "optim"},
     {"registry"},
     {"train"},
-    {"hf", "cluster", "plan", "verify", "compare"},
-    {"__main__", "library"},
+    {"hf", "cluster", "plan", "explain", "verify", "compare"},
+    {"__main__"},
 ]
 ANYWHERE = {
     "dtron",

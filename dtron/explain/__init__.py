@@ -1,0 +1,1 @@
+"""What a layout does, shown before a GPU hour: `dtron explain`."""
