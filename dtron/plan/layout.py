@@ -4,12 +4,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from dtron import compat
 from dtron.config import Config
 from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig
 from dtron.models.spec import experts_of
-from dtron.parallel.loss import chunk_tokens
 from dtron.parallel.pipeline import split_by_cost
+from dtron.parallel.schedules import SCHEDULES
 from dtron.plan import schedule
 from dtron.plan.blocks import BlockBytes, block_bytes
 
@@ -148,9 +149,12 @@ class Layout:
         return self.microbatch * seq_len // self.cp
 
 
-def loss_chunk(config: Config) -> int:
-    """Tokens whose logits are made at a time; 0: all of a microbatch."""
-    return chunk_tokens(config) if config.training.loss == "cross_entropy" else 0
+def loss_chunk(config: Config, schedule: str) -> int:
+    """Tokens whose logits are made at a time, under a pipeline's schedule; 0: all of a microbatch."""
+    split = schedule in SCHEDULES and SCHEDULES[schedule].zero_bubble
+    if config.training.loss != "cross_entropy" or (split and not compat.splits_python_functions):
+        return 0
+    return config.training.loss_chunk_tokens
 
 
 @cache

@@ -161,7 +161,8 @@ def search(
         dtypes.append("bfloat16")
     for any_state in layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node, _schedules(config, fixed)):
         for dtype in dtypes:
-            layout = dataclasses.replace(any_state, state_dtype=dtype, loss_chunk=loss_chunk(config))
+            chunk = loss_chunk(config, any_state.schedule)
+            layout = dataclasses.replace(any_state, state_dtype=dtype, loss_chunk=chunk)
             if not _allowed(layout, fixed):
                 break
             looked_at += 1

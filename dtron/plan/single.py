@@ -37,16 +37,17 @@ def layout_of(setup: Setup) -> Layout:
     microbatch = p.pipeline_parallel_microbatch_size if d.pp > 1 else c.training.local_batch_size
     rows = c.training.local_batch_size if d.pp > 1 else _rows(setup)
     selective = "op" if ac.selective_ac_option == "op" else "second"
+    schedule = (p.pipeline_parallel_schedule_csv or p.pipeline_parallel_schedule) if d.pp > 1 else ""
     return Layout(
         d.pp, d.dp_replicate, d.dp_shard, d.cp, d.tp, d.ep,
         microbatch=microbatch,
         microbatches=rows // microbatch,
         virtual=stages.n_stages // d.pp if stages else 1,
         recompute={"selective": selective, "memory_budget": "none"}.get(ac.mode, ac.mode),
-        loss_chunk=loss_chunk(c),
+        loss_chunk=loss_chunk(c, schedule),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
         state_dtype=c.optimizer.state_dtype,
-        schedule=(p.pipeline_parallel_schedule_csv or p.pipeline_parallel_schedule) if d.pp > 1 else "",
+        schedule=schedule,
     )  # fmt: skip
 
 

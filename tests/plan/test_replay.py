@@ -3,6 +3,7 @@
 import pytest
 from test_peak import LAYOUTS, setup_of
 
+from dtron import compat
 from dtron.plan.dryrun import dry_run
 
 # In 1F1B the last blocks of stage 1 come first; interleaved has two parts on a rank; "op" keeps what a block is given.
@@ -23,7 +24,8 @@ def test_replayed_blocks_change_nothing(name: str) -> None:
     replayed, whole = dry_run(setup, rank), dry_run(setup, rank, replay=False)
     assert (replayed.peak, replayed.start_bytes) == (whole.peak, whole.start_bytes)
     assert (replayed.collectives, replayed.flops) == (whole.collectives, whole.flops)
-    assert replayed.replayed > 0 and whole.replayed == 0
+    nested = name == "ep2" and not compat.has_units_of_two_meshes  # blocks with a unit inside are recorded in full
+    assert (replayed.replayed > 0) != nested and whole.replayed == 0
 
 
 def test_what_is_not_alike_is_recorded_in_full() -> None:

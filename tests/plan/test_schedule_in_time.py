@@ -11,7 +11,7 @@ from dtron.errors import UserError
 from dtron.models.families import FAMILIES
 from dtron.parallel.schedules import SCHEDULES
 from dtron.plan.hardware import HARDWARE
-from dtron.plan.layout import Layout, Sizes
+from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.schedule import StageTimes, actions, in_flight, simulate, stages_of, step_s
 from dtron.plan.search import _schedules, layout_keys, layouts, with_keys
@@ -109,7 +109,8 @@ def test_zero_bubble_schedules_are_looked_at_where_dtron_takes_them() -> None:
     start = load(["--job.config_file", DEBUG, "--model.n_layers", "16", "--compile.enable", "false"])
     start = dataclasses.replace(start, training=dataclasses.replace(start.training, mixed_precision_param="bfloat16"))
     for a in {(a.schedule, a.virtual): a for a in found if a.tp == 1}.values():
-        assert layout_of(resolve(with_keys(start, a), 4, "cuda")) == a
+        made = dataclasses.replace(a, loss_chunk=loss_chunk(start, a.schedule))
+        assert layout_of(resolve(with_keys(start, a), 4, "cuda")) == made
     with pytest.raises(UserError, match="leave out parallelism.pipeline_parallel_schedule_csv"):
         _schedules(load(["--job.config_file", DEBUG, "--parallelism.pipeline_parallel_schedule_csv", "x.csv"]), {})
 
