@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 TORCH ?= 2.11.0
 ARGS ?=
 
-.PHONY: help setup train test test-torch test-long lint clean
+.PHONY: help setup train test test-torch test-long lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,10 @@ test-long: setup  ## the long tests (with lm-eval, which this installs); the log
 	$(PYTHON) -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt -e '.[eval]'
 	set -o pipefail; $(PYTHON) -m pytest -m long -vv --durations=10 $(ARGS) 2>&1 | tee tests/long.log
 
+docs: setup  ## build the documentation as a site, site/index.html, every link checked
+	$(PYTHON) -m mkdocs build --strict --quiet
+
 clean:  ## delete caches and build artefacts; never outputs/, .cache/ or .venv*/
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . \( -path './.venv*' -o -path ./.git -o -path ./outputs -o -path ./.cache \) -prune \
 	    -o -type d -name __pycache__ -exec rm -rf {} +
