@@ -28,7 +28,7 @@ from dtron.train.resolve import resolve
 from dtron.verify import command as verify
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "scripts/bench/README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "scripts/bench/README.md"]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 # Programs of others, and of the shell.
 OTHERS = (

@@ -11,7 +11,7 @@ from dtron.parallel.incompatible import as_markdown
 from dtron.parallel.schedules import SCHEDULES, read_schedule
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "scripts" / "bench" / "README.md"])
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "scripts" / "bench" / "README.md"])
 PARALLELISM = (ROOT / "docs" / "parallelism.md").read_text()
 
 
