@@ -43,6 +43,7 @@ from dtron.train.trainer import Trainer
 
 __all__ = ["Run", "load_config", "load_model", "train"]
 
+COMMAND = "dtron.train(...), called as before"  # what resumes such a run
 TAIL = 30  # lines of output in the error of ranks that failed
 
 
@@ -156,7 +157,7 @@ def _train_here(arguments: list[str], quiet: bool) -> Run:
             setup = resolve(reading.config, 1, mistakes=reading.mistakes)
             for note in reading.notes:
                 logging.getLogger("dtron").warning(note)
-            world = World(0, 0, 1, dist.HashStore(), control=control, command="dtron.train(...), called as before")
+            world = World(0, 0, 1, dist.HashStore(), control=control, command=COMMAND)
             start_process_group(world, setup.config, setup.device_type)
             trainer.__init__(setup, world)  # type: ignore[misc]
             trainer.run()
@@ -230,12 +231,11 @@ def _process_as_it_was() -> Iterator[None]:
 
 
 def _train_ranks(arguments: list[str], ranks: int, quiet: bool) -> Run:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        own = load(arguments).job.control_folder
-        control = Path(own or folder)
-        words = [*arguments, *([] if own else ["--job.control_folder", folder])]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "dtron.train"]
-        code, tail = _run([sys.executable, *launcher, *words], quiet)
+        # How the run went is read from its control files, wherever the run's folder will be.
+        control = Path(load(arguments).job.control_folder or folder)
+        code, tail = _run([sys.executable, *launcher, "-m", "dtron.library", str(control), *arguments], quiet)
         beat = read_control_file(control / "HEARTBEAT") or {}
         failed = read_control_file(control / "FAILED")
     if code or "run_folder" not in beat:
@@ -254,6 +254,7 @@ def _run(command: list[str], quiet: bool) -> tuple[int, list[str]]:
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,  # a terminal and a notebook signal whole groups, and torchrun is to get one signal
     )  # fmt: skip
     assert process.stdout
     try:
@@ -270,3 +271,9 @@ def _run(command: list[str], quiet: bool) -> tuple[int, list[str]]:
         if process.poll() is None:
             process.terminate()
             process.wait()
+
+
+if __name__ == "__main__":  # a rank that `_train_ranks` started
+    from dtron.train.launch import main
+
+    main(sys.argv[2:], control_folder=sys.argv[1], command=COMMAND)

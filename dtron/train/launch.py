@@ -4,6 +4,7 @@ With validation.only it is an Evaluation that runs in the Trainer's place. How a
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -28,24 +29,28 @@ __all__ = ["main"]
 log = logging.getLogger(__name__)
 
 
-def main(argv: list[str] | None = None, trainer: type[Trainer] = Trainer) -> None:
+def main(
+    argv: list[str] | None = None, trainer: type[Trainer] = Trainer, *, control_folder: str = "", command: str = ""
+) -> None:
     """Train or evaluate as the command line says, and end the process: with 0 when done, another code on any error.
 
     trainer: a subclass of dtron's Trainer to train in its place. An evaluation has nothing of it: its loss is the one
-    that training.loss names.
+    that training.loss names. control_folder: in place of job.control_folder. command: see `World`.
     """
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
     world: World | None = None
     exit_on_signals(rank, lambda: world, ": there was nothing to save; the same command starts again")
     argv = sys.argv[1:] if argv is None else argv
-    control = Control(rank, _control_folder(argv))  # known before the configuration is, which may be wrong
+    control = Control(
+        rank, control_folder or _control_folder(argv)
+    )  # known before the configuration is, which may be wrong
     try:
         config, mistakes, notes = read(argv)
         setup_logging(rank, config.metrics.log_level)
-        control = Control(rank, config.job.control_folder)
+        control = Control(rank, control_folder or config.job.control_folder)
         setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)), mistakes=mistakes)
-        world = join(rank, setup.config, control)
+        world = dataclasses.replace(join(rank, setup.config, control), command=command)
         compare_configs(world, config)
         _announce(world, setup.config, notes)
         start_process_group(world, setup.config, setup.device_type)

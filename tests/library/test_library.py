@@ -174,7 +174,9 @@ def test_ranks_are_started(config: dtron.Config, capfd: pytest.CaptureFixture[st
     run = dtron.train(config, given, ranks=2)
     alone = dtron.train(config, quiet=True)
     assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in alone.rows], rel=1e-2)
-    assert "tp 2, on 2 x cpu" in capfd.readouterr().out and run.rows[0]["slowest_rank"] in (0, 1)
+    out = capfd.readouterr().out
+    assert "tp 2, on 2 x cpu" in out and "resume with   dtron.train(...), called as before" in out
+    assert run.rows[0]["slowest_rank"] in (0, 1) and "control_folder" not in (run.folder / "config.toml").read_text()
     assert run.model(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 16, 96)
 
 
@@ -182,7 +184,7 @@ def test_ranks_that_fail(config: dtron.Config, monkeypatch: pytest.MonkeyPatch) 
     def ends(failed: dict[str, str] | None) -> Any:
         def run(command: list[str], quiet: bool) -> tuple[int, list[str]]:
             if failed:
-                Path(command[-1], "FAILED").write_text(json.dumps(failed))
+                Path(command[command.index("dtron.library") + 1], "FAILED").write_text(json.dumps(failed))
             return 1, ["the last line"]
 
         return run
