@@ -17,7 +17,7 @@ FLOORS = [
     {"registry"},
     {"train"},
     {"hf", "cluster", "plan", "explain", "verify", "compare"},
-    {"__main__"},
+    {"__main__", "library"},
 ]
 ANYWHERE = {
     "dtron",
