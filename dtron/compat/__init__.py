@@ -234,9 +234,7 @@ class Stage(PipelineStage):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        # Positional in some schedules: loss, full_backward.
-        full = args[1] if len(args) > 1 else kwargs.get("full_backward", True)
-        of = "" if full else " of inputs"
+        of = "" if kwargs.get("full_backward", True) else " of inputs"
         with tracing.span(f"backward{of} of microbatch {bwd_chunk_id}, stage {self.stage_index}"):
             return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
