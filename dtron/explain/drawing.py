@@ -88,12 +88,12 @@ def tokens(facts: dict[str, Any]) -> str:
     if len(held) == 1:
         return ""
     scale, shapes = WIDE / facts["seq_len"], []
-    for part in held:
+    for cp_rank, part in enumerate(held):
         for first, last in part["positions"]:
-            tip, width = f"cp rank {part['cp_rank']}: tokens {first} to {last}", (last - first + 1) * scale
-            shapes.append(_rect(first * scale, 0, width, 26, f"span c{part['cp_rank'] % 6}", tip))
+            tip, width = f"cp rank {cp_rank}: tokens {first} to {last}", (last - first + 1) * scale
+            shapes.append(_rect(first * scale, 0, width, 26, f"span c{cp_rank % 6}", tip))
             if width > 40:
-                shapes.append(_text(first * scale + width / 2, 17, f"cp {part['cp_rank']}", "mid ink"))
+                shapes.append(_text(first * scale + width / 2, 17, f"cp {cp_rank}", "mid ink"))
     return _svg(WIDE, 26, "tokens of a sequence by cp rank", shapes, 360)
 
 

@@ -147,14 +147,12 @@ def _event(m: Message) -> dict[str, Any]:
 
 
 def _tokens(c: Config, d: Degrees) -> dict[str, Any]:
-    """Positions of a sequence that each rank of cp and tp holds, as ranges with both ends."""
+    """Positions that each rank of cp has, and of them those of each rank of tp, as ranges with both ends."""
     head_tail = bool(c.parallelism.context_parallel_load_balancer)
-    held = []
-    for cp_rank in range(d.cp):
-        positions = local_positions(c.training.seq_len, cp_rank, d.cp, head_tail)
-        parts = [spans(part.tolist()) for part in positions.chunk(d.tp)]
-        held.append({"cp_rank": cp_rank, "positions": spans(positions.tolist()), "tp_parts": parts})
-    return {"head_tail": head_tail and d.cp > 1, "held": held}
+    held = [local_positions(c.training.seq_len, cp_rank, d.cp, head_tail) for cp_rank in range(d.cp)]
+    parts = [[spans(part.tolist()) for part in positions.chunk(d.tp)] for positions in held]
+    ranges = [{"positions": spans(p.tolist()), "tp_parts": part} for p, part in zip(held, parts, strict=True)]
+    return {"head_tail": head_tail and d.cp > 1, "held": ranges}
 
 
 def _pipeline(c: Config, d: Degrees, plan: StagePlan | None, microbatches: int) -> dict[str, Any] | None:

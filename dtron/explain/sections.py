@@ -70,7 +70,7 @@ def ranks(numbers: list[int] | None) -> str:
 
 
 def _spans(spans: list[list[int]], between: str = " and ") -> str:
-    texts = [f"{a:,}-{b:,}" if a < b else f"{a:,}" for a, b in spans]
+    texts = [f"{a}-{b}" if a < b else str(a) for a, b in spans]
     return between.join(texts if len(texts) < 7 else [*texts[:3], "...", texts[-1]])
 
 
@@ -145,21 +145,15 @@ def _block(facts: Facts) -> Section:
 
 
 def _tokens(facts: Facts) -> Section:
-    d, held, sequences = facts["degrees"], facts["tokens"]["held"], facts["sequences"]
+    d, sequences = facts["degrees"], facts["sequences"]
     text = f"Every sequence has {facts['seq_len']:,} tokens; a rank of cp has the same positions of each."
     if facts["tokens"]["head_tail"]:
         text += " It has an early and a late chunk, so that all do the same work under the causal mask."
     if d["tp"] > 1:
         text += " Outside of attention and feed-forward, for which tp gathers them, a rank of tp has a part of these."
     rows = [
-        [
-            str(part["cp_rank"] * d["tp"] + tp_rank),
-            str(part["cp_rank"]),
-            str(tp_rank),
-            _spans(part["positions"]),
-            _spans(own),
-        ]
-        for part in held
+        [*map(str, (cp_rank * d["tp"] + tp_rank, cp_rank, tp_rank)), _spans(part["positions"]), _spans(own)]
+        for cp_rank, part in enumerate(facts["tokens"]["held"])
         for tp_rank, own in enumerate(part["tp_parts"])
     ]
     note = (
@@ -179,16 +173,10 @@ def _pipeline(facts: Facts) -> Section:
         "and a backward takes two forwards. In flight: forwards whose activations wait for their backward."
     )
     header = ["pp rank", "stage", "ranks", "modules", "microbatches in flight"]
-    stages = [
-        [
-            str(s["pp_rank"]),
-            str(s["stage"]),
-            _spans([s["ranks"]]),
-            _modules(s["modules"]),
-            str(p["in_flight"][s["pp_rank"]]),
-        ]
-        for s in p["stages"]
-    ]
+    stages = []
+    for s in p["stages"]:
+        held = str(p["in_flight"][s["pp_rank"]])
+        stages.append([str(s["pp_rank"]), str(s["stage"]), _spans([s["ranks"]]), _modules(s["modules"]), held])
     drawn, more = p["drawn_microbatches"], p["drawn_microbatches"] < p["microbatches"]
     notes = [f"Drawn with {drawn} microbatches; the others repeat those in the middle."] if more else []
     gantt = Part(drawing=drawing.gantt_text(p), svg=drawing.gantt(p), notes=notes)
@@ -202,9 +190,7 @@ def _modules(names: list[str]) -> str:
 
 def _experts(facts: Facts) -> Section:
     e = facts["experts"]
-    sent = [
-        size(m["bytes"]) for m in facts["block"]["forward"] if m["operation"] == "all_to_all" and m["dimension"] == "ep"
-    ]
+    sent = [size(m["bytes"]) for m in facts["block"]["forward"] if m.get("dimension") == "ep"]
     text = f"Each of {e['experts']} experts is a feed-forward; a token takes {e['per_token']}."
     if sent:
         text += (
@@ -220,7 +206,7 @@ def _experts(facts: Facts) -> Section:
 
 def _memory(facts: Facts) -> Section:
     m = facts["memory"]
-    where = f", in {m['module']}" if m["module"] else ""
+    where = f", in {m['module']} ({m['operation']})" if m["module"] else ""
     text = (
         f"What rank {facts['rank']} holds at the moment of a step when it holds most: {size(m['peak_bytes'])}, in the "
         f"{m['phase']}{where}. Between steps it holds {size(m['between_steps_bytes'])}. Blocks are not compiled here; "

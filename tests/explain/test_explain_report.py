@@ -21,6 +21,7 @@ from dtron.data.loader import Batch
 from dtron.explain.facts import explain, setup_of, smallest_world
 from dtron.explain.sections import ranks as ranks_text
 from dtron.explain.sections import size
+from dtron.parallel.tensor import SEQUENCE
 from dtron.plan.dryrun import build_step, dry_run
 from dtron.train.forward import local_batches
 
@@ -132,8 +133,12 @@ def test_the_facts_of_a_layout_in_five_dimensions(outputs: tuple[dict[str, Any],
     assert (facts["pipeline"]["bubble"], facts["pipeline"]["in_flight"]) == (pytest.approx(1 / 3), [2, 1])
 
 
-def held_by_a_rank(arguments: str) -> tuple[dict[str, tuple[list[int], list[int]]], list[int]]:
-    """Of each parameter here its shape and the elements it holds, by their number in the whole; tokens of a forward."""
+def held_by_a_rank(
+    arguments: str,
+) -> tuple[dict[str, tuple[list[int], list[int]]], list[list[int]], dict[str, list[int]]]:
+    """Of each parameter here its shape and the elements it holds, by their number in the whole; the tokens of a forward
+    and of them those that sequence parallel leaves here; the group in each dimension.
+    """
     s = setup_of(load(arguments.split()), dist.get_world_size(), [])
     step = build_step(s, contextlib.nullcontext)
     found = {}
@@ -145,7 +150,11 @@ def held_by_a_rank(arguments: str) -> tuple[dict[str, tuple[list[int], list[int]
             found[clean_name(name)] = list(local.shape), local.flatten().tolist()
     tokens = torch.arange(s.config.training.seq_len).expand(2, -1)
     forwards = local_batches(Batch(tokens, tokens), 2, s.config.parallelism, step.mesh, torch.device("cpu"))
-    return found, forwards[0][0][0].tolist()
+    meshes = [mesh for mesh in (step.mesh.pp, step.mesh.tp, step.mesh.cp, step.mesh.fsdp) if mesh]
+    groups = {n: sorted(dist.get_process_group_ranks(m.get_group(n))) for m in meshes for n in m.mesh_dim_names or ()}
+    mine = forwards[0][0][:1]
+    part = distribute_tensor(mine, step.mesh.tp, [SEQUENCE], src_data_rank=None).to_local()
+    return found, [mine.flatten().tolist(), part.flatten().tolist()], groups
 
 
 @pytest.mark.parametrize("layout", ["--tp 2 --pp 2 --parallelism.data_parallel_replicate_degree 2", "--tp 2 --cp 2"])
@@ -156,15 +165,20 @@ def test_shards_and_tokens_are_where_it_says(ranks: Ranks, layout: str) -> None:
     facts = explain(setup_of(load(arguments.split()), world, []), world - 1, 8)
     for p in facts["parameters"]:
         name = p["name"].replace("layers.N", f"layers.{p['layers'][0]}" if p["layers"] else "")
-        holders = [rank for rank, (parameters, _) in enumerate(real) if name in parameters]
+        holders = [rank for rank, (parameters, *_) in enumerate(real) if name in parameters]
         same_place = holders[0] + (world - 1) % len(holders)
         shape, elements = real[same_place][0][name]
         assert (holders, shape) == (p["ranks"], p["local_shape"]), name
         assert [rank for rank in holders if real[rank][0][name][1] == elements] == p["same_shard"], name
     d = facts["degrees"]
-    for rank, (_, tokens) in enumerate(real):
-        spans = facts["tokens"]["held"][rank // d["tp"] % d["cp"]]["positions"]
-        assert [t for a, b in spans for t in range(a, b + 1)] == tokens
+    for rank, (_, tokens, groups) in enumerate(real):
+        for dim in facts["dimensions"]:  # as the page's pictures of other ranks have them
+            n, stride = len(dim["ranks"]), dim["stride"]
+            first = rank - rank // stride % n * stride
+            assert [first + i * stride for i in range(n)] == groups[dim["name"]]
+        held = facts["tokens"]["held"][rank // d["tp"] % d["cp"]]
+        spans = held["positions"], held["tp_parts"][rank % d["tp"]]
+        assert [[t for a, b in part for t in range(a, b + 1)] for part in spans] == tokens
 
 
 def test_memory_is_that_of_a_dry_run(outputs: tuple[dict[str, Any], str, str]) -> None:
