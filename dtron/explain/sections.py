@@ -60,11 +60,11 @@ def size(n: float) -> str:
 
 
 def ranks(numbers: list[int] | None) -> str:
-    """[0, 1, 2, 8] -> 0-2, 8; [0, 4, 8, 12] -> 0, 4, ..., 12; None -> all."""
+    """[0, 1, 2, 8] -> 0-2, 8; many in equal steps -> 0, 4, ..., 60; None -> all."""
     if not numbers:
         return "all"
     steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
-    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+    if len(numbers) > 6 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
     return _spans(drawing.spans(numbers), ", ")
 
@@ -106,8 +106,8 @@ def _parameters(facts: Facts) -> Section:
         shapes = str(p["global_shape"]), _placed(p["placements"]), str(p["local_shape"])
         sizes = size(p["global_bytes"]), size(p["local_bytes"])
         rows.append([name, *shapes, *sizes, ranks(p["ranks"]), ranks(p["same_shard"])])
-    header = ["parameter", "whole", "placements", "a shard", "bytes", "of a shard", "all shards: ranks"]
-    header.append(f"shard of rank {facts['rank']}: ranks")
+    header = ["parameter", "whole", "placements", "a shard", "bytes", "of a shard", "all shards on"]
+    header.append(f"rank {facts['rank']}'s on")
     note = (
         "Ranks are of the stage with the first of these blocks; on another stage, those at the same place there (see "
         "the pipeline's stages)."
