@@ -62,7 +62,13 @@ class Run:
         Of one rank, as it was at the last step, on the device it was trained on. Of several ranks, the newest
         checkpoint, on the CPU: UserError where checkpoint.enable was false.
         """
-        return load_model(self.folder) if self._model is None else self._model
+        if self._model is not None:
+            return self._model
+        if not load(["--job.config_file", str(self.folder / "config.toml")]).checkpoint.enable:
+            raise UserError(
+                f"{self.folder} has no checkpoint to read the model of several ranks from: set checkpoint.enable true"
+            )
+        return load_model(self.folder)
 
 
 def load_config(config: str | Path | Config, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -29,6 +29,7 @@ __all__ = [
     "forward_number",
     "fsdp_gathered",
     "fsdp_groups",
+    "name_units",
     "fused_norms",
     "group_called",
     "group_name",
@@ -230,6 +231,12 @@ def fsdp_groups(part: nn.Module) -> Iterator[Any]:
             state: Any = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)  # of 2.13; 2.11 has one at most
             yield from [state._fsdp_param_group] if groups is None and state._fsdp_param_group else groups or ()
+
+
+def name_units(part: nn.Module) -> None:
+    """Let FSDP name its units now, and not in the first forward: a pipeline of several stages gathers before it."""
+    if isinstance(part, FSDPModule):
+        part._get_fsdp_state()._lazy_init()
 
 
 def fsdp_gathered(part: nn.Module) -> Iterator[Tensor]:

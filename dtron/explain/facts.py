@@ -126,15 +126,24 @@ def _dimensions(mesh: Mesh, per_node: int) -> list[dict[str, Any]]:
 
 
 def _block(messages: list[Message], block: str, recorded: int) -> dict[str, Any]:
-    """One microbatch in one block. elsewhere: FSDP's messages for it at other times, which are counted for a microbatch
-    if each of the recorded ones has them, else for a step.
-    """
-    forward = block_events(messages, block, ("forward",))
-    backward = block_events(messages, block, ("recompute", "backward"))
+    """One microbatch in one block. elsewhere: FSDP's messages for it at other times, or once a step only."""
+    plain = [m._replace(part="", module="") for m in messages]
+    work = [i for i, m in enumerate(messages) if m.module == block]
+
+    def once(m: Message) -> bool:
+        """Whether all of these come before the block's first microbatch, or after its last."""
+        at = [i for i, other in enumerate(plain) if other == m]
+        return bool(recorded > 1 and (len(at) % recorded or at[0] > work[-1] or at[-1] < work[0]))
+
+    def each(phases: tuple[str, ...]) -> list[Message]:
+        events = block_events(messages, block, phases)
+        return [m for m in events if not (m.unit and once(m._replace(part="", module="")))]
+
+    forward, backward = each(("forward",)), each(("recompute", "backward"))
     inside = {m._replace(part="", module="") for m in (*forward, *backward)}
-    others = Counter(m._replace(part="", module="") for m in messages if m.unit == block)
+    others = Counter(m for m in plain if m.unit == block)
     elsewhere = [
-        _event(m) | ({"count": n, "per": "step"} if n % recorded else {"count": n // recorded, "per": "microbatch"})
+        _event(m) | ({"count": n, "per": "step"} if once(m) else {"count": n // recorded, "per": "microbatch"})
         for m, n in others.items()
         if m not in inside
     ]

@@ -27,7 +27,7 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     reading = read(["--job.config_file", given.config, *keys])
     world = given.gpus or smallest_world(reading.config)
     facts = explain(setup_of(reading.config, world, reading.mistakes), given.rank, given.gpus_per_node)
-    layout = shlex.join([given.config, *(["--gpus", str(given.gpus)] if given.gpus else []), *keys])
+    layout = shlex.join([given.config, "--gpus", str(world), *keys])
     found = sections(facts, f"dtron verify {layout}")
     title = f"{facts['model']} on {facts['world']:,} rank{'s' * (facts['world'] > 1)}: {facts['layout']}"
     if out:

@@ -12,7 +12,7 @@ SHOWN_RANKS = 64  # rows of the tokens' table
 TITLES = {
     "forward": "Forward",
     "backward": "Backward",
-    "elsewhere": "At other times, for this block: gathered ahead, or reduced at the end of a pipeline's step",
+    "elsewhere": "Other messages for this block: gathered ahead of it, or once a step",
 }
 
 
@@ -77,9 +77,9 @@ def _spans(spans: list[list[int]], between: str = " and ") -> str:
 def _mesh(facts: Facts) -> Section:
     rank, per_node = facts["rank"], facts["gpus_per_node"]
     text = (
-        f"Every rank is a process with one GPU; {per_node} are a node. Ranks of a group exchange messages: rank {rank} "
-        "is in these, every other rank in groups of the same form, shifted. dp_shard_cp: the ranks of dp and cp, over "
-        "which FSDP shards weights."
+        f"Every rank is a process with one GPU; {per_node} are a node. The ranks of a group exchange messages. These "
+        f"are the groups of rank {rank}; every other rank has as many, with the same strides. dp_shard_cp: the ranks "
+        "of dp and cp together, over which FSDP shards weights."
     )
     rows = [
         [d["name"], str(len(d["ranks"])), ranks(d["ranks"]), str(d["stride"]),
@@ -97,7 +97,7 @@ def _parameters(facts: Facts) -> Section:
     text = (
         "One row for each parameter, alike blocks together. tp: Shard(0): its rows are cut over the ranks of tp; "
         "Shard(1): its columns; Replicate: each has all. A rank keeps its shard, gradient and moments; FSDP gathers "
-        "the others' of dp_shard_cp just before use."
+        "the others' of dp_shard_cp before use."
     )
     rows = []
     for p in facts["parameters"]:
@@ -106,10 +106,10 @@ def _parameters(facts: Facts) -> Section:
         shapes = str(p["global_shape"]), _placed(p["placements"]), str(p["local_shape"])
         sizes = size(p["global_bytes"]), size(p["local_bytes"])
         rows.append([name, *shapes, *sizes, ranks(p["ranks"]), ranks(p["same_shard"])])
-    header = ["parameter", "whole", "placements", "a shard", "bytes", "of a shard", "all shards on"]
-    header.append(f"rank {facts['rank']}'s on")
+    header = ["parameter", "whole", "placements", "a shard", "bytes", "of a shard", "held by ranks"]
+    header.append(f"rank {facts['rank']}'s part on")
     note = (
-        "Ranks are of the stage with the first of these blocks; on another stage, those at the same place there (see "
+        "Ranks of the first of these blocks. Blocks of another stage are on that stage's ranks, in the same way (see "
         "the pipeline's stages)."
     )
     parts = [Part(header=header, rows=rows, notes=[note] if facts["pipeline"] else [])]
@@ -125,8 +125,8 @@ def _block(facts: Facts) -> Section:
     text = (
         f"What rank {facts['rank']} does in {block['name']} with one microbatch ({rows} x {facts['seq_len']} tokens; a "
         f"step has {facts['microbatches']['of_a_step']}), from top to bottom. Rows with a dimension are messages among "
-        "the ranks of its group. Bytes are of the whole: what a gather gives, what a reduce-scatter takes; each of n "
-        "ranks gives or keeps one n-th."
+        "the ranks of its group. Bytes: of a gather's result, of a reduce-scatter's input, of what a rank gives to an "
+        "all_to_all, all_reduce or send. Weights of another unit are gathered ahead of its use."
     )
     header = ["phase", "part", "operation", "dimension", "with ranks", "bytes", "of what"]
     groups = {d["name"]: ranks(d["ranks"]) for d in facts["dimensions"]}
@@ -151,14 +151,18 @@ def _tokens(facts: Facts) -> Section:
         text += " It has an early and a late chunk, so that all do the same work under the causal mask."
     if d["tp"] > 1:
         text += " Outside of attention and feed-forward, for which tp gathers them, a rank of tp has a part of these."
+    size_of_dp = d["cp"] * d["tp"]
+    first = facts["rank"] // size_of_dp * size_of_dp
     rows = [
-        [*map(str, (cp_rank * d["tp"] + tp_rank, cp_rank, tp_rank)), _spans(part["positions"]), _spans(own)]
+        [*map(str, (first + cp_rank * d["tp"] + tp_rank, cp_rank, tp_rank)), _spans(part["positions"]), _spans(own)]
         for cp_rank, part in enumerate(facts["tokens"]["held"])
         for tp_rank, own in enumerate(part["tp_parts"])
     ]
+    each, dp_rank = sequences["per_dp_rank"], facts["rank"] // size_of_dp % d["dp"]
     note = (
-        f"Ranks of the first stage and dp rank; others are alike. A step has {sequences['global_batch']:,} sequences, "
-        f"{sequences['per_dp_rank']:,} on each of {d['dp']:,} dp ranks."
+        f"A step has {sequences['global_batch']:,} sequences, numbered from 0. The ranks above are dp rank {dp_rank}, "
+        f"with sequences {dp_rank * each:,} to {dp_rank * each + each - 1:,}; another dp rank has others, cut in the "
+        "same way. Every pipeline stage has the same."
     )
     header = ["rank", "cp rank", "tp rank", "tokens in attention", "outside (sequence parallel)"]
     parts = [Part(header=header, rows=rows[:SHOWN_RANKS], svg=drawing.tokens(facts), notes=[note])]
@@ -209,8 +213,9 @@ def _memory(facts: Facts) -> Section:
     where = f", in {m['module']} ({m['operation']})" if m["module"] else ""
     text = (
         f"What rank {facts['rank']} holds at the moment of a step when it holds most: {size(m['peak_bytes'])}, in the "
-        f"{m['phase']}{where}. Between steps it holds {size(m['between_steps_bytes'])}. Blocks are not compiled here; "
-        "dtron plan takes them as configured, and adds what a GPU holds besides."
+        f"{m['phase']}{where}. Between steps it holds {size(m['between_steps_bytes'])}. Temporaries of a "
+        "backward include gradients of weights until they are reduced. Blocks are not compiled here; dtron plan takes "
+        "them as configured, and adds what a GPU holds besides."
     )
     rows = [[part, size(n), f"{n / m['peak_bytes']:.1%}"] for part, n in m["parts"].items()]
     parts = [Part(header=["part", "bytes", "share"], rows=rows, svg=drawing.memory(m))]

@@ -135,6 +135,8 @@ def _record(setup: Setup, rank: int, step: Step, recorder: Recorder, replay: boo
         create_state(optimizer)
         state = (value for values in optimizer.state.values() for value in values.values())
         recorder.tag((value for value in state if isinstance(value, Tensor)), "optimizer state")
+    for part in model.parts:
+        planning.name_units(part)
     replays = _tap_modules(step, recorder, replay)
     batch = fake_batch(step, setup)
     recorder.tag((t for t in batch if t is not None), "batch")

@@ -288,7 +288,7 @@ def check_batch(config: Config, degrees: Degrees, global_batch: int, source: str
         raise UserError(
             f"the global batch of {global_batch} sequences{source} is not a positive multiple of "
             f"training.local_batch_size {local} x {degrees.dp} data-parallel ranks = {unit}; change "
-            "training.global_batch_size or training.local_batch_size"
+            f"training.global_batch_size (-1 makes it {unit}) or training.local_batch_size"
         )
     return global_batch
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import sys
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -112,7 +114,9 @@ def _on_rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: 
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:
-        Path(folder, f"error-{rank}").write_bytes(pickle.dumps((time.time(), _said(error), traceback.format_exc())))
+        # What dtron says of a plan of the user's needs no traceback.
+        text = "" if isinstance(error, ValueError | UserError) else traceback.format_exc()
+        Path(folder, f"error-{rank}").write_bytes(pickle.dumps((time.time(), _said(error), text)))
         raise SystemExit(1) from None
     Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(answer))
 
@@ -139,8 +143,11 @@ def _run_ranks(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     if method == "forkserver":
         mp.get_context(method).set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
+        # torch leaves files for errors, and says which processes it ends.
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         try:
-            mp.start_processes(_on_rank, (world, folder, job, args), world, start_method=method)
+            with patch.object(tempfile, "tempdir", folder):
+                mp.start_processes(_on_rank, (world, folder, job, args), world, start_method=method)
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             failed = [(*pickle.loads(file.read_bytes()), file) for file in Path(folder).glob("error-*")]
             if not failed:
@@ -170,7 +177,7 @@ def main(given: argparse.Namespace, keys: list[str]) -> int:
     asked = reading.config, given.gpus, given.ranks, given.full
     proof = make_proof(*asked)
     if not given.json:
-        print("\n".join(describe(proof)), flush=True)
+        print("\n".join(describe(proof, given.ranks)), flush=True)
     (truth,) = _run_ranks(1, _plain_job, *asked, given.steps)
     steps: list[StepSeen] = []
     failure = ""
@@ -189,19 +196,28 @@ def main(given: argparse.Namespace, keys: list[str]) -> int:
     return 0 if equal else 1
 
 
-def describe(proof: Proof) -> list[str]:
-    """What is proved, and what is not."""
+def describe(proof: Proof, most: int) -> list[str]:
+    """What is proved, and what is not. most: ranks that were asked for."""
     asked, setup = proof.asked, proof.setup
     d, m, c = setup.degrees, setup.model_config, setup.config.training
     same = asked.degrees == d
     of = "" if same else f", for {asked.degrees} on {asked.degrees.world}"
     total = sum(p.numel() for p in meta_model(setup.spec, m).parameters())
+    p = setup.config.parallelism
+    in_forward = f"{c.local_batch_size} in a forward"
+    if d.pp > 1:
+        size, name = (
+            p.pipeline_parallel_microbatch_size,
+            p.pipeline_parallel_schedule_csv or p.pipeline_parallel_schedule,
+        )
+        in_forward = f"{c.local_batch_size // size} microbatches of {size} in each pass of {name}"
     of_layers = "" if m.n_layers == asked.model_config.n_layers else f" of {asked.model_config.n_layers}"
     return [
         f"layout    {d}: {d.world} rank{'s' * (d.world > 1)} on this machine{of}",
+        *([f"          more than --ranks {most}: no degree goes down to 1"] if d.world > most else []),
         f"model     {asked.config.model.name}: {m.n_layers}{of_layers} layers, hidden size {m.dim}, {m.n_heads} heads, "
         f"{m.n_kv_heads} key/value heads, {total / 1e3:,.0f}k parameters",
-        f"batch     {c.global_batch_size} sequences of {c.seq_len} random tokens, {c.local_batch_size} in a forward",
+        f"batch     {c.global_batch_size} sequences of {c.seq_len} random tokens, {in_forward}",
         f"not here  {', '.join(proof.left_out)}",
         "",
     ]
@@ -230,7 +246,8 @@ def table(steps: Sequence[StepSeen], wrong: Sequence[str], color: bool) -> list[
         lines += [f"  {name}: by {off:.1%} of the way it should have gone" for name, off in shown]
     lines += ["", *(f"{red}{line}{end}" for line in wrong)] if wrong else []
     if wrong or parted:
-        return [*lines, "", f"{red}The layout does not train as one process does.{end}"]
+        verdict = "does not train as one process does" if steps else "does not train: a rank failed"
+        return [*lines, "", f"{red}The layout {verdict}.{end}"]
     worst = max(off for s in steps for off in s.off.values())
     return [
         *lines, "",

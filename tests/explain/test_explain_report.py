@@ -109,7 +109,7 @@ def test_text_and_page_have_what_the_json_has(outputs: tuple[dict[str, Any], str
     files = re.findall(r"Done by <code>([^<]*)</code>", page)
     assert len(files) == page.count("<section") == len(re.findall(r"^\d\. ", text, re.MULTILINE)) == 8
     assert [file for file in (files[0], *files[3:]) if not (ROOT / file).exists()] == []
-    assert f"dtron verify {DEBUG} {' '.join(LAYOUT)}" in text
+    assert f"dtron verify {DEBUG} --gpus 16 {' '.join(LAYOUT)}" in text  # of as many ranks, whatever it takes by itself
     assert "prefers-color-scheme:dark" in page
 
 
@@ -124,7 +124,10 @@ def test_the_facts_of_a_layout_in_five_dimensions(outputs: tuple[dict[str, Any],
     # Sequence parallel's gathers before attention and feed-forward, its scatters behind; the ring's gather between.
     sent = [(e["dimension"], e["operation"]) for e in facts["block"]["forward"] if "dimension" in e]
     around = [("tp", "all_gather"), ("tp", "reduce_scatter")]
-    assert sent == [("dp_shard_cp", "all_gather"), around[0], ("cp", "all_gather"), around[1], *around]
+    assert sent == [around[0], ("cp", "all_gather"), around[1], *around]
+    # What a pipeline does once, before the first microbatch or after the last, is of no microbatch.
+    once = [(e["operation"], e["count"], e["per"]) for e in facts["block"]["elsewhere"]]
+    assert once == [("all_gather", 1, "step"), ("all_reduce", 2, "step"), ("reduce_scatter", 1, "step")]
     products = [e["part"] for e in facts["block"]["forward"] if e["operation"] == "matmul"]
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     assert products == [*names, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -155,6 +158,31 @@ def held_by_a_rank(
     mine = forwards[0][0][:1]
     part = distribute_tensor(mine, step.mesh.tp, [SEQUENCE], src_data_rank=None).to_local()
     return found, [mine.flatten().tolist(), part.flatten().tolist()], groups
+
+
+def test_a_pipeline_of_several_stages_gathers_a_block_once(capsys: pytest.CaptureFixture) -> None:
+    """Before its first forward, when FSDP has not named its units by itself."""
+    keys = "--dp 2 --pp 2 --model.n_layers 8 --training.local_batch_size 4"
+    schedule = "--parallelism.pipeline_parallel_schedule Interleaved1F1B"
+    assert (
+        dtron.__main__.main(
+            ["explain", DEBUG, "--gpus", "4", "--rank", "3", "--json", *keys.split(), *schedule.split()]
+        )
+        == 0
+    )
+    facts = json.loads(capsys.readouterr().out)
+    gathers = [e for e in facts["block"]["elsewhere"] if e["operation"] == "all_gather"]
+    assert [(e["unit"], e["count"], e["per"]) for e in gathers] == [(facts["block"]["name"], 1, "step")]
+
+
+def test_the_tokens_are_those_of_the_rank(capsys: pytest.CaptureFixture) -> None:
+    assert (
+        dtron.__main__.main(["explain", DEBUG, "--gpus", "8", "--dp", "2", "--cp", "2", "--tp", "2", "--rank", "6"])
+        == 0
+    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert "6 1 0 16-47 16-31 7 1 1 16-47 32-47" in text
+    assert "The ranks above are dp rank 1, with sequences 2 to 3" in text
 
 
 @pytest.mark.parametrize("layout", ["--tp 2 --pp 2 --parallelism.data_parallel_replicate_degree 2", "--tp 2 --cp 2"])

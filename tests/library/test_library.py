@@ -180,6 +180,9 @@ def test_ranks_are_started(config: dtron.Config, capfd: pytest.CaptureFixture[st
     assert "tp 2, on 2 x cpu" in out and "resume with   dtron.train(...), called as before" in out
     assert run.rows[0]["slowest_rank"] in (0, 1) and "control_folder" not in (run.folder / "config.toml").read_text()
     assert run.model(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 16, 96)
+    (run.folder / "config.toml").write_text("[checkpoint]\nenable = false\n")  # as of a run that saved nothing
+    with pytest.raises(dtron.UserError, match="set checkpoint.enable true"):
+        _ = library.Run(run.folder, run.rows).model
 
 
 def test_ranks_that_fail(config: dtron.Config, monkeypatch: pytest.MonkeyPatch) -> None:
