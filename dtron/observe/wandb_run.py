@@ -6,9 +6,11 @@ WANDB_MODE, ...) say where the run goes; docs/dashboard.md has those that matter
 """
 
 import importlib
+import importlib.util
 import logging
 import os
 import queue
+import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -17,12 +19,22 @@ from typing import Any
 
 from dtron.errors import UserError
 
-__all__ = ["WandbRun"]
+__all__ = ["WandbRun", "check_wandb"]
 
 log = logging.getLogger(__name__)
 
 PROJECT = "dtron"  # unless WANDB_PROJECT names another
 FINISH_S = 60.0  # that the end of a training waits for what is not uploaded yet; `wandb sync` uploads the rest
+
+
+def check_wandb(enabled: bool) -> None:
+    """UserError if it is asked for and not installed: said before a run has a folder."""
+    loaded = "wandb" in sys.modules
+    if enabled and (sys.modules["wandb"] is None if loaded else importlib.util.find_spec("wandb") is None):
+        raise UserError(
+            "metrics.enable_wandb = true needs the package wandb, which is not installed: pip install 'dtron[wandb]', "
+            "or set metrics.enable_wandb false"
+        )
 
 
 class WandbRun:
@@ -35,13 +47,8 @@ class WandbRun:
     def __init__(
         self, run_folder: Path, hparams: dict[str, Any], name_of: Callable[[str], tuple[str, float] | None]
     ) -> None:
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise UserError(
-                f"metrics.enable_wandb = true needs the package wandb, which cannot be imported ({error}). Install it "
-                "(pip install 'dtron[wandb]') or set metrics.enable_wandb = false."
-            ) from error
+        check_wandb(True)
+        self._wandb = importlib.import_module("wandb")
         self._folder, self._hparams, self._name_of = run_folder, hparams, name_of
         self._rows: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

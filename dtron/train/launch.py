@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dtron import compat
 from dtron.config import Config, HelpRequested, read, to_toml
 from dtron.errors import UserError, quiet_broken_pipe
+from dtron.observe.wandb_run import check_wandb
 from dtron.ranks.control import Control, StopBeforeStartError
 from dtron.ranks.failure import exit_on_signals, exit_with_message, exit_with_traceback
 from dtron.ranks.logs import setup_logging
@@ -50,6 +51,7 @@ def main(
         setup_logging(rank, config.metrics.log_level)
         control = Control(rank, control_folder or config.job.control_folder)
         setup = resolve(config, int(os.environ.get("WORLD_SIZE", 1)), mistakes=mistakes)
+        check_wandb(setup.config.metrics.enable_wandb)
         world = dataclasses.replace(join(rank, setup.config, control), command=command)
         compare_configs(world, config)
         _announce(world, setup.config, notes)

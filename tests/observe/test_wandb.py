@@ -14,6 +14,7 @@ from dtron.config.sections import Metrics
 from dtron.errors import UserError
 from dtron.observe import wandb_run
 from dtron.observe.metrics import MetricsWriter, read_metrics
+from dtron.observe.wandb_run import check_wandb
 
 HPARAMS = {"optimizer.lr": 8e-4, "model.rope_scaling.factor": None, "model.converters": ["float8"]}
 
@@ -123,8 +124,12 @@ def test_a_slow_network_holds_nothing_up(
 
 def test_a_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"enable_wandb = true needs the package wandb.*pip install 'dtron\[wandb\]'"):
-        writer(tmp_path)
+    for start in (lambda: writer(tmp_path), lambda: check_wandb(True)):
+        with pytest.raises(
+            UserError, match=r"enable_wandb = true needs the package wandb.*pip install 'dtron\[wandb\]'"
+        ):
+            start()
+    check_wandb(False)
 
 
 def test_an_offline_run_of_the_real_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
