@@ -14,6 +14,7 @@ from dtron.parallel.materialize import initialize
 from dtron.plan.dryrun import build_step
 from dtron.train.step import Step
 from dtron.verify.draws import Draw, recorded_draws, without_dropout
+from dtron.verify.outputs import Outputs, recorded_outputs
 from dtron.verify.plain import Truth, global_batch
 from dtron.verify.small import NOISE, NOISY, Proof
 
@@ -27,13 +28,15 @@ class Seen:
     """Of one rank, after each step: loss and gradient norm of the whole world; of each parameter held here how far it
     is from the truth's, as a share of the way that the whole parameter has gone since the start.
 
-    elements: of each parameter, how many are held here. draws: of dropout, in one step more.
+    elements: of each parameter, how many are held here. outputs: of the modules in the first step. draws: of dropout,
+    in one step more.
     """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     off: list[dict[str, float]] = field(default_factory=list)
     elements: dict[str, int] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=dict)
     draws: list[Draw] = field(default_factory=list)
 
 
@@ -47,8 +50,9 @@ def train_layout(proof: Proof, truth: Truth) -> Seen:
     _initialize(step, proof)
     seen = Seen()
     for number in range(steps):
-        with without_dropout():
+        with without_dropout(), recorded_outputs(model.parts) as outputs:
             stats, _ = step(_rows_of(step, proof, truth, number))
+        seen.outputs = seen.outputs or outputs
         seen.losses.append(stats[0].item())
         seen.norms.append(stats[1].item())
         seen.off.append(_compare(step, truth, number, seen.elements))

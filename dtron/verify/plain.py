@@ -1,7 +1,7 @@
 """The truth: the plain model in one process, trained by a loop without any of dtron's parallel code."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from dtron.models.init import initial_rows
 from dtron.models.moe import MoEConfig, Router, choose_experts
 from dtron.models.spec import experts_of
 from dtron.verify.draws import without_dropout
+from dtron.verify.outputs import Outputs, recorded_outputs
 from dtron.verify.small import NOISE, NOISY, Proof
 
 __all__ = ["Routers", "Truth", "global_batch", "train_plain"]
@@ -27,7 +28,7 @@ LEAST_GAP, SEEDS = 5e-5, 50
 class Truth:
     """Of each step, loss, gradient norm and the weights after it, under their names; start: the weights before all.
 
-    seed: of the batches. lr: learning rate.
+    seed: of the batches. lr: learning rate. outputs: of the modules in the first step.
     """
 
     lr: float
@@ -36,6 +37,7 @@ class Truth:
     norms: list[float]
     start: dict[str, Tensor]
     weights: list[dict[str, Tensor]]
+    outputs: Outputs = field(default_factory=dict)
 
 
 def global_batch(proof: Proof, seed: int, step: int) -> Batch:
@@ -74,9 +76,10 @@ def _train(proof: Proof, steps: int, seed: int) -> tuple[Truth, float]:
         tokens, labels, starts, _ = global_batch(proof, seed, step)
         positions = torch.arange(tokens.size(1)).expand(len(tokens), -1)
         extra = () if starts is None else (starts,)
-        with without_dropout():
+        with without_dropout(), recorded_outputs([model]) as outputs:
             loss = loss_of(model(tokens, positions, *extra), labels).sum() / (labels != IGNORE_INDEX).sum()
             (loss + routers.balance_loss()).backward()
+        truth.outputs = truth.outputs or outputs
         norm = _length(p.grad for p in trained if p.grad is not None)
         truth.lr = truth.lr or STEP_SIZE * _length(trained) / norm
         with torch.no_grad():

@@ -27,6 +27,7 @@ from dtron.mesh import Degrees
 from dtron.models.spec import meta_model
 from dtron.verify.draws import alike
 from dtron.verify.layout import TIMEOUT_S, Seen, train_layout
+from dtron.verify.outputs import first_that_differs
 from dtron.verify.plain import Truth, train_plain
 from dtron.verify.small import Proof, make_proof
 
@@ -74,7 +75,13 @@ def compare(truth: Truth, ranks: Sequence[Seen], degrees: Degrees) -> tuple[list
         ordered = dict(sorted(worst.items(), key=lambda item: -item[1]))
         first = ranks[0]
         steps.append(StepSeen(number + 1, (loss, first.losses[number]), (norm, first.norms[number]), ordered))
-    return steps, [*_not_whole(truth, ranks), *_wrong_draws(ranks, degrees)]
+    wrong = [*_not_whole(truth, ranks), *_wrong_draws(ranks, degrees)]
+    if not steps[0].equal and (module := first_that_differs(truth.outputs, [r.outputs for r in ranks], degrees.tp)):
+        wrong.append(
+            f"the first output that differs, in the forward of step 1, is that of {module}: look at its plan, its "
+            "inputs and its parameters"
+        )
+    return steps, wrong
 
 
 def _not_whole(truth: Truth, ranks: Sequence[Seen]) -> list[str]:
