@@ -29,8 +29,8 @@ test-torch:  ## the tests that depend on torch, with another one in an environme
 	@scripts/setup.sh $(TORCH)
 	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(TESTS)) $(ARGS)
 
-test-long: setup  ## the long tests (with lm-eval, which this installs); the log goes to tests/long.log
-	$(PYTHON) -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt -e '.[eval]'
+test-long: setup  ## the long tests (with lm-eval and wandb, which this installs); the log goes to tests/long.log
+	$(PYTHON) -m pip install -qq --disable-pip-version-check -c .venv/constraints.txt -e '.[eval,wandb]'
 	set -o pipefail; $(PYTHON) -m pytest -m long -vv --durations=10 $(ARGS) 2>&1 | tee tests/long.log
 
 docs: setup  ## build the documentation as a site, site/index.html, every link checked

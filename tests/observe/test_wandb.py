@@ -132,6 +132,7 @@ def test_a_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     check_wandb(False)
 
 
+@pytest.mark.long
 def test_an_offline_run_of_the_real_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
