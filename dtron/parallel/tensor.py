@@ -198,7 +198,7 @@ def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
 
 
 def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
-    """Shard a meta model's parameters by `plan`; tied weights stay tied. No parameter may be left out.
+    """Shard a meta model's parameters by `plan`; tied weights stay tied. UserError for a parameter that is left out.
 
     A parameter outside the plan would be a plain tensor next to sharded ones, with the gradient of this
     rank's part of the sequence only: silently wrong, hence the error.
@@ -210,7 +210,10 @@ def apply_tensor_parallel(model: nn.Module, tp: DeviceMesh, plan: Mapping[str, P
         _set_parameter(model, second, model.get_parameter(first))
     plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if left_out := [name for name in plain if model.get_parameter(name).requires_grad]:
-        raise ValueError(f"the tensor-parallel plan leaves out {', '.join(left_out)}")
+        raise UserError(
+            f"the tensor-parallel plan leaves out {', '.join(left_out)}; every parameter that is trained needs an "
+            "entry: SequenceParallel for a norm between the matrices, whose gradient is then summed over the tp ranks"
+        )
 
 
 def _present(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:

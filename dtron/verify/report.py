@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -121,8 +120,7 @@ def _on_rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: 
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:
-        # What dtron says of a plan of the user's needs no traceback.
-        text = "" if isinstance(error, ValueError | UserError) else traceback.format_exc()
+        text = "" if isinstance(error, UserError) else traceback.format_exc()  # a mistake needs none
         Path(folder, f"error-{rank}").write_bytes(pickle.dumps((time.time(), _said(error), text)))
         raise SystemExit(1) from None
     Path(folder, f"answer-{rank}").write_bytes(pickle.dumps(answer))
@@ -150,11 +148,9 @@ def _run_ranks(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     if method == "forkserver":
         mp.get_context(method).set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
-        # torch leaves files for errors, and says which processes it ends.
-        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # which says which processes it ends
         try:
-            with patch.object(tempfile, "tempdir", folder):
-                mp.start_processes(_on_rank, (world, folder, job, args), world, start_method=method)
+            mp.start_processes(_on_rank, (world, folder, job, args), world, start_method=method)
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             failed = [(*pickle.loads(file.read_bytes()), file) for file in Path(folder).glob("error-*")]
             if not failed:

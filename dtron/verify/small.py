@@ -93,8 +93,7 @@ def make_proof(config: Config, gpus: int | None, ranks: int, full: bool) -> Proo
         found = Mistakes()
         candidate = small
         if p.pipeline_parallel_layers_per_stage:
-            stages = sum(map(len, schedule_stages(p, asked.model_config.n_layers)[0])) // asked.degrees.pp * degrees.pp
-            per_stage = -(-smaller.n_layers // stages)
+            per_stage = -(-smaller.n_layers // _stages(asked, degrees))
             candidate = replace(small, "parallelism.pipeline_parallel_layers_per_stage", per_stage)
         with found.collect():
             check_compatible(candidate)
@@ -179,6 +178,12 @@ def _fewer_ranks(setup: Setup, most: int) -> Degrees:
     return d
 
 
+def _stages(asked: Setup, d: Degrees) -> int:
+    """Of a pipeline with fewer ranks: each has as many as before."""
+    of_rank, _ = schedule_stages(asked.config.parallelism, asked.model_config.n_layers)
+    return sum(map(len, of_rank)) // asked.degrees.pp * d.pp
+
+
 def _largest_divisor(size: int) -> int:
     """Below size; 1 of a prime."""
     return next(size // factor for factor in range(2, size + 2) if size % factor == 0) if size > 1 else 1
@@ -198,7 +203,7 @@ def _small_batch(c: Config, asked: Setup, d: Degrees) -> Config:
     elif p.pipeline_parallel_schedule_csv:
         local = t.local_batch_size
     else:
-        stages = sum(map(len, schedule_stages(p, asked.model_config.n_layers)[0])) // asked.degrees.pp * d.pp
+        stages = _stages(asked, d)
         kind = SCHEDULES[p.pipeline_parallel_schedule]
         local, size = max(stages, 2 * d.pp) if kind.at_least_stages else 2 * d.pp, 1
     accumulated = t.global_batch_size > t.local_batch_size * asked.degrees.dp
@@ -221,9 +226,7 @@ def _small_models(asked: Setup, c: Config, d: Degrees) -> Iterator[Any]:
     m, p = asked.model_config, asked.config.parallelism
     n_layers = m.n_layers
     if not p.module_fqns_per_model_part:
-        stages = 1
-        if d.pp > 1:
-            stages = sum(map(len, schedule_stages(p, m.n_layers)[0])) // asked.degrees.pp * d.pp
+        stages = _stages(asked, d) if d.pp > 1 else 1
         pattern = max(2, len(getattr(m, "windows", ())), len(getattr(m, "ropes", ())))
         n_layers = min(m.n_layers, max(stages, pattern))
     kv = min(m.n_kv_heads, max(2, d.tp))

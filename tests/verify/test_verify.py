@@ -3,8 +3,11 @@
 import contextlib
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace as replaced
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +31,7 @@ from dtron.verify.plain import Truth, train_plain
 from dtron.verify.report import StepSeen, compare, table
 from dtron.verify.small import fewest_gpus, make_proof
 
+ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = {"pp": "pipeline", "tp": "tensor", "cp": "context", "ep": "expert"}
 
 
@@ -222,8 +226,10 @@ def test_degrees_are_lowered_and_stay_above_one():
 def test_the_command_prints_a_table_and_its_exit_code_tells(capsys: pytest.CaptureFixture[str], tmp_path: Any):
     (tmp_path / "run.toml").write_text("[training]\nseq_len = 256\n")
     command = ["verify", str(tmp_path / "run.toml"), "--dp", "2", "--steps", "1"]
-    assert dtron.__main__.main(command) == 0
-    text = capsys.readouterr().out
+    # In a process of its own, which has started no other yet, as a user's has not.
+    run = subprocess.run([sys.executable, "-m", "dtron", *command], capture_output=True, text=True, cwd=ROOT)
+    text = run.stdout
+    assert (run.returncode, run.stderr) == (0, "")
     assert "dp_shard 2: 2 ranks on this machine" in text and "Equal: loss within 1e-05" in text
     assert "not here  bfloat16, AdamW (SGD instead), clipping" in text
     said = "\n".join(report.describe(make_proof(run_config(dp=1, pp=2, tp=2), None, 1, False), 1))
