@@ -22,6 +22,7 @@ dp_shard x cp x tp and ep is innermost. A model without experts makes none of th
 sharded as everything else (ep and tp 1) does not either; else a rank has four more.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dtron.config.sections import Parallelism
 from dtron.errors import UserError
 
-__all__ = ["Degrees", "Mesh", "resolve_degrees"]
+__all__ = ["Degrees", "Mesh", "fewest_ranks", "resolve_degrees"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,15 @@ def resolve_degrees(p: Parallelism, world: int) -> Degrees:
             f"but the world size is {world}; start torchrun with {degrees.world} ranks or change a degree{hint}"
         )
     return degrees
+
+
+def fewest_ranks(p: Parallelism, least_shards: int = 1) -> int:
+    """That the configured degrees need; a shard degree of -1 is `least_shards`, or more where the experts borrow it."""
+    inside, shard = p.context_parallel_degree * p.tensor_parallel_degree, p.data_parallel_shard_degree
+    if shard == -1:
+        ep = p.expert_parallel_degree
+        shard = max(least_shards, ep // math.gcd(ep, inside))
+    return p.pipeline_parallel_degree * p.data_parallel_replicate_degree * shard * inside
 
 
 class Mesh:

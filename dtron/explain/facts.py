@@ -5,7 +5,6 @@ All facts are plain values, as `--json` prints them.
 
 import dataclasses
 from collections import Counter
-from math import gcd
 from typing import Any
 
 import torch.distributed as dist
@@ -20,24 +19,13 @@ from dtron.models.spec import layers_of
 from dtron.parallel.context import local_positions
 from dtron.parallel.pipeline import StagePlan
 from dtron.plan import schedule
-from dtron.plan.dryrun import dry_run
+from dtron.plan.dryrun import dry_run, shortened
 from dtron.plan.record import Message, StepRecord
-from dtron.plan.search import RECORDED, RECORDED_ROUNDS
 from dtron.train.resolve import check_batch, resolve
 from dtron.train.setup import Setup, stages_of
 from dtron.train.step import Step
 
-__all__ = ["explain", "setup_of", "smallest_world"]
-
-
-def smallest_world(config: Config) -> int:
-    """Ranks of the configured degrees; with a shard degree of -1 as few as the other ones allow."""
-    p = config.parallelism
-    shard, ep = p.data_parallel_shard_degree, p.expert_parallel_degree
-    others = p.context_parallel_degree * p.tensor_parallel_degree
-    if shard == -1:
-        shard = ep // gcd(ep, others)
-    return p.pipeline_parallel_degree * p.data_parallel_replicate_degree * shard * others
+__all__ = ["explain", "setup_of"]
 
 
 def setup_of(config: Config, world: int, mistakes: list[str]) -> Setup:
@@ -58,7 +46,9 @@ def explain(setup: Setup, rank: int, gpus_per_node: int) -> dict[str, Any]:
         raise UserError(f"--rank is {rank}; expected 0 to {d.world - 1}, the ranks of {d}")
     batch = check_batch(c, d, c.training.global_batch_size) // d.dp  # sequences of a data-parallel rank
     rows = c.parallelism.pipeline_parallel_microbatch_size if d.pp > 1 else c.training.local_batch_size
-    short, recorded = _shorter(setup, batch // rows)
+    short, recorded = shortened(setup)
+    # Compiled blocks send the same, and show no parts.
+    short = dataclasses.replace(short, config=replace(short.config, "compile.enable", False))
     found: dict[str, Any] = {}
     messages: list[Message] = []
 
@@ -93,22 +83,6 @@ def explain(setup: Setup, rank: int, gpus_per_node: int) -> dict[str, Any]:
         "collectives": _totals(messages, recorded, batch // rows, passes if d.pp > 1 else 1),
         "microbatches": {"of_a_step": batch // rows, "recorded": recorded},
     }
-
-
-def _shorter(setup: Setup, microbatches: int) -> tuple[Setup, int]:
-    """The run with no more microbatches than a dry run needs: later ones do what those did; and how many they are."""
-    c, d = setup.config, setup.degrees
-    one_pass = c.training.local_batch_size // c.parallelism.pipeline_parallel_microbatch_size
-    recorded = min(microbatches, RECORDED)
-    local = c.training.local_batch_size
-    if d.pp > 1:
-        by_name = not c.parallelism.pipeline_parallel_schedule_csv
-        recorded = min(one_pass, RECORDED_ROUNDS * d.pp) if by_name else one_pass
-        local = recorded * c.parallelism.pipeline_parallel_microbatch_size
-        c = replace(c, "training.local_batch_size", local)
-    c = replace(c, "training.global_batch_size", (1 if d.pp > 1 else recorded) * local * d.dp)
-    c = replace(c, "compile.enable", False)  # compiled blocks send the same, and show no parts
-    return dataclasses.replace(setup, config=c), recorded
 
 
 def _dimensions(mesh: Mesh, per_node: int) -> list[dict[str, Any]]:

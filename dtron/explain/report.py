@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dtron.config import read
 from dtron.errors import UserError
-from dtron.explain.facts import explain, setup_of, smallest_world
+from dtron.explain.facts import explain, setup_of
 from dtron.explain.page import MARK, as_page
 from dtron.explain.sections import Section, sections
+from dtron.mesh import fewest_ranks
 
 __all__ = ["as_text", "main"]
 
@@ -25,7 +26,7 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     if out and out.exists() and not given.force and MARK not in out.read_bytes()[:200].decode(errors="replace"):
         raise UserError(f"--out {out} exists and is no page of dtron explain: name another file, or add --force")
     reading = read(["--job.config_file", given.config, *keys])
-    world = given.gpus or smallest_world(reading.config)
+    world = given.gpus or fewest_ranks(reading.config.parallelism)
     facts = explain(setup_of(reading.config, world, reading.mistakes), given.rank, given.gpus_per_node)
     layout = shlex.join([given.config, "--gpus", str(world), *keys])
     found = sections(facts, f"dtron verify {layout}")

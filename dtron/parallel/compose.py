@@ -50,7 +50,7 @@ from dtron.parallel.loss import (
     return_hidden_states,
 )
 from dtron.parallel.materialize import initialize
-from dtron.parallel.pipeline import Pipeline, StagePlan, keep_modules, plan_stages
+from dtron.parallel.pipeline import Pipeline, StagePlan, hidden_states, keep_modules, plan_stages
 from dtron.parallel.recompute import apply_recompute
 from dtron.parallel.tensor import VocabParallelHead, apply_tensor_parallel, tied_parameters
 
@@ -229,7 +229,7 @@ def materialize(meta: MetaParts, device: torch.device) -> ParallelModel:
         trained = evaluated if config.validation.only else config.training.local_batch_size
         size = p.pipeline_parallel_microbatch_size
         microbatches = trained // size, evaluated // size
-        hidden = _hidden_states(meta.spec, meta.model_config, config, mesh)
+        hidden = hidden_states(meta.spec, meta.model_config, config, mesh)
         pipeline = Pipeline(meta.parts, meta.plan, p, mesh.pp, microbatches, device, loss, hidden)
     every_microbatch = p.gradient_reduce == "every_microbatch"
     return ParallelModel(
@@ -252,19 +252,6 @@ def _mean_loss(meta: MetaParts, device: torch.device) -> TokenMean:
         kernel = torch.compile(kernel, backend=c.backend, fullgraph=True, dynamic=False)
     variant, tokens = meta.spec.logits_variant(meta.model_config), meta.config.training.loss_chunk_tokens
     return ChunkedTokenMean(head, variant, tokens, kernel, device)
-
-
-def _hidden_states(
-    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh
-) -> tuple[Tensor, Tensor] | None:
-    """What stages pass to each other, on meta, in training and in evaluation; None where the model alone knows."""
-    if not spec.standard_hidden_states:
-        return None
-    rows, dtype = config.parallelism.pipeline_parallel_microbatch_size, config.training.mixed_precision_param
-    lengths = config.training.seq_len, config.validation.seq_len or config.training.seq_len
-    shapes = [(rows, length // mesh.degrees.cp // mesh.degrees.tp, model_config.dim) for length in lengths]
-    train, evaluate = (torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape in shapes)
-    return train, evaluate
 
 
 def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:

@@ -92,14 +92,13 @@ def chunked_head(part: nn.Module, config: Config, spec: ModelSpec, token_loss: T
     if type(head) is not nn.Linear or spec.logits_variant is None or token_loss is not cross_entropy:
         return None
     gathered = p.tensor_parallel_degree > 1 and p.disable_loss_parallel
-    return head if chunk_tokens(config) and not gathered else None
+    chunked = chunk_tokens(config, FEATURES["zero-bubble schedule"](config)) and not gathered
+    return head if chunked else None
 
 
-def chunk_tokens(config: Config) -> int:
-    """Tokens whose logits the standard loss makes at a time; 0: those of all."""
-    if FEATURES["zero-bubble schedule"](config) and not compat.splits_python_functions:
-        return 0
-    return config.training.loss_chunk_tokens
+def chunk_tokens(config: Config, zero_bubble: bool) -> int:
+    """Tokens whose logits the standard loss makes at a time, under such a schedule or another; 0: those of all."""
+    return 0 if zero_bubble and not compat.splits_python_functions else config.training.loss_chunk_tokens
 
 
 def return_hidden_states(part: nn.Module, head: nn.Linear) -> None:

@@ -22,12 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from dtron import compat
-from dtron.config.sections import Parallelism
-from dtron.models.spec import layers_of
+from dtron.config.sections import Config, Parallelism
+from dtron.mesh import Mesh
+from dtron.models.spec import ModelConfig, ModelSpec, layers_of
 from dtron.parallel.loss import plain_loss
 from dtron.parallel.schedules import schedule_stages
 
-__all__ = ["Pipeline", "StagePlan", "keep_modules", "plan_stages", "split_by_cost"]
+__all__ = ["Pipeline", "StagePlan", "hidden_states", "keep_modules", "plan_stages", "split_by_cost"]
 
 # Arguments of the model that every stage is given, in their order.
 EXTRA_INPUTS = ("positions", "document_start", "keys")
@@ -213,3 +214,16 @@ class Pipeline:
 def _local_gradient(p: nn.Parameter) -> Tensor:
     assert p.grad is not None
     return p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+
+
+def hidden_states(
+    spec: ModelSpec, model_config: ModelConfig, config: Config, mesh: Mesh
+) -> tuple[Tensor, Tensor] | None:
+    """What stages pass to each other, on meta, in training and in evaluation; None where the model alone knows."""
+    if not spec.standard_hidden_states:
+        return None
+    rows, dtype = config.parallelism.pipeline_parallel_microbatch_size, config.training.mixed_precision_param
+    lengths = config.training.seq_len, config.validation.seq_len or config.training.seq_len
+    shapes = [(rows, length // mesh.degrees.cp // mesh.degrees.tp, model_config.dim) for length in lengths]
+    train, evaluate = (torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape in shapes)
+    return train, evaluate

@@ -5,6 +5,7 @@ The step is the trainer's own: the model that `wrap_on_meta` and `materialize` m
 """
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,11 +42,14 @@ from dtron.train.setup import Setup
 from dtron.train.step import Step
 from dtron.train.tally import Tally
 
-__all__ = ["build_step", "check_known", "dry_run", "dry_run_stages", "fake_batch", "host_value"]
+__all__ = ["build_step", "check_known", "dry_run", "dry_run_stages", "fake_batch", "host_value", "shortened"]
 
 CPU = torch.device("cpu")
 # What fake tensors can run: the graphs, decompositions and choice of saved tensors of inductor, without its kernels.
 COMPILED = "aot_eager_decomp_partition"
+# Microbatches of a dry run: without a pipeline so many, with one so many for each of its ranks. Later ones find what
+# those found, but for their rows of the batch and what they are received into, which is added.
+RECORDED, RECORDED_ROUNDS = 3, 4
 
 
 Look = Callable[[Step, Recorder], None]
@@ -72,6 +76,23 @@ def dry_run(
             if not _is_unlike(error):
                 raise
     return _dry_run(setup, rank, gloo, False, recorder_type, look)
+
+
+def shortened(setup: Setup) -> tuple[Setup, int]:
+    """The run with no more microbatches than a dry run needs, in one pass of a pipeline; how many those are.
+
+    A schedule in a CSV file keeps its own number.
+    """
+    c, d = setup.config, setup.degrees
+    p, local = c.parallelism, c.training.local_batch_size
+    if d.pp == 1:
+        recorded = min(check_batch(c, d, c.training.global_batch_size) // d.dp // local, RECORDED)
+        c = replace(c, "training.global_batch_size", recorded * local * d.dp)
+        return dataclasses.replace(setup, config=c), recorded
+    size = p.pipeline_parallel_microbatch_size
+    recorded = local // size if p.pipeline_parallel_schedule_csv else min(local // size, RECORDED_ROUNDS * d.pp)
+    c = replace(replace(c, "training.local_batch_size", recorded * size), "training.global_batch_size", -1)
+    return dataclasses.replace(setup, config=c), recorded
 
 
 def check_known(config: Config) -> None:

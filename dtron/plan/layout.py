@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from dtron import compat
 from dtron.config import Config
 from dtron.errors import UserError
 from dtron.models.llama import LlamaConfig
 from dtron.models.spec import experts_of
+from dtron.parallel.loss import chunk_tokens
 from dtron.parallel.pipeline import split_by_cost
 from dtron.parallel.schedules import SCHEDULES
 from dtron.plan import schedule
@@ -151,10 +151,8 @@ class Layout:
 
 def loss_chunk(config: Config, schedule: str) -> int:
     """Tokens whose logits are made at a time, under a pipeline's schedule; 0: all of a microbatch."""
-    split = schedule in SCHEDULES and SCHEDULES[schedule].zero_bubble
-    if config.training.loss != "cross_entropy" or (split and not compat.splits_python_functions):
-        return 0
-    return config.training.loss_chunk_tokens
+    zero_bubble = schedule in SCHEDULES and SCHEDULES[schedule].zero_bubble
+    return chunk_tokens(config, zero_bubble) if config.training.loss == "cross_entropy" else 0
 
 
 @cache

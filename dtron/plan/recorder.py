@@ -100,9 +100,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, host_value: int = 1, gloo: bool = False) -> None:
         super().__init__()
         self._host_value, self._gloo = host_value, gloo
-        self.groups: Mapping[
-            str, Sequence[str]
-        ] = {}  # name of a process group -> dimensions, several if it is all ranks
+        # Name of a process group -> its dimensions, several if it is all ranks.
+        self.groups: Mapping[str, Sequence[str]] = {}
         self._scratch: Scratch = GLOO_SCRATCH if gloo else {}
         self.allocations: list[Allocation] = []
         self.events: list[tuple[int, int]] = []  # (index of the allocation, change in bytes)

@@ -13,7 +13,7 @@ from dtron.config import Config, flatten, replace
 from dtron.errors import UserError
 from dtron.parallel.incompatible import FEATURES
 from dtron.parallel.schedules import SCHEDULES
-from dtron.plan.dryrun import dry_run
+from dtron.plan.dryrun import dry_run, shortened
 from dtron.plan.hardware import Hardware
 from dtron.plan.layout import Layout, Sizes, loss_chunk
 from dtron.plan.memory import FRAGMENTATION, Memory, beside_allocator, closed_form_peak
@@ -27,9 +27,6 @@ __all__ = ["Candidate", "Search", "layout_keys", "search"]
 P = "parallelism."
 MICROBATCHES = (1, 2, 4, 8, 16)  # sequences in one forward
 LARGEST_CP = 32
-# Microbatches of a dry run: without a pipeline so many, with one so many for each of its ranks. Later ones find what
-# those found, but for their rows of the batch and what they are received into, which is added.
-RECORDED, RECORDED_ROUNDS = 3, 4
 MOST_REFUSED = 30
 # For peaks that are not recorded: how much lower than a recorded one the closed form may be. Tested on random layouts.
 MARGIN = 0.04
@@ -347,11 +344,7 @@ def _legal(
 def record(candidate: Candidate, setup: Setup, hw: Hardware) -> Candidate:
     """The candidate, whose run `setup` is, with the peak that dry runs of its first, second and last pp rank record."""
     a, d = candidate.layout, setup.degrees
-    recorded = min(a.microbatches, RECORDED if d.pp == 1 else RECORDED_ROUNDS * d.pp)
-    config = replace(setup.config, "training.global_batch_size", a.microbatch * recorded * a.dp)
-    if d.pp > 1:
-        config = replace(config, "training.local_batch_size", a.microbatch * recorded)
-    setup = dataclasses.replace(setup, config=config)
+    setup, recorded = shortened(setup)
     peak = reserved = 0.0
     records = []
     for rank in sorted({0, min(1, d.pp - 1), d.pp - 1}):

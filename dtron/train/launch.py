@@ -43,9 +43,8 @@ def main(
     world: World | None = None
     exit_on_signals(rank, lambda: world, ": there was nothing to save; the same command starts again")
     argv = sys.argv[1:] if argv is None else argv
-    control = Control(
-        rank, control_folder or _control_folder(argv)
-    )  # known before the configuration is, which may be wrong
+    # Known before the configuration is, which may be wrong.
+    control = Control(rank, control_folder or _control_folder(argv))
     try:
         config, mistakes, notes = read(argv)
         setup_logging(rank, config.metrics.log_level)

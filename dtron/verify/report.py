@@ -181,14 +181,15 @@ def main(given: argparse.Namespace, keys: list[str]) -> int:
     proof = make_proof(*asked)
     if not given.json:
         print("\n".join(describe(proof, given.ranks)), flush=True)
-    (truth,) = _run_ranks(1, _plain_job, *asked, given.steps)
     steps: list[StepSeen] = []
-    failure = ""
+    failure, of_what = "", "one process with the plain model"
     try:
+        (truth,) = _run_ranks(1, _plain_job, *asked, given.steps)
+        of_what = "the layout"
         ranks = _run_ranks(proof.setup.degrees.world, _layout_job, *asked, truth)
         steps, wrong = compare(truth, ranks, proof.setup.degrees)
     except RankError as error:
-        wrong, failure = [str(error)], error.text
+        wrong, failure = [f"{of_what}: {error}"], error.text
     equal = not wrong and all(step.equal for step in steps)
     if given.json:
         print(json.dumps(_as_json(proof, steps, wrong, equal), indent=1))
@@ -249,8 +250,8 @@ def table(steps: Sequence[StepSeen], wrong: Sequence[str], color: bool) -> list[
         lines += [f"  {name}: by {off:.1%} of the way it should have gone" for name, off in shown]
     lines += ["", *(f"{red}{line}{end}" for line in wrong)] if wrong else []
     if wrong or parted:
-        verdict = "does not train as one process does" if steps else "does not train: a rank failed"
-        return [*lines, "", f"{red}The layout {verdict}.{end}"]
+        verdict = "The layout does not train as one process does." if steps else "Nothing was compared."
+        return [*lines, "", f"{red}{verdict}{end}"]
     worst = max(off for s in steps for off in s.off.values())
     return [
         *lines, "",

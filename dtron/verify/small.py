@@ -16,7 +16,7 @@ from dtron.config import Config, replace
 from dtron.config.optimizer import Optimizer
 from dtron.config.sections import Checkpoint, LRScheduler, Metrics, Profiling, Validation
 from dtron.errors import Mistakes, UserError
-from dtron.mesh import Degrees
+from dtron.mesh import Degrees, fewest_ranks
 from dtron.models.init import Constant
 from dtron.models.llama import LlamaConfig
 from dtron.models.moe import MoEConfig
@@ -80,9 +80,11 @@ class Proof:
 def make_proof(config: Config, gpus: int | None, ranks: int, full: bool) -> Proof:
     """The same in every process. UserError where the run cannot work or cannot be made small."""
     config, left_out = _for_a_proof(config)
-    asked = resolve(config, gpus or fewest_gpus(config), "cpu")
+    asked = resolve(config, gpus or fewest_ranks(config.parallelism, least_shards=2), "cpu")
     if full:
-        return Proof(asked, asked, left_out, 1.0)
+        batch = check_batch(asked.config, asked.degrees, asked.config.training.global_batch_size)
+        config = replace(asked.config, "training.global_batch_size", batch)
+        return Proof(asked, dataclasses.replace(asked, config=config), left_out, 1.0)
     degrees = _fewer_ranks(asked, ranks)
     p = config.parallelism
     sections = {key: getattr(degrees, name) for name, key in DEGREES.items()}
@@ -114,17 +116,6 @@ def make_proof(config: Config, gpus: int | None, ranks: int, full: bool) -> Proo
         f"no smaller copy of this run works ({found[0]}); --full takes it as it is, with "
         f"{asked.degrees.world} ranks on this machine"
     )
-
-
-def fewest_gpus(config: Config) -> int:
-    """That the degrees need; an open degree of shards is 2, or more where the experts borrow it."""
-    p = config.parallelism
-    inside = p.context_parallel_degree * p.tensor_parallel_degree
-    shard = p.data_parallel_shard_degree
-    if shard == -1:
-        ep = p.expert_parallel_degree
-        shard = max(2, ep // math.gcd(ep, inside))
-    return shard * p.data_parallel_replicate_degree * inside * p.pipeline_parallel_degree
 
 
 def _for_a_proof(c: Config) -> tuple[Config, tuple[str, ...]]:

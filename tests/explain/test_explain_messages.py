@@ -4,7 +4,6 @@ The other side shares nothing with the recorder: gloo's own count of operations 
 that its backend gives torch's profiler, with the shapes and dtypes of what it was handed.
 """
 
-import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from plan.real_step import balanced_experts, step_and_batch
 from ranks import Ranks
-from torch import Tensor
 
 from dtron.config import load
-from dtron.data.loader import Batch
 from dtron.explain.facts import explain, setup_of
-from dtron.models import moe
-from dtron.plan.dryrun import build_step
 from dtron.train.step import Step
 
 MODEL = (
@@ -53,18 +49,12 @@ def setup(arguments: str, world: int) -> Any:
 
 def real_step(arguments: str, file: str) -> tuple[dict[tuple[str, ...], int], dict[str, list[int]]]:
     """One step on this rank: operations of each group, by its dimensions; and count and bytes of each operation."""
-    s = setup(arguments, dist.get_world_size())
-    step = build_step(s, contextlib.nullcontext)
-    with torch.no_grad():
-        for _, p in step.model.named_parameters():
-            p.fill_(0.01)
-    rows = step.config.training.global_batch_size // s.degrees.dp
-    tokens, labels = torch.zeros(2, rows, step.config.training.seq_len, dtype=torch.int64).unbind()
+    step, batch = step_and_batch(setup(arguments, dist.get_world_size()))
     groups = groups_of(step)
     before = {name: group._get_sequence_number_for_group() for name, (group, _) in groups.items()}
     activities = [torch.profiler.ProfilerActivity.CPU]
     with balanced_experts(), torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-        step(Batch(tokens, labels))
+        step(batch)
     counts = {tuple(names): group._get_sequence_number_for_group() - before[n] for n, (group, names) in groups.items()}
     path = f"{file}-{dist.get_rank()}"
     profile.export_chrome_trace(path)
@@ -95,19 +85,6 @@ def handed_to_gloo(events: list[dict[str, Any]]) -> dict[str, list[int]]:
             total[0] += 1
             total[1] += torch.Size(shape).numel() * BYTES[dtype]
     return found
-
-
-@contextlib.contextmanager
-def balanced_experts() -> Any:
-    """Every expert is chosen as often as the others, as a dry run takes them to be."""
-
-    def chosen(scores: Tensor, bias: Tensor | None, c: moe.MoEConfig) -> Tensor:
-        shape = (*scores.shape[:-1], c.top_k)
-        return torch.arange(torch.Size(shape).numel()).remainder_(c.n_experts).view(shape)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "choose_experts", chosen)
-        yield
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

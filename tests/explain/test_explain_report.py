@@ -18,9 +18,10 @@ import dtron.__main__
 from dtron.compat import clean_name
 from dtron.config import load
 from dtron.data.loader import Batch
-from dtron.explain.facts import explain, setup_of, smallest_world
+from dtron.explain.facts import explain, setup_of
 from dtron.explain.sections import ranks as ranks_text
 from dtron.explain.sections import size
+from dtron.mesh import fewest_ranks
 from dtron.parallel.tensor import SEQUENCE
 from dtron.plan.dryrun import build_step, dry_run
 from dtron.train.forward import local_batches
@@ -220,7 +221,7 @@ def test_memory_is_that_of_a_dry_run(outputs: tuple[dict[str, Any], str, str]) -
 def test_experts_and_what_their_exchange_carries() -> None:
     arguments = f"{SMALL} --model.name qwen3_moe --ep 4".split()
     config = load(arguments)
-    assert smallest_world(config) == 4
+    assert fewest_ranks(config.parallelism) == 4
     facts = explain(setup_of(config, 4, []), 1, 8)
     n, top_k = facts["experts"]["experts"], facts["experts"]["per_token"]
     assert facts["experts"]["ranks"] == [0, 1, 2, 3]

@@ -210,12 +210,12 @@ def test_given_shapes_train_as_found_ones_do(case: Case, ranks: Ranks):
 
 
 def given_another_dtype(evaluate: bool) -> None:
-    hidden_states = compose._hidden_states
+    hidden_states = compose.hidden_states
 
     def wrong(*args: Any) -> Any:
         return tuple(hidden.float() for hidden in hidden_states(*args))
 
-    with patch.object(compose, "_hidden_states", wrong):
+    with patch.object(compose, "hidden_states", wrong):
         model, batch, shorter = build(Case("1F1B", PP2), True)
     model.evaluate(*shorter) if evaluate else model.forward_backward(*batch, last=True)
 

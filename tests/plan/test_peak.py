@@ -4,7 +4,6 @@ The two sides share nothing but the step: one is the recorder on fake tensors, t
 all threads (c10_count.c).
 """
 
-import contextlib
 import ctypes
 import gc
 import shutil
@@ -18,15 +17,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from plan.real_step import balanced_experts, step_and_batch
 from ranks import Ranks
-from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dtron import compat
 from dtron.compat.planning import FakeTensorMode, fake_world
 from dtron.config import load
-from dtron.data.loader import Batch
-from dtron.models import moe
 from dtron.plan.dryrun import build_step, dry_run, fake_batch, host_value
 from dtron.plan.record import StepRecord
 from dtron.plan.recorder import COLLECTIVES, Recorder
@@ -108,13 +105,7 @@ def real_peaks(library: str, arguments: str) -> list[int]:
         return []
     gc.collect()
     before = count.c10_held()
-    setup = setup_of(arguments, dist.get_world_size())
-    step = build_step(setup, contextlib.nullcontext)
-    with torch.no_grad():
-        for _, p in step.model.named_parameters():
-            p.fill_(0.01)
-    rows = step.config.training.global_batch_size // setup.degrees.dp
-    tokens, labels = torch.zeros(2, rows, step.config.training.seq_len, dtype=torch.int64).unbind()
+    step, batch = step_and_batch(setup_of(arguments, dist.get_world_size()))
     peaks = []
     # Matmuls of mkldnn take memory to work in, depending on the CPU.
     with balanced_experts(), torch.backends.mkldnn.flags(enabled=False):
@@ -122,23 +113,9 @@ def real_peaks(library: str, arguments: str) -> list[int]:
             dist.barrier()
             time.sleep(QUIET_S)
             count.c10_reset_most()
-            step(Batch(tokens, labels))
+            step(batch)
             peaks.append(count.c10_most() - before)
     return peaks
-
-
-@contextlib.contextmanager
-def balanced_experts() -> Any:
-    """Every expert is chosen as often as the others; the router's choice is made too, for the memory it needs."""
-    choose = moe.choose_experts
-
-    def chosen(scores: Tensor, bias: Tensor | None, c: moe.MoEConfig) -> Tensor:
-        out = choose(scores, bias, c)
-        return out.copy_(torch.arange(out.numel()).remainder_(c.n_experts).view(out.shape))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "choose_experts", chosen)
-        yield
 
 
 def mesh_bytes(world: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from dtron.config import load
 from dtron.errors import UserError
 from dtron.plan import command, report
+from dtron.plan.dryrun import shortened
 from dtron.plan.layout import Layout
 from dtron.plan.search import with_keys
 from dtron.plan.single import describe_run, layout_of
@@ -56,3 +57,15 @@ def test_what_the_planner_does_not_know_is_refused_at_once(keys: str, said: str)
     given = parser.parse_args([DEBUG, "--gpus", "2", "--exact", "0"])
     with pytest.raises(UserError, match=said):
         report.main(given, [*BF16, *keys.split()])
+
+
+def test_a_schedule_in_a_file_is_recorded_with_its_own_number_of_microbatches(tmp_path: Path) -> None:
+    """More of them than a dry run takes of a schedule that has a name."""
+    n = 12
+    rows = [[f"{stage}{kind}{i}" for kind in "FB" for i in range(n)] for stage in range(2)]
+    (tmp_path / "gpipe.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+    keys = f"--pp 2 --training.local_batch_size {n} --model.n_layers 2"
+    csv = f"--parallelism.pipeline_parallel_schedule_csv {tmp_path / 'gpipe.csv'}"
+    setup = resolve(load([*BF16, *f"{keys} {csv}".split()]), 2, "cuda")
+    assert shortened(setup)[1] == n
+    assert "needs" in describe_run(setup, "h100")[0]

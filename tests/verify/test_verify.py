@@ -21,6 +21,7 @@ from ranks import RankError, Ranks
 import dtron.__main__
 from dtron import registry
 from dtron.config import Config, replace
+from dtron.mesh import fewest_ranks
 from dtron.models.families import FAMILIES
 from dtron.train.step import Step
 from dtron.verify import report
@@ -29,7 +30,7 @@ from dtron.verify.layout import Seen, train_layout
 from dtron.verify.outputs import first_that_differs
 from dtron.verify.plain import Truth, train_plain
 from dtron.verify.report import StepSeen, compare, table
-from dtron.verify.small import fewest_gpus, make_proof
+from dtron.verify.small import make_proof
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = {"pp": "pipeline", "tp": "tensor", "cp": "context", "ep": "expert"}
@@ -127,11 +128,11 @@ FIRST = {"bias_of_o_added_once": "layers.0.self_attn.o_proj", "global_positions"
 def test_a_planted_fault_is_found_and_its_parameter_named(fault: str, ranks: Ranks):
     config, place = FAULTS[fault]
     steps, wrong = verify(ranks, config, fault)
-    assert wrong or not steps[0].equal
+    assert wrong if not steps else not steps[0].equal and max(steps[0].off.values()) > 10 * report.WAY_RTOL
     first = [name for name, off in steps[0].off.items() if off > report.WAY_RTOL] if steps else []
     assert any(place in name for name in [*first, *wrong]), (first, wrong)
     said = table(steps, wrong, color=False)
-    assert said[-1] == f"The layout does not train{' as one process does' if steps else ': a rank failed'}."
+    assert said[-1] == ("The layout does not train as one process does." if steps else "Nothing was compared.")
     if fault in FIRST:
         assert f"is that of {FIRST[fault]}: look at" in wrong[-1]
     if fault == "router_gradients_summed":  # and nothing else is wrong yet
@@ -217,7 +218,7 @@ def test_every_family_is_made_small_for_every_dimension(name: str):
 
 def test_degrees_are_lowered_and_stay_above_one():
     config = run_config(dp=8, tp=4, keys={"parallelism.data_parallel_replicate_degree": 4, "model.flavor": "8B"})
-    assert fewest_gpus(config) == 128
+    assert fewest_ranks(config.parallelism, 2) == 128
     degrees = make_proof(config, None, 8, False).setup.degrees
     assert (degrees.dp_replicate, degrees.dp_shard, degrees.tp) == (2, 2, 2)
     assert make_proof(config, None, 8, True).setup.degrees.world == 128
@@ -234,10 +235,42 @@ def test_the_command_prints_a_table_and_its_exit_code_tells(capsys: pytest.Captu
     assert "not here  bfloat16, AdamW (SGD instead), clipping" in text
     said = "\n".join(report.describe(make_proof(run_config(dp=1, pp=2, tp=2), None, 1, False), 1))
     assert "4 microbatches of 1 in each pass of 1F1B" in said and "more than --ranks 1" in said
+    small = [
+        "--model.n_layers",
+        "2",
+        "--model.dim",
+        "64",
+        "--model.ffn_dim",
+        "128",
+        "--model.vocab_size",
+        "256",
+        "--training.seq_len",
+        "64",
+    ]
+    assert dtron.__main__.main([*command, "--full", *small]) == 0
+    assert "batch     16 sequences of 64 random tokens, 8 in a forward" in capsys.readouterr().out
     with patch.object(report, "WAY_RTOL", 0.0):
         assert dtron.__main__.main([*command, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["equal"] and found["degrees"]["dp_shard"] == 2 and len(found["steps"]) == 1
+
+
+def test_a_plain_model_that_fails_is_told_from_a_layout_that_does(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "failing_model.py").write_text(
+        "from dataclasses import replace\nfrom extending import outside_model\nfrom dtron import registry\n"
+        "class Failing(outside_model.GPT):\n"
+        "    def forward(self, x, positions):\n        raise RuntimeError('no such shape')\n"
+        "registry.register('model', 'failing', replace(outside_model.SPEC, build=Failing))\n"
+    )
+    model = "[model]\nname = 'failing'\nflavor = 'tiny'\n[training]\nseq_len = 64\n"
+    (tmp_path / "run.toml").write_text(f"[job]\ncustom_import = ['failing_model']\n{model}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dtron.__main__.main(["verify", str(tmp_path / "run.toml"), "--dp", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert "one process with the plain model: rank 0 failed: RuntimeError: no such shape" in out
+    assert "Nothing was compared." in out and "in forward" in err
 
 
 @pytest.mark.parametrize(
