@@ -108,10 +108,8 @@ def make_proof(config: Config, gpus: int | None, ranks: int, full: bool) -> Proo
             found.append(f"{type(error).__name__}: {error}")
         if not found:
             setup = Setup(candidate, degrees, "cpu", asked.spec, smaller)
-            widen = (
-                1.0 if isinstance(smaller, LlamaConfig) else math.sqrt(max(1.0, asked.model_config.dim / smaller.dim))
-            )
-            return Proof(asked, setup, left_out, widen)
+            ratio = 1.0 if isinstance(smaller, LlamaConfig) else asked.model_config.dim / smaller.dim
+            return Proof(asked, setup, left_out, math.sqrt(max(1.0, ratio)))
     raise UserError(
         f"no smaller copy of this run works ({found[0]}); --full takes it as it is, with "
         f"{asked.degrees.world} ranks on this machine"
@@ -165,7 +163,7 @@ def _fewer_ranks(setup: Setup, most: int) -> Degrees:
             break
         name = max(open_, key=lambda name: sizes[name])
         d = dataclasses.replace(d, **{name: lower[name]})
-        d = dataclasses.replace(d, ep=_ep(setup.degrees.ep, d.dp_shard * d.cp * d.tp))
+        d = dataclasses.replace(d, ep=math.gcd(setup.degrees.ep, d.dp_shard * d.cp * d.tp))
     return d
 
 
@@ -178,11 +176,6 @@ def _stages(asked: Setup, d: Degrees) -> int:
 def _largest_divisor(size: int) -> int:
     """Below size; 1 of a prime."""
     return next(size // factor for factor in range(2, size + 2) if size % factor == 0) if size > 1 else 1
-
-
-def _ep(ep: int, borrowed: int) -> int:
-    """The largest degree of experts, not above the run's, that divides both it and the ranks."""
-    return math.gcd(ep, borrowed)
 
 
 def _small_batch(c: Config, asked: Setup, d: Degrees) -> Config:
@@ -222,7 +215,8 @@ def _small_models(asked: Setup, c: Config, d: Degrees) -> Iterator[Any]:
         n_layers = min(m.n_layers, max(stages, pattern))
     kv = min(m.n_kv_heads, max(2, d.tp))
     heads = kv * min(2, m.n_heads // m.n_kv_heads)
-    fields: dict[str, Any] = {"n_layers": n_layers, "n_heads": heads, "n_kv_heads": kv, "vocab_size": VOCABULARY}
+    vocab_size = -(-VOCABULARY // d.tp) * d.tp
+    fields: dict[str, Any] = {"n_layers": n_layers, "n_heads": heads, "n_kv_heads": kv, "vocab_size": vocab_size}
     if isinstance(m, LlamaConfig):
         size = _head_size(m)
         fields |= {"dim": heads * size, "ffn_dim": 2 * heads * size, "head_dim": size if m.head_dim else None}

@@ -216,6 +216,14 @@ def test_every_family_is_made_small_for_every_dimension(name: str):
     assert proof.asked.model_config.variant == m.variant
 
 
+def test_a_degree_of_three_is_made_small_too():
+    """SmolLM 135M has 9 heads and 3 for keys and values."""
+    m = make_proof(
+        run_config("smollm", {"model.flavor": "135M", "training.seq_len": 192}, dp=1, tp=3), None, 16, False
+    ).setup.model_config
+    assert (m.n_kv_heads, m.vocab_size % 3, m.n_layers) == (3, 0, 2) and m.dim <= 128
+
+
 def test_degrees_are_lowered_and_stay_above_one():
     config = run_config(dp=8, tp=4, keys={"parallelism.data_parallel_replicate_degree": 4, "model.flavor": "8B"})
     assert fewest_ranks(config.parallelism, 2) == 128
