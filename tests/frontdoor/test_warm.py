@@ -49,7 +49,8 @@ def test_it_is_what_a_new_process_is(tmp_path: Path, end: str, code: int) -> Non
 
 
 def test_torchrun_ends_its_ranks(tmp_path: Path) -> None:
-    (tmp_path / "sleep.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(1000)")
+    # One write for a line: print, unbuffered, writes the end of the line apart, and two ranks' lines become one.
+    (tmp_path / "sleep.py").write_text("import os, time; os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "sleep.py"]
     process = Warm(command, tmp_path, dict(os.environ), tmp_path / "out", tmp_path / "err")
     end = time.monotonic() + 60
