@@ -2,8 +2,8 @@
 
 A block's matmuls run in tiles over the multiprocessors, its attention at a rate of its own, the rest at the rate of the
 memory; the sum is no less than the host needs to launch it. Tensor parallel's messages are on the path, the ring's are
-behind attention, FSDP's behind the blocks, whose work they slow down; its copies are work of the memory, too
-(`network.py` has the messages). A pipeline's step is that of torch's own schedule, action by action (`schedule.py`),
+behind attention, FSDP's behind the blocks, whose work they slow down, but for the latency of each message, which grows
+with the ranks; its copies are work of the memory, too (`network.py` has the messages). A pipeline's step is that of torch's own schedule, action by action (`schedule.py`),
 with whole layers in each stage and the head in the last.
 
 `Constants`, and the shares of `Hardware`, are all that is fitted; `scripts/bench/plan_error.py` holds the model against
@@ -32,6 +32,8 @@ class Style:
     False is gradients reduced once in a step, in so many messages for each block; accumulated_bytes for each parameter,
     where a microbatch's gradient is added to a sum in fp32; optimizer_bytes, of AdamW with the norm; work, of a block's
     time; hop_s and sync_s, what a message of the pipeline and each doubling of the data-parallel ranks cost besides.
+    stops_early: recomputing a block ends before its last matmul, whose result no backward needs (torch does so from
+    2.1 on; not inside a compiled block, which is one function).
     """
 
     residual: float
@@ -50,9 +52,10 @@ class Style:
     work: float = 1.0
     hop_s: float = 0.0
     sync_s: float = 0.0
+    stops_early: bool = False
 
 
-EAGER = Style(36, 60, 12, 36, 62)
+EAGER = Style(36, 60, 12, 36, 62, stops_early=True)
 COMPILED = Style(22, 14, 6, 16, 26)
 STATE_BYTES = 8  # of AdamW's two moments read and written: what bfloat16 ones save
 GATHER, CAST, REDUCE = 4, 6, 6  # bytes that FSDP copies for each gathered parameter, casts of its shard, and reduces
@@ -109,6 +112,7 @@ class _Block:
     expert: float
     context: tuple[float, float]
     work: float
+    last: float  # of the forward's matmuls, the last one, where recomputing stops before it
 
     def total(self, direction: int) -> float:
         work = self.matmul[direction] + self.attention[direction] + self.memory[direction]
@@ -127,6 +131,7 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     if s.shared:
         products += [(tokens, s.dim, s.shared // tp)] * 2 + [(tokens, s.shared // tp, s.dim)]
     forward = sum(_matmul_s(m, n, k, hw, c) for m, k, n in products)
+    last = _matmul_s(rows, s.dim, s.ffn // split, hw, c) if style.stops_early and not s.experts else 0.0
     inputs = sum(_matmul_s(m, k, n, hw, c) for m, k, n in products)
     weights = sum(_matmul_s(k, n, m, hw, c) for m, k, n in products)
     rate = hw.flops * hw.attention * math.sqrt(hw.power) * style.attention * (1.0 if d >= 128 else 0.8)
@@ -145,7 +150,7 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     return _Block(
         (forward, inputs + weights), weights, (attention, attention * FORWARD_TO_BACKWARD), (bound, 2 * bound),
         (style.kernels * c.launch_s, 2 * style.kernels * c.launch_s), tensor, expert,
-        _ring(a, 4 * tokens * kv, attention, hw, c), style.work,
+        _ring(a, 4 * tokens * kv, attention, hw, c), style.work, last,
     )  # fmt: skip
 
 
@@ -164,7 +169,7 @@ def _ring(a: Layout, size: float, attention: float, hw: Hardware, c: Constants) 
 
 
 def _recompute_s(b: _Block, recompute: str) -> float:
-    whole = b.total(0)
+    whole = b.total(0) - b.last * b.work
     by_operation = b.memory[0] + 0.28 * b.matmul[0] + b.tensor / 2  # `o`, `down` and a gather again
     return {"none": 0.0, "op": by_operation, "full": whole, "second": whole / 2}[recompute]
 
@@ -283,22 +288,25 @@ def _data_parallel(
         return once + style.sync_s * math.log2(a.dp * a.cp), 1.0, (0.0, added)
 
     def gather_and_reduce(bytes_each: float) -> float:
-        return message_s(bytes_each * dense, group, hw, c) + message_s(bytes_each * sparse, spread, hw, c)
+        messages = message_s(bytes_each * dense, group, hw, c)
+        return messages + (message_s(bytes_each * sparse, spread, hw, c) if sparse else 0.0)
 
-    gather, reduce = gather_and_reduce(2), gather_and_reduce(style.gradient_bytes)
+    gather, reduce, wait = gather_and_reduce(2), gather_and_reduce(style.gradient_bytes), gather_and_reduce(0)
     copied = (GATHER * (dense + sparse) + CAST * (dense + sparse) / shards) / bandwidth
     added = (REDUCE * (dense + sparse)) / bandwidth
     once, slower = message_s(2 * ends, group, hw, c) + message_s(style.gradient_bytes * ends, group, hw, c), 1.0
     if a.dp_replicate > 1:
-        size = style.gradient_bytes * (layers * (dense + sparse) + ends) / shards
-        once += 0.5 * message_s(size, outer, hw, c, tree=True)
+        size = style.gradient_bytes * (dense + sparse) / shards  # behind the rest of the last backward, but for the end
+        replicas = message_s(size, outer, hw, c, tree=True)
+        once += replicas + message_s(style.gradient_bytes * ends / shards, outer, hw, c, tree=True)
+        once += layers * max(0.0, replicas - max(0.0, backward - gather - reduce))
     if a.pp > 1:  # gathered before the first microbatch, reduced after the last
         once += layers * (copied + added) + 0.6 * layers * (gather + reduce)
         return once, slower, (0.0, style.accumulated_bytes * (dense + sparse) / bandwidth)
     if not a.reshard:
-        exposed = 0.0, max(0.0, reduce - backward) + added
+        exposed = 0.0, max(wait, reduce - backward) + added
         slower += c.overlap_tax * min(1.0, reduce / (forward + backward))
         return once + layers * (copied + gather * 0.6), slower, exposed
-    exposed = max(0.0, gather - forward) + copied, max(0.0, gather + reduce - backward) + copied + added
+    exposed = max(wait, gather - forward) + copied, max(2 * wait, gather + reduce - backward) + copied + added
     slower += c.overlap_tax * min(1.0, (2 * gather + reduce) / (forward + backward))
     return once + gather, slower, exposed

@@ -4,9 +4,11 @@ python scripts/bench/plan_error.py [--fit] [--rank]
 
 published_steps.csv, beside this file, has the steps: nanotron's benchmark_summary (Hugging Face's Ultra-Scale Playbook,
 best layout per model and number of nodes; the MFU of its tied models with a pipeline, which counts the embedding twice,
-is divided by 1.17 and 1.10), torchtitan's README (H100s of 500 W with slower memory), KempnerForge's README (pure
-bf16), NVIDIA NeMo's performance summary, and table 4 of the Llama 3 paper (arXiv 2407.21783). power: what the cards
-may draw, as a share of the data sheet's; memory_rate: in bytes per second, where it is not the table's.
+is divided by 1.17 and 1.10), torchtitan's benchmarks/llama3_h100_202412 (H100s of 500 W with slower memory), all of
+MosaicML llm-foundry's scripts/train/benchmarking with 2,048 tokens in bf16, the README of IBM's fms-fsdp (nodes with 400
+Gbit/s of network for A100s, 800 for H100s), KempnerForge's README (pure bf16), NVIDIA NeMo's performance summary, and
+table 4 of the Llama 3 paper (arXiv 2407.21783). power: what the cards may draw, as a share of the data sheet's;
+memory_rate and network_rate: in bytes per second and GPU, where they are not the table's.
 """
 
 import argparse
@@ -38,6 +40,12 @@ STYLES = {
     ),
     "megatron": MEGATRON,
     "meta": dataclasses.replace(MEGATRON, attention=0.9),
+    # LayerNorm and GELU, no rotary embedding, a fused loss; everything in bf16, the gradients' sums too.
+    "mosaic": dataclasses.replace(
+        EAGER, residual=20, heads=6, ffn=4, logits=14, kernels=30, attention=FLASH2, fused_projections=True,
+        gradient_bytes=2,
+    ),
+    "fms": dataclasses.replace(COMPILED, attention=FLASH2, gradient_bytes=2),
 }  # fmt: skip
 NANOTRON = {  # dim, layers, heads, kv heads, head size, ffn, vocabulary, tied
     "1.3B": Sizes(2048, 16, 32, 32, 64, 8192, 131072, True),
@@ -45,31 +53,56 @@ NANOTRON = {  # dim, layers, heads, kv heads, head size, ffn, vocabulary, tied
     "8.9B": Sizes(4096, 32, 32, 32, 128, 14336, 131072),
     "80B": Sizes(8192, 80, 64, 64, 128, 28672, 131072),
 }
+MPT = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "760m": (1536, 24, 12), "1b": (2048, 24, 16)} | {
+    "3b": (2560, 32, 20), "7b": (4096, 32, 32), "13b": (5120, 40, 40), "30b": (7168, 48, 56), "70b": (8192, 80, 64)
+}  # fmt: skip
+LLAMA2 = {
+    "7b": Sizes(4096, 32, 32, 32, 128, 11008, 32000),
+    "13b": Sizes(5120, 40, 40, 40, 128, 13824, 32000),
+    "34b": Sizes(8192, 48, 64, 8, 128, 22016, 32000),
+    "70b": Sizes(8192, 80, 64, 8, 128, 28672, 32000),
+}
 # How far a constant may be from its default, as a share of it.
 WIDTH = {"memory": 0.12, "link": 0.25, "network": 0.25, "launch_s": 0.3}
+
+
+def sizes_of(model: str) -> Sizes:
+    """A model by its name in the file, family-flavor."""
+    family, flavor = model.split("-", 1)
+    if family == "mpt":
+        dim, layers, heads = MPT[flavor]
+        return Sizes(dim, layers, heads, heads, dim // heads, 4 * dim, 50368, tied=True, matrices=2)
+    own = {"nanotron": NANOTRON, "llama2": LLAMA2}
+    return own[family][flavor] if family in own else Sizes.of(FAMILIES[family][flavor])
+
+
+def style_of(row: dict[str, Any]) -> Style:
+    """The shares of A100s are FlashAttention 2's already."""
+    style = STYLES[row["style"]]
+    if row["hardware"].startswith("a100"):
+        return dataclasses.replace(style, attention=style.attention / FLASH2)
+    return style
 
 
 def read() -> list[dict[str, Any]]:
     rows = []
     with DATA.open() as file:
         for row in csv.DictReader(file):
-            family, flavor = row["model"].split("-", 1)
-            sizes = NANOTRON[flavor] if family == "nanotron" else Sizes.of(FAMILIES[family][flavor])
             names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "microbatch", "microbatches", "virtual")
             layout = Layout(
                 **{name: int(row[name]) for name in names}, recompute=row["recompute"], reshard=row["reshard"] == "1"
             )
             assert layout.gpus == int(row["gpus"]), row
             hardware = HARDWARE[row["hardware"]]
-            rate = float(row["memory_rate"] or hardware.memory_rate)
-            hardware = dataclasses.replace(hardware, power=float(row["power"]), memory_rate=rate)
-            rows.append({**row, "sizes": sizes, "layout": layout, "hw": hardware})
+            rates = {name: float(row[name]) for name in ("power", "memory_rate", "network_rate") if row[name]}
+            hardware = dataclasses.replace(hardware, **rates)
+            rows.append({**row, "sizes": sizes_of(row["model"]), "layout": layout, "hw": hardware})
     return rows
 
 
 def log_error(row: dict[str, Any], c: Constants) -> float:
     """log(predicted / published)."""
-    p = predict(row["sizes"], row["layout"], int(row["seq_len"]), row["hw"], STYLES[row["style"]], c)
+    p = predict(row["sizes"], row["layout"], int(row["seq_len"]), row["hw"], style_of(row), c)
     if row["tokens_per_s"]:
         return math.log(p.tokens_per_s / float(row["tokens_per_s"]))
     return math.log((p.mfu_causal if row["causal"] == "1" else p.mfu_full) / float(row["mfu"]))
