@@ -3,8 +3,8 @@
 A block's matmuls run in tiles over the multiprocessors, its attention at a rate of its own, the rest at the rate of the
 memory; the sum is no less than the host needs to launch it. Tensor parallel's messages are on the path, the ring's are
 behind attention, FSDP's behind the blocks, whose work they slow down, but for the latency of each message, which grows
-with the ranks; its copies are work of the memory, too (`network.py` has the messages). A pipeline's step is that of torch's own schedule, action by action (`schedule.py`),
-with whole layers in each stage and the head in the last.
+with the ranks; its copies are work of the memory, too (`network.py` has the messages). A pipeline's step is that of
+torch's own schedule, action by action (`schedule.py`), with whole layers in each stage and the head in the last.
 
 `Constants`, and the shares of `Hardware`, are all that is fitted; `scripts/bench/plan_error.py` holds the model against
 published steps.

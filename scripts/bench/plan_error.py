@@ -4,10 +4,10 @@ python scripts/bench/plan_error.py [--fit] [--rank]
 
 published_steps.csv, beside this file, has the steps: nanotron's benchmark_summary (Hugging Face's Ultra-Scale Playbook,
 best layout per model and number of nodes; the MFU of its tied models with a pipeline, which counts the embedding twice,
-is divided by 1.17 and 1.10), torchtitan's benchmarks/llama3_h100_202412 (H100s of 500 W with slower memory), all of
-MosaicML llm-foundry's scripts/train/benchmarking with 2,048 tokens in bf16, the README of IBM's fms-fsdp (nodes with 400
-Gbit/s of network for A100s, 800 for H100s), KempnerForge's README (pure bf16), NVIDIA NeMo's performance summary, and
-table 4 of the Llama 3 paper (arXiv 2407.21783). power: what the cards may draw, as a share of the data sheet's;
+is divided by 1.17 and 1.10), torchtitan's benchmarks/llama3_h100_202412 (H100s of 500 W with slower memory), all rows
+with 2,048 tokens in bf16 of MosaicML llm-foundry's scripts/train/benchmarking, the README of IBM's fms-fsdp (nodes with
+400 Gbit/s of network for A100s, 800 for H100s), KempnerForge's README (pure bf16), NVIDIA NeMo's performance summary,
+and table 4 of the Llama 3 paper (arXiv 2407.21783). power: what the cards may draw, as a share of the data sheet's;
 memory_rate and network_rate: in bytes per second and GPU, where they are not the table's.
 """
 
@@ -145,6 +145,13 @@ def summary(rows: list[dict[str, Any]], c: Constants) -> str:
     return f"{len(rows):3} steps: median {median:.1%}, mean {mean:.1%}, from {min(errors):+.0%} to {max(errors):+.0%}"
 
 
+def rank_correlation(rows: list[dict[str, Any]], c: Constants) -> float:
+    """Spearman's, of the published MFU and the predicted one."""
+    pairs = [(p + log_error(row, c), p) for row, p in map(_log_mfu, rows)]
+    places = [np.argsort(np.argsort(values)) for values in zip(*pairs, strict=True)]
+    return float(np.corrcoef(*places)[0, 1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="fit the constants, and show the error of sources held out")
@@ -158,11 +165,7 @@ def main() -> None:
     near = [row for row in rows if abs(math.exp(log_error(row, c)) - 1) < OUTLIER]
     print(f"{'but outliers':12}{summary(near, c)}")
     for text, of in (("rank correlation", rows), ("but outliers", near)):
-        places = [
-            np.argsort(np.argsort(values))
-            for values in zip(*[(p + log_error(r, c), p) for r, p in map(_log_mfu, of)], strict=True)
-        ]
-        print(f"{text} {np.corrcoef(*places)[0, 1]:.2f}")
+        print(f"{text} {rank_correlation(of, c):.2f}")
     for source in dict.fromkeys(row["source"] for row in rows):
         own = [row for row in rows if row["source"] == source]
         print(f"{source:12}{summary(own, c)}")

@@ -87,7 +87,10 @@ def handed_to_gloo(events: list[dict[str, Any]]) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+LONG = {"dp2 pp2 passes tied"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in LONG else []) for n in LAYOUTS])
 def test_messages_are_those_of_real_ranks(ranks: Ranks, tmp_path: Path, name: str) -> None:
     world, arguments = LAYOUTS[name]
     real = ranks.run(world, real_step, arguments, str(tmp_path / "trace"))

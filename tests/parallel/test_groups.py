@@ -84,7 +84,7 @@ def test_saving_needs_one_group_more(ranks: Ranks, tmp_path: Path):
 @pytest.mark.parametrize(
     ("flavor", "layout", "schedule", "held"),
     [
-        ("405B", "16x1x32x1x8", "Interleaved1F1B", 405.8e9 / 4096),
+        pytest.param("405B", "16x1x32x1x8", "Interleaved1F1B", 405.8e9 / 4096, marks=pytest.mark.long),
         # All five dimensions: stage 0 is the embedding and two layers, sharded over 8 x 2 x 8 ranks.
         ("8B", "16x2x8x2x8", "1F1B", (128256 * 4096 + 2 * 218.1e6) / 128),
     ],

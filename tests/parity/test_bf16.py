@@ -45,7 +45,7 @@ def _losses(case: Case, dtype: str) -> tuple[list[float], float, set[torch.dtype
 
 CASES = [
     Case("one"),
-    Case("fsdp2", FSDP2),
+    Case("fsdp2", FSDP2, long=True),
     Case("pp2", PP2, schedule("Interleaved1F1B"), "tied"),
     Case("tp2", TP2, OP, long=True),
 ]

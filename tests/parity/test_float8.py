@@ -43,7 +43,7 @@ CASES = [
     in_recipe("fsdp2 tp2", FSDP2_TP2, "tensorwise"),
     in_recipe("pp2 cp2", PP2_CP2, "tensorwise"),
     in_recipe("fsdp2 tp2", FSDP2_TP2, "rowwise"),
-    in_recipe("tp2 compiled", TP2, "rowwise", keys=compiled()),
+    in_recipe("tp2 compiled", TP2, "rowwise", keys=compiled(), long=True),
     in_recipe("tp2", TP2, "rowwise_with_gw_hp"),
     in_recipe("fsdp2 by operation", FSDP2, "tensorwise", keys=OP),
 ]

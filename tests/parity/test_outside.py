@@ -83,7 +83,7 @@ ONE, DP2, DP2_TP2, PP2_CP2 = Degrees(), Degrees(dp_shard=2), Degrees(dp_shard=2,
     [
         ("cosine", ONE),
         ("wsd", ONE),
-        ("wsd", DP2),
+        pytest.param("wsd", DP2, marks=pytest.mark.long),
         pytest.param("cosine", DP2_TP2, marks=pytest.mark.long),
         pytest.param("wsd", DP2_TP2, marks=pytest.mark.long),
         pytest.param("wsd", PP2_CP2, marks=pytest.mark.long),

@@ -46,6 +46,7 @@ def test_no_random_layout_holds_more_than_the_closed_form_and_its_margin(seed: i
         assert recorded <= closed * (1 + MARGIN) + SLACK_BYTES, (sizes, layout)
 
 
+@pytest.mark.long
 def test_moments_in_bf16_halve_their_bytes() -> None:
     """Of the state, 8 bytes of each parameter's 12 are moments; recorded and in closed form."""
     peaks = {}
@@ -63,6 +64,7 @@ def test_moments_in_bf16_halve_their_bytes() -> None:
     assert closed - closed_half == pytest.approx(full / 2, rel=0.02)
 
 
+@pytest.mark.long
 def test_masks_are_recorded_as_on_cuda() -> None:
     """Of documents, FlexAttention's mask of blocks; no scores, which soft caps have on a CPU."""
     keys = f"{MODEL} --training.seq_len 2048 --activation_checkpoint.mode none"

@@ -164,7 +164,9 @@ PP_TP = ["--pp", "2", "--tp", "2", "--training.local_batch_size", "2"]
 SEGMENTS = [(4, 3, []), (4, 5, ["--dp", "2", "--cp", "2"]), (4, 7, PP_TP), (8, 9, [])]  # ranks, last step, layout
 
 
-@pytest.mark.parametrize("kind", [pytest.param("prepared", marks=pytest.mark.long), *list(KINDS)[1:]])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "mixed on the fly" else pytest.mark.long) for kind in KINDS]
+)
 def test_run_on_changing_layouts_sees_what_one_rank_sees(kind: str, run: Runner, folder: Path) -> None:
     arguments = KINDS[kind](folder)
     name = kind.replace(" ", "-")
