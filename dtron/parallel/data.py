@@ -22,6 +22,7 @@ parameter with bf16 compute, fp32 state and N shards; weights after a forward, g
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -90,7 +91,28 @@ def apply_data_parallel(
         if isinstance(module, FSDPModule):
             if not alone:
                 module.set_gradient_divide_factor(1.0)
+            elif expert_mesh is None:
+                module.set_custom_reduce_scatter(cast(Any, _OneBuffer()))
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+class _OneBuffer:
+    """Memory for a unit's gradients on one rank, where FSDP copies what it would reduce to what it would get: the same
+    tensor is given for both, so that nothing is copied and less is held.
+    """
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP asks for the input, and then for the output."""
+        buffer, self._input = self._input, None
+        if buffer is None:
+            buffer = self._input = torch.empty(size, dtype=dtype, device=device)
+        return buffer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("nothing is reduced over one rank")
 
 
 def _prefetch_explicitly(before: list[nn.Module], blocks: list[nn.Module], after: list[nn.Module]) -> None:

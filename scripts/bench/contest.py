@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from watch import watch
+from watch import watch, watch_cpu
 
 from dtron.cluster.preflight.measure import MATMUL_SIZE, Timer
 from dtron.observe.device import max_memory_bytes, reset_max_memory
@@ -86,9 +86,10 @@ class Contestant:
 
     def finish(self) -> None:
         """Watch a step if asked to, note the memory, and free everything."""
-        if self._options.profile and self._step is not None and self._device.type == "cuda":
+        if self._options.profile and self._step is not None:
             self._note_memory()  # before the profiler's own
-            self.figures.watched = watch(self._step, self._device)
+            cuda = self._device.type == "cuda"
+            self.figures.watched = watch(self._step, self._device) if cuda else watch_cpu(self._step)
         self._note_memory()
         self._step = None
 

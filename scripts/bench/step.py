@@ -10,7 +10,7 @@ Figures are medians over the blocks; `speed_over_plain` is the median of the rou
 dtron is faster), `cpu_over_plain` that of CPU seconds, summed over ranks (below 1: dtron needs less), which a machine
 that others use disturbs least. Both train on the same random tokens and start from the same weights; `first_loss` of
 the two must agree. `share_of_matmul_rate` is MFU with the best rate that a square matrix product reached here in place
-of the data sheet's. --bench.profile watches one more step on a GPU, see watch.py. The result is one JSON object on
+of the data sheet's. --bench.profile watches some more steps, see watch.py. The result is one JSON object on
 stdout (and in --bench.out); the rest goes to stderr.
 """
 
@@ -187,7 +187,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         parser.add_argument(f"--bench.{name}", dest=name, type=int, default=default, metavar="N", help=text)
     parser.add_argument("--bench.out", dest="out", type=Path, metavar="FILE", help="also write the JSON here")
     parser.add_argument("--bench.only", dest="only", choices=("dtron", "plain"), help="leave the other one out")
-    parser.add_argument("--bench.profile", dest="profile", action="store_true", help="watch one more step (CUDA)")
+    parser.add_argument("--bench.profile", dest="profile", action="store_true", help="watch some more steps")
     options, rest = parser.parse_known_args(argv)
     if min(options.rounds, options.steps, options.warmup) < 1:
         parser.error("--bench.rounds, --bench.steps and --bench.warmup are 1 or more")

@@ -103,29 +103,39 @@ def test_without_resharding_all_is_gathered_once(ranks: Ranks):
 
 
 class Divisions(TorchDispatchMode):
-    """Elements of flat buffers, as FSDP reduces, that are divided out of place."""
+    """Elements of flat buffers, as FSDP reduces, that are divided out of place, or copied to other memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten.div and not func._schema.is_mutable and args[0].ndim == 1:
+        divides = func.overloadpacket is torch.ops.aten.div and not func._schema.is_mutable
+        copies = func.overloadpacket is torch.ops.aten.copy_ and args[0].data_ptr() != args[1].data_ptr()
+        if args and (divides or copies) and args[0].ndim == 1:
             self.elements += args[0].numel()
         return func(*args, **(kwargs or {}))
 
 
 def per_microbatch(case: Case) -> list[tuple[int, int]]:
-    """Gathered units and divided elements of each of a step's two microbatches; nothing is left gathered."""
+    """Gathered units and divided or copied elements of each of a step's two microbatches; nothing is left gathered."""
     mesh, model = build(case, build_config(case))
     model.loss.valid_tokens, batches = local_batches(0, case, mesh, True)
-    seen, gathers = [], []
-    original = FSDPParamGroup._to_unsharded
-    with patch.object(FSDPParamGroup, "_to_unsharded", lambda group: (gathers.append(group), original(group))):
+    seen, gathers, divisions = [], [], Divisions()
+    original, reduce = FSDPParamGroup._to_unsharded, FSDPParamGroup.post_backward
+
+    def reduce_and_count(group: FSDPParamGroup, *args: Any) -> None:
+        with divisions:
+            reduce(group, *args)
+
+    with (
+        patch.object(FSDPParamGroup, "_to_unsharded", lambda group: (gathers.append(group), original(group))),
+        patch.object(FSDPParamGroup, "post_backward", reduce_and_count),
+    ):
         for i, batch in enumerate(batches):
             gathers.clear()
-            with Divisions() as divisions:
-                model.forward_backward(*batch, last=i == len(batches) - 1)
+            divisions.elements = 0
+            model.forward_backward(*batch, last=i == len(batches) - 1)
             seen.append((len(gathers), divisions.elements))
     assert gathered(model.parts[0]) == set()
     return seen
@@ -143,11 +153,11 @@ def per_microbatch(case: Case) -> list[tuple[int, int]]:
 def test_kept_weights_are_gathered_once_per_step(
     degrees: Degrees, keys: Any, gathers: tuple[int, int], ranks: Ranks
 ) -> None:
-    """One rank keeps them by default, and divides nothing but losses."""
+    """One rank keeps them by default, and its reductions neither divide nor copy."""
     seen = ranks.run(degrees.world, per_microbatch, Case("", degrees, keys, batches=2))[0]
     assert tuple(n for n, _ in seen) == gathers
     if degrees == ONE:
-        assert all(elements < 1000 for _, elements in seen)  # the smallest unit has 3,072
+        assert [elements for _, elements in seen] == [0, 0]
 
 
 @pytest.mark.parametrize(
