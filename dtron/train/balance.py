@@ -87,14 +87,19 @@ class Balance:
                 n = counts[index].float()
                 bias.add_(self._rate * torch.sign(n.mean() - n) * applied)
 
-    def reduce(self) -> dict[str, Any]:
+    def counted(self) -> Tensor:
+        """[2, layers, experts] on the device: rows since the last row of metrics, steps without one up to now."""
+        return torch.stack((self._sum, self._idle))
+
+    def reduce(self, counted: Tensor) -> dict[str, Any]:
         """The metrics since the last call, for a row; warns of experts that have been idle for long.
 
+        counted: what `counted` gave, on the CPU, in float64.
         expert_busiest/LAYER: the busiest expert's rows over the mean. expert_entropy/LAYER: of the load, 1 where it is
         even, 0 where one expert has all. expert_dropped_rows: rows that no expert was given. expert_load: the shares
         [layers, experts] over the mean, for a picture.
         """
-        counts = self._sum[self._first :].double().cpu()
+        counts, idle = counted[:, self._first :]
         expected = self._rows_per_step * self._steps * len(counts)
         load = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)
         share = load / load.size(1)
@@ -103,17 +108,17 @@ class Balance:
         for i, (busiest, even) in enumerate(zip(load.max(1).values.tolist(), entropy.tolist(), strict=True)):
             row |= {f"expert_busiest/{self._first + i}": busiest, f"expert_entropy/{self._first + i}": even}
         row |= {"expert_dropped_rows": expected - int(counts.sum()), "expert_load": load}
-        self._warn_of_idle()
+        self._warn_of_idle(idle)
         self._sum.zero_()
         self._steps = 0
         return row
 
-    def _warn_of_idle(self) -> None:
-        found = (self._idle[self._first :] >= IDLE_STEPS).nonzero().tolist()
-        idle = {(self._first + layer, expert) for layer, expert in found}
-        for layer, expert in sorted(idle - self._named):
-            warn_on_rank_0(
-                f"layer {layer}: expert {expert} has had no token for {int(self._idle[layer, expert])} steps; raise "
-                "training.expert_balance_loss, or start with a lower learning rate"
-            )
-        self._named = idle
+    def _warn_of_idle(self, steps: Tensor) -> None:
+        found = (steps >= IDLE_STEPS).nonzero().tolist()
+        for layer, expert in found:
+            if (layer, expert) not in self._named:
+                warn_on_rank_0(
+                    f"layer {self._first + layer}: expert {expert} has had no token for {int(steps[layer, expert])} "
+                    "steps; raise training.expert_balance_loss, or start with a lower learning rate"
+                )
+        self._named = {(layer, expert) for layer, expert in found}

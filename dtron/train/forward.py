@@ -14,7 +14,7 @@ from dtron.mesh import Mesh
 from dtron.parallel.compose import ParallelModel
 from dtron.parallel.context import gathered_positions, local_positions
 
-__all__ = ["StopCheck", "local_batches", "mean_loss", "to_device"]
+__all__ = ["StopCheck", "local_batches", "mean_loss", "to_device", "to_host"]
 
 LOOK_S = 1.0  # from one look for a requested stop to the next
 
@@ -47,6 +47,13 @@ def local_batches(
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """`host`, in CPU memory, on the device, without waiting: copies from memory that is not pinned would."""
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*device_tensors: Tensor) -> list[Tensor]:
+    """Their values in CPU memory, in float64. The host waits for the device once for all of them."""
+    flat = torch.cat([t.double().flatten() for t in device_tensors]).cpu()
+    parts = flat.split([t.numel() for t in device_tensors])
+    return [part.view(t.shape) for part, t in zip(parts, device_tensors, strict=True)]
 
 
 def mean_loss(

@@ -41,14 +41,14 @@ class Slowest:
         world.store.set(f"host/{world.rank}", socket.gethostname())
 
     def reduce(self, phases: Phases) -> dict[str, Any]:
-        """Keys of a row: the most of any rank, and `slowest_rank` with `longest_wait_s`; one all-reduce."""
+        """Keys of a row: the most of any rank, and `slowest_rank` with `longest_wait_s`; one all-reduce, on the CPU."""
         memory, seconds = memory_statistics(self._device), phases.seconds()
         times = [round(1e6 * seconds.get(name, 0.0)) for name in TIMED]
         wait = min(round(1e6 * sum(seconds.get(name, 0.0) for name in WAITS)), LONGEST_US - 1)
         # Of the ranks' codes the largest is that of the rank that waited least.
         code = (LONGEST_US - wait) * RANKS + self._world.rank if self._compared else 0
         wait = wait if self._compared else 0
-        most = torch.tensor([*memory.values(), *times, wait, code], dtype=torch.int64, device=self._device)
+        most = torch.tensor([*memory.values(), *times, wait, code], dtype=torch.int64)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         *values, wait, code = most.tolist()
         row: dict[str, Any] = dict(zip(memory, values, strict=False))

@@ -26,7 +26,7 @@ from dtron.ranks.watchdog import Watchdog
 from dtron.ranks.world import World
 from dtron.train.balance import Balance, unread_keys
 from dtron.train.data import HeldOut, open_data
-from dtron.train.forward import StopCheck, mean_loss
+from dtron.train.forward import StopCheck, mean_loss, to_host
 from dtron.train.guard import UNLABELLED, StepGuard
 from dtron.train.initial import check_vocabulary
 from dtron.train.optimizer import build_optimizers
@@ -205,7 +205,9 @@ class Trainer:
 
     def _log(self, stats: Tensor, clock: StepClock) -> None:
         self._logged_step = self.progress.step
-        loss, norm, _, verdict, _ = stats.tolist()
+        tally, balance = self.step.tally, self.step.balance
+        of_step, by_source, *experts = to_host(stats, tally.by_source, *([balance.counted()] if balance else []))
+        loss, norm, _, verdict, _ = of_step.tolist()
         of_labels = {} if verdict == UNLABELLED else {"loss": loss, "grad_norm": norm}
         row = {
             "step": self.progress.step,
@@ -213,9 +215,9 @@ class Trainer:
             "lr": self.step.learning_rate(self.progress.step),
             "tokens": self.progress.tokens,
             **self.slowest.reduce(self.phases),
-            **self.step.tally.reduce(self.progress.consumed),
+            **tally.reduce(self.progress.consumed, by_source),
             **self.data.metrics(self.progress.consumed),
-            **(self.step.balance.reduce() if self.step.balance else {}),
+            **(balance.reduce(*experts) if balance else {}),
         }
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped

@@ -173,7 +173,7 @@ def test_flops_of_documents_and_windows_are_those_of_the_shorter(monkeypatch: py
             starts = document_starts(step) if documents else torch.zeros(8, SEQ, dtype=torch.int64)
             tally.accumulate(Batch(starts, starts, starts if documents else None), [], None)
             lengths += [int(n) for row in starts for n in row.unique(return_counts=True)[1]]
-        row = tally.reduce(0)
+        row = tally.reduce(0, tally.by_source)
         of_layer = [sum(n * min(n, w) for n in lengths) / sum(lengths) for w in (6, SEQ, 6, SEQ)]
         assert seen[-1] == pytest.approx(of_layer)
         assert row["attended_tokens"] == pytest.approx(sum(of_layer) / 4)

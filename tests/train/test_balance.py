@@ -172,7 +172,7 @@ def warnings_of_idle() -> tuple[list[tuple[int, list[str]]], int]:
             if step == 7 and i == 0:
                 moe.load.grad[0] -= 3
         balance.take_counts()
-        row = balance.reduce()
+        row = balance.reduce(balance.counted().double())
         dropped += row["expert_dropped_rows"]
         if said:
             seen.append((step, list(said)))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from on_gpu import needs_gpu, run_on_gpu
 from parity.layout import Case, build_config, with_keys
-from parity.single import MODELS, ROWS, batch
+from parity.single import MODELS, ROWS, SEQ, batch
 from parity.table import ONE
 from ranks import Ranks
 from torch import Tensor, nn
@@ -23,15 +23,22 @@ from dtron import registry
 from dtron.checkpoint.files import Progress
 from dtron.config.optimizer import Optimizer
 from dtron.data.loader import Batch
+from dtron.data.order import Mixture
 from dtron.models.llama import Llama
+from dtron.observe.phases import Phases
 from dtron.parallel.compose import ParallelModel, TokenMean
 from dtron.train import forward
 from dtron.train import step as step_module
+from dtron.train.balance import Balance
 from dtron.train.guard import StepGuard
 from dtron.train.optimizer import build_optimizers
+from dtron.train.report import StepClock
+from dtron.train.slowest import Slowest
 from dtron.train.step import Step
 from dtron.train.tally import Tally
+from dtron.train.trainer import Trainer
 
+SOURCES = ("a", "b")
 DEVICE = torch.device("meta")  # it has no values, so that reading one raises
 
 
@@ -84,8 +91,11 @@ class OnDevice(ParallelModel):
             shard.grad, p.grad = DTensor.from_local(p.grad, self.mesh, [Replicate()]), None  # type: ignore[attr-defined]
 
 
-def waits(optimizer: Optimizer, broken: bool) -> tuple[list[str], int]:
-    """What waited in two steps of two batches, and the number of copies. broken: copies are made as by default."""
+def waits(optimizer: Optimizer, broken: bool, log: bool = False) -> tuple[list[str], int]:
+    """What waited in two steps of two batches, and the number of copies.
+
+    broken: copies are made as by default. log: of what comes after the steps when a row is due, with all its parts.
+    """
     config = with_keys(
         build_config(Case("", ONE, batches=2)), {"training.spike_factor": 2.0 * (optimizer.name != "SGD")}
     )
@@ -103,7 +113,9 @@ def waits(optimizer: Optimizer, broken: bool) -> tuple[list[str], int]:
     guard = StepGuard(config.training, optimizers, Progress(), DEVICE)
     guard._cuda = True
     degrees: Any = SimpleNamespace(degrees=ONE, cp_rank=0, dp_rank=0, pp_rank=0, tp_rank=0)
-    step = Step(config, degrees, DEVICE, model, optimizers, guard, Progress(), Tally(DEVICE, ("a", "b")))
+    counted: Any = (Mixture([1, 1]), SEQ, [SEQ], sum) if log else ()
+    tally = Tally(DEVICE, SOURCES, *counted)
+    step = Step(config, degrees, DEVICE, model, optimizers, guard, Progress(), tally)
     seen = Waits()
     copy = forward.to_device if not broken else lambda host, device: host.to(device)
     with (
@@ -119,7 +131,28 @@ def waits(optimizer: Optimizer, broken: bool) -> tuple[list[str], int]:
             tokens, labels = batch(number)
             stats, local_loss = step(Batch(tokens, labels, sources=torch.arange(ROWS) % 2))
             guard.watch(number + 1, stats, local_loss)
+        if log:
+            seen.seen, seen.copies = [], 0
+            write_row(step, stats)
     return seen.seen, seen.copies
+
+
+def write_row(step: Step, stats: Tensor) -> None:
+    """What the Trainer does when a row is due: loss and norm, sources, documents, experts, memory and times."""
+    dimensions, rows = MODELS["moe"], list[Any]()
+    assert dimensions.moe is not None
+    with DEVICE:
+        parts: Any = SimpleNamespace(parts=[Llama(dimensions)])
+    step.balance = Balance(parts, step.config, dimensions.moe, dimensions.n_layers, DEVICE)
+    world: Any = SimpleNamespace(rank=0, size=1, store=SimpleNamespace(set=lambda *_: None))
+    trainer: Any = SimpleNamespace(
+        step=step, progress=step.progress, phases=Phases(torch.device("cpu")),
+        slowest=Slowest(world, SimpleNamespace(pp_rank=0), DEVICE),  # type: ignore[arg-type]
+        data=SimpleNamespace(metrics=lambda consumed: {}, say_epochs=lambda row: None),
+        report=SimpleNamespace(step=lambda row, clock: rows.append(row)),
+    )  # fmt: skip
+    Trainer._log(trainer, stats, StepClock())
+    assert {"loss", "max_memory_bytes", "source_loss/a", "attended_tokens", "expert_load"} <= set(rows[0])
 
 
 OPTIMIZERS = [Optimizer(), Optimizer(state_dtype="bfloat16"), Optimizer(name="SGD")]
@@ -130,6 +163,12 @@ def test_a_step_waits_for_nothing(ranks: Ranks, optimizer: Optimizer) -> None:
     seen, copies = ranks.run(1, waits, optimizer, False)[0]
     assert seen == []
     assert copies == 2 * 6  # of tokens, labels, positions, count and sources to the device, of the statistics from it
+
+
+def test_a_logged_step_waits_once(ranks: Ranks) -> None:
+    """For the copy of all that is logged; what the host knows is reduced on the CPU."""
+    seen, copies = ranks.run(1, waits, Optimizer(), False, True)[0]
+    assert len(seen) == copies == 1, seen
 
 
 def test_usual_copies_are_seen_to_wait(ranks: Ranks) -> None:
@@ -145,13 +184,18 @@ def test_a_value_that_is_read_is_seen() -> None:
 
 @needs_gpu
 def test_a_step_on_a_gpu_synchronises_nothing(tmp_path: Path) -> None:
-    """torch's own detector, of whole steps of the Trainer: after the first, which makes memory and streams."""
+    """torch's own detector, of whole steps of the Trainer: after the first, which makes memory and streams.
+
+    And once where the step is logged.
+    """
     program = f"""
+import warnings
 import torch
 from tinyrun import train_tiny
 from dtron.train.step import Step
+from dtron.train.trainer import Trainer
 torch.cuda.set_device(0)
-call, watched = Step.__call__, []
+call, log, watched, waits = Step.__call__, Trainer._log, [], []
 def watch(step, batch):
     if not step.progress.step:
         return call(step, batch)
@@ -162,14 +206,22 @@ def watch(step, batch):
         torch.cuda.set_sync_debug_mode("default")
     watched.append(step.progress.step)
     return result
-Step.__call__ = watch
-torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-train_tiny({str(tmp_path)!r}, 5, "--training.device cuda --training.mixed_precision_param bfloat16")
+def watch_log(*args):
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        log(*args)
+    torch.cuda.set_sync_debug_mode("default")
+    waits.append(sum("called a synchronizing" in str(warning.message) for warning in seen))
+Step.__call__, Trainer._log = watch, watch_log
+torch.distributed.init_process_group("cpu:gloo,cuda:nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+arguments = "--metrics.log_freq 1 --training.device cuda --training.mixed_precision_param bfloat16"
+train_tiny({str(tmp_path)!r}, 5, arguments)
 torch.cuda.set_sync_debug_mode("error")
 try:
     torch.ones((), device="cuda").item()
 except RuntimeError:
     watched.append("a wait is seen")
-print(watched)
+print(watched, waits)
 """
-    assert run_on_gpu(program).splitlines()[-1] == "[2, 3, 4, 5, 'a wait is seen']"
+    assert run_on_gpu(program).splitlines()[-1] == "[2, 3, 4, 5, 'a wait is seen'] [1, 1, 1, 1, 1]"
