@@ -278,11 +278,12 @@ def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
     wrap = partial(apply_recompute, mode=recompute.mode, option=recompute.selective_ac_option)
     by_operation = recompute.mode == "selective" and recompute.selective_ac_option == "op"
     compiled = config.compile.enable and "model" in config.compile.components
+    options = compat.late_waits(config.compile.backend) if mesh.cp is not None else None
     layers = layers_of(part)
     for name, block in layers.items():
         block = wrap(block, int(name)) if by_operation else block
         if compiled:
-            block.compile(fullgraph=True, backend=config.compile.backend)
+            block.compile(fullgraph=True, backend=config.compile.backend, options=options)
         layers[name] = block if by_operation else wrap(block, int(name))
     dtype = getattr(torch, config.training.mixed_precision_param)
     apply_data_parallel(part, mesh.fsdp, dtype, meta.reshard, config.training.enable_cpu_offload, mesh.expert_fsdp)

@@ -4,14 +4,20 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 from parity.layout import Case, build, build_config, local_batches
 from parity.single import MODELS
-from parity.table import ALWAYS, FSDP2, FSDP2_EP2, HSDP
+from parity.table import ALLTOALL, ALWAYS, CP2, CP4, FSDP2, FSDP2_EP2, HSDP, compiled
 from ranks import Ranks
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron.compat import planning
+from dtron.compat import cp_impl, planning
 
 LAYERS = MODELS["small"].n_layers
 Event = tuple[str, int]
@@ -80,3 +86,74 @@ def test_weights_are_gathered_before_the_block_before_computes(case: Case, ranks
         assert backward.index(("reduce", i)) < backward.index(("compute", i - 1))
         if case.degrees.dp_replicate > 1:
             assert backward.index(("all-reduce", i)) < backward.index(("compute", i - 1))
+
+
+class Overlap(TorchDispatchMode):
+    """Of each message of the ring, in the order of their issue: is attention computed before it is waited for?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages, self._sent = list[bool](), dict[int, int]()  # address -> which message
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
+            return NotImplemented  # what it does comes here again
+        result, name = func(*args, **(kwargs or {})), func._schema.name
+        if name.startswith("_c10d_functional::all_"):
+            self._sent[result.data_ptr()] = len(self.messages)
+            self.messages.append(False)
+        elif name == "_c10d_functional::wait_tensor":
+            self._sent.pop(args[0].data_ptr())
+        elif "flash_attention" in name and FakeTensor not in types:
+            for message in self._sent.values():
+                self.messages[message] = True
+        return result
+
+
+def record_ring(case: Case, late: bool) -> tuple[list[bool], list[bool]]:
+    """Of the messages of a forward and of a backward. late: on purpose, send what is waited for only then."""
+    mesh, model = build(case, build_config(case))
+    model.loss.valid_tokens, ((tokens, labels, positions),) = local_batches(0, case, mesh, True)
+    ring = cp_impl._AllToAllRotater
+    send, receive = ring.exchange_buffers, ring.next_buffer
+    changed: dict[str, Any] = {"next_buffer": receive}
+    if late:
+        changed["exchange_buffers"] = lambda self, buffer: setattr(self, "_buffer", buffer)
+        changed["next_buffer"] = lambda self: (send(self, self._buffer), receive(self))[1]
+    with patch.multiple(ring, **changed):
+        with Overlap() as forward:
+            loss = model.loss(model.parts[0](tokens, positions), labels)
+        with Overlap() as backward:
+            loss.backward()
+    return forward.messages, backward.messages
+
+
+def test_each_rotation_of_the_ring_overlaps_with_a_block_of_attention(ranks: Ranks) -> None:
+    """But the last gradients of keys and values of a layer, behind which there is nothing to compute.
+
+    alltoall sends keys and values three times among four ranks, allgather gathers them once; gradients are sent four
+    times, and between those of keys and values.
+    """
+    gather, rotate = Case("", CP4), Case("", CP4, ALLTOALL)
+    for seen in ranks.run(4, record_ring, rotate, False):
+        assert seen == (3 * [True] * LAYERS, (6 * [True] + [False]) * LAYERS)
+    assert ranks.run(4, record_ring, gather, False)[0] == ([True] * LAYERS, (4 * [True] + [False]) * LAYERS)
+    assert ranks.run(4, record_ring, rotate, True)[0] == (3 * [False] * LAYERS, 7 * [False] * LAYERS)
+
+
+def inductors_order(case: Case) -> list[str]:
+    """What the code of a block's forward and of its backward does, in letters: Send, Attend, wait."""
+    mesh, model = build(case, build_config(case))
+    model.loss.valid_tokens, (batch,) = local_batches(0, case, mesh, True)
+    letters = {".all_to_all_single": "S", ".all_gather_into_tensor": "S", ".wait_tensor": "w", "_flash_attention": "A"}
+    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+        _, codes = run_and_get_code(model.forward_backward, *batch, last=True)
+    calls = [[line for line in code.splitlines() if "torch.ops." in line and "assert" not in line] for code in codes]
+    return ["".join(made for line in code for call, made in letters.items() if call in line) for code in calls]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rotation", [ALLTOALL, {}], ids=["alltoall", "allgather"])
+def test_the_ring_overlaps_in_compiled_blocks_too(rotation: Any, ranks: Ranks) -> None:
+    case = Case("", CP2, {**rotation, **compiled("inductor", "model")}, "shallow")
+    assert ranks.run(2, inductors_order, case) == 2 * [["SAwA", "ASAwSw"]]
