@@ -122,6 +122,10 @@ def _can_replay(c: Config) -> bool:
 def _dry_run(
     setup: Setup, rank: int, gloo: bool, replay: bool, recorder_type: type[Recorder], look: Look
 ) -> StepRecord:
+    if setup.config.compile.enable:
+        # What was compiled for another run would be taken for this one's, whatever its memory budget; and of another
+        # number of tokens, Dynamo would compile a version for any number, which no run of one shape has.
+        torch.compiler.reset()
     fake = planning.FakeTensorMode(allow_non_fake_inputs=True)
     world = planning.fake_world(rank, setup.degrees.world)
     with world, warnings.catch_warnings(), contextlib.ExitStack() as stack:

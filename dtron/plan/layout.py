@@ -110,8 +110,9 @@ class Sizes:
 class Layout:
     """microbatch: sequences in one forward; microbatches: of an optimizer step, on each rank.
 
-    virtual: stages per pipeline rank. recompute: none, op, second (every second block) or full. reshard: whether
-    gathered weights are freed between forward and backward. schedule: of the pipeline, a name or a CSV file; empty:
+    virtual: stages per pipeline rank. recompute: none, op, second (every second block), full or budget, of compiled
+    blocks: memory_budget, the share that they may keep. reshard: whether gathered weights are freed between forward and
+    backward. schedule: of the pipeline, a name or a CSV file; empty:
     1F1B, or Interleaved1F1B with several stages per rank. loss_chunk: training.loss_chunk_tokens, 0 for other
     losses. state_dtype: of AdamW's moments.
     """
@@ -126,6 +127,7 @@ class Layout:
     microbatches: int = 1
     virtual: int = 1
     recompute: str = "op"
+    memory_budget: float = 1.0
     reshard: bool = True
     loss_chunk: int = 2048
     state_dtype: str = "float32"

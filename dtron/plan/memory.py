@@ -12,16 +12,23 @@ Letters as in the models: E hidden size, F of the feed-forward, H and K heads, D
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
+
 from dtron.plan.layout import Layout, Sizes, in_flight, layers_per_stage
 from dtron.plan.schedule import stages_of
 
-__all__ = ["FRAGMENTATION", "Memory", "beside_allocator", "block_bytes_per_token", "closed_form_peak"]
+__all__ = ["FRAGMENTATION", "Memory", "beside_allocator", "block_bytes_per_token", "budget_shares", "closed_form_peak"]
 
 BF16, FP32 = 2, 4
 EXPERT_ROWS = 11  # bytes for each value of a routed row in its backward; from one recorded layout with ep and tp
 CHUNK_LOGITS = BF16 + FP32  # bytes for each logit of a chunk of the loss
 LOGITS = 12  # of each where the loss is given all: in bf16, fp32 and twice more in its backward
 SHARDED_LOGITS = 16  # with tensor parallel, one fp32 copy more
+# `budget_shares` of some budgets, with a straight line between them: the middle of compiled dry runs of llama3 (two
+# shapes), qwen3, starcoder2 and gemma2, TP: with tensor parallel. Above the last budget all is taken to be kept.
+BUDGETS = (0.0, 0.25, 0.5, 0.75, 0.9)
+KEPT_OF_BUDGET, AGAIN = (0.0, 0.38, 0.80, 1.0, 1.0), (0.65, 0.45, 0.23, 0.0, 0.0)
+KEPT_OF_BUDGET_TP, AGAIN_TP = (0.0, 0.73, 0.97, 1.0, 1.07), (0.65, 0.37, 0.20, 0.19, 0.0)
 # What a GPU holds besides. The CUDA context, about. Workspaces of cuBLAS and cublasLt, 32 MiB each on Hopper, 8 before
 # (getChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp). NCCL's buffers of a communicator in use, as
 # measured on 4 A100s with more than two ranks (github.com/NVIDIA/nccl/issues/964), and of one with an all-to-all, on 8
@@ -61,16 +68,30 @@ class Memory:
 
 
 @cache
-def block_bytes_per_token(s: Sizes, tp: int, recompute: str) -> tuple[float, float]:
+def block_bytes_per_token(s: Sizes, tp: int, recompute: str, budget: float = 1.0) -> tuple[float, float]:
     """(kept from forward to backward, made again in the backward) by one block, in bytes per token of the rank."""
     whole, by_operation = _llama_block(s, tp)
     if s.block:  # what another block holds besides is split by tp
         known = _llama_block(replace(s, experts=0), 1)
         whole, by_operation = whole + (s.block.none - known[0]) / tp, by_operation + (s.block.op - known[1]) / tp
     x = BF16 * s.dim / tp
+    if recompute == "budget":
+        # Beside what recompute by operation keeps, both norms' outputs as the products take them, in place of inputs.
+        most = min(whole, by_operation + 2 * BF16 * s.dim - (2 if tp > 1 else 1) * x)
+        kept_of_it = min(whole, x + (most - x) * budget_shares(budget, tp)[0]) if budget <= BUDGETS[-1] else whole
+        return kept_of_it, whole - kept_of_it
     kept = {"none": whole, "op": by_operation, "full": x, "second": (whole + x) / 2}
     again = {"none": 0.0, "op": whole - by_operation, "full": whole - x, "second": whole - x}
     return kept[recompute], again[recompute]
+
+
+@cache
+def budget_shares(budget: float, tp: int) -> tuple[float, float]:
+    """Of a compiled block under a memory budget: what it keeps of what it keeps under 0.9, without its input, and the
+    share of its forward's matmuls and attention that its backward computes again.
+    """
+    kept, again = (KEPT_OF_BUDGET, AGAIN) if tp == 1 else (KEPT_OF_BUDGET_TP, AGAIN_TP)
+    return float(np.interp(budget, BUDGETS, kept)), float(np.interp(budget, BUDGETS, again))
 
 
 def _llama_block(s: Sizes, tp: int) -> tuple[float, float]:
@@ -127,7 +148,9 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     local = (layers * dense + outer) / shards + layers * ffn / (shards * tp / a.ep if s.experts else shards)
     state = local * (FP32 + 2.0 * (FP32 if a.state_dtype == "float32" else BF16))  # AdamW's
 
-    kept, again = block_bytes_per_token(s, tp, a.recompute)
+    kept, again = block_bytes_per_token(s, tp, a.recompute, a.memory_budget)
+    if a.recompute == "budget" and a.cp > 1:
+        kept += 2 * BF16 * s.dim / tp  # the compiler splits blocks at the ring, and keeps what passes there
     live = in_flight(a, rank)
     hidden = BF16 * s.dim * tokens / tp
     activations = live * layers / a.virtual * kept * tokens + 2 * hidden * last + tokens * (4 * s.head_size + 16)

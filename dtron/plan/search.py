@@ -37,7 +37,9 @@ RECOMPUTE = {
     "op": ("selective", "op"),
     "second": ("selective", "2"),
     "full": ("full", "2"),
+    "budget": ("memory_budget", "2"),  # of compiled blocks
 }
+EAGER = tuple(name for name in RECOMPUTE if name != "budget")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def layout_keys(a: Layout) -> dict[str, Any]:
         "activation_checkpoint.selective_ac_option": option,
         "optimizer.state_dtype": a.state_dtype,
     }
+    if a.recompute == "budget":
+        keys["activation_checkpoint.memory_budget"] = a.memory_budget
     if pipeline:
         keys[P + "pipeline_parallel_microbatch_size"] = a.microbatch
         keys[P + "pipeline_parallel_schedule"] = a.schedule
@@ -156,11 +160,13 @@ def search(
     dtypes = [config.optimizer.state_dtype]
     if config.optimizer.name == "AdamW" and dtypes == ["float32"] and "optimizer.state_dtype" not in fixed:
         dtypes.append("bfloat16")
-    for any_state in layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node, _schedules(config, fixed)):
+    of_batch = layouts(s, seq_len, gpus, global_batch, hw.gpus_per_node, _schedules(config, fixed), _recompute(config))
+    for any_state in of_batch:
         for dtype in dtypes:
             chunk = loss_chunk(config, any_state.schedule)
-            layout = dataclasses.replace(any_state, state_dtype=dtype, loss_chunk=chunk)
-            if not _allowed(layout, fixed):
+            budget = config.activation_checkpoint.memory_budget if any_state.recompute == "budget" else 1.0
+            layout = dataclasses.replace(any_state, state_dtype=dtype, loss_chunk=chunk, memory_budget=budget)
+            if not _allowed(layout, fixed) or _pointless(layout, config):
                 break
             looked_at += 1
             memory = closed_form_peak(s, layout, seq_len)
@@ -175,11 +181,6 @@ def search(
             if family not in too_big or needed < too_big[family].needed_bytes:
                 time = predict(s, layout, seq_len, hw, style)
                 too_big[family] = Candidate(layout, memory, time, memory.peak, reserved, False)
-    if not looked_at and fixed.get("activation_checkpoint.mode") == "memory_budget":
-        raise UserError(
-            "the search knows no memory budget; plan with --activation_checkpoint.mode none, which holds more, or "
-            "selective with selective_ac_option op, which holds less than a budget of 0.75"
-        )
     if not looked_at:
         raise UserError(
             f"no layout of {gpus} GPUs makes a global batch of {global_batch} sequences with the keys that are given; "
@@ -219,9 +220,21 @@ def _schedules(config: Config, fixed: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _recompute(config: Config) -> tuple[str, ...]:
+    """Those that are looked at: a memory budget only of compiled blocks, or where it is configured, to be refused."""
+    budget = FEATURES["compiled blocks"](config) or FEATURES["memory budget"](config)
+    return tuple(RECOMPUTE) if budget else EAGER
+
+
+def _pointless(a: Layout, config: Config) -> bool:
+    """With tensor parallel a budget keeps more than recompute by operation, and computes more again."""
+    return a.recompute == "budget" and a.tp > 1 and not FEATURES["memory budget"](config)
+
+
 def layouts(
-    s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int, schedules: Sequence[str] = ("1F1B",)
-) -> Iterator[Layout]:
+    s: Sizes, seq_len: int, gpus: int, global_batch: int, per_node: int, schedules: Sequence[str] = ("1F1B",),
+    recompute: Sequence[str] = EAGER,
+) -> Iterator[Layout]:  # fmt: skip
     """Layouts whose degrees divide what they split, and that make the global batch."""
     for tp in _divisors(gpus, min(s.kv_heads, 2 * per_node)):
         for pp in _divisors(gpus // tp, s.layers):
@@ -233,10 +246,12 @@ def layouts(
                     for ep in _divisors(dp // replicate * cp * tp, max(1, s.experts)):
                         if not s.experts or s.experts % ep == 0:
                             first = Layout(pp, replicate, dp // replicate, cp, tp, ep)
-                            yield from _batches(s, first, global_batch, schedules)
+                            yield from _batches(s, first, global_batch, schedules, recompute)
 
 
-def _batches(s: Sizes, first: Layout, global_batch: int, schedules: Sequence[str]) -> Iterator[Layout]:
+def _batches(
+    s: Sizes, first: Layout, global_batch: int, schedules: Sequence[str], recomputes: Sequence[str]
+) -> Iterator[Layout]:
     """The microbatches, schedules, recomputations and reshardings of given degrees."""
     for microbatch in MICROBATCHES:
         if global_batch % (first.dp * microbatch):
@@ -244,7 +259,7 @@ def _batches(s: Sizes, first: Layout, global_batch: int, schedules: Sequence[str
         microbatches = global_batch // first.dp // microbatch
         if first.pp > 1:
             for schedule, virtual in _pipelines(s.layers, first.pp, microbatches, schedules):
-                for recompute in RECOMPUTE:
+                for recompute in recomputes:
                     # By operation, the halves of the backward do not find what was saved.
                     if not (SCHEDULES[schedule].zero_bubble and recompute == "op"):
                         yield dataclasses.replace(
@@ -253,7 +268,7 @@ def _batches(s: Sizes, first: Layout, global_batch: int, schedules: Sequence[str
                             layers_per_stage=-(-s.layers // first.pp // virtual),
                         )  # fmt: skip
             continue
-        for recompute in RECOMPUTE:
+        for recompute in recomputes:
             for reshard in (True, False) if first.dp_shard * first.cp > 1 else (True,):
                 yield dataclasses.replace(
                     first, microbatch=microbatch, microbatches=microbatches, recompute=recompute, reshard=reshard

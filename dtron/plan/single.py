@@ -30,7 +30,7 @@ def check_sizes(setup: Setup) -> None:
 
 def layout_of(setup: Setup) -> Layout:
     """The layout of a checked run; with a pipeline the microbatches are those of one of its passes, of which a step may
-    have several. Every n-th block recomputed is taken for every second one, a memory budget for no recomputation.
+    have several. Every n-th block recomputed is taken for every second one.
     """
     c, d = setup.config, setup.degrees
     p, ac, stages = c.parallelism, c.activation_checkpoint, stages_of(setup)
@@ -43,7 +43,8 @@ def layout_of(setup: Setup) -> Layout:
         microbatch=microbatch,
         microbatches=rows // microbatch,
         virtual=stages.n_stages // d.pp if stages else 1,
-        recompute={"selective": selective, "memory_budget": "none"}.get(ac.mode, ac.mode),
+        recompute={"selective": selective, "memory_budget": "budget"}.get(ac.mode, ac.mode),
+        memory_budget=ac.memory_budget if ac.mode == "memory_budget" else 1.0,
         loss_chunk=loss_chunk(c, schedule),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
         state_dtype=c.optimizer.state_dtype,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from dtron.config import Config
 from dtron.plan.hardware import Constants, Hardware
 from dtron.plan.layout import Layout, Sizes, layers_per_stage
+from dtron.plan.memory import budget_shares
 from dtron.plan.network import Group, message_s
 from dtron.plan.schedule import StageTimes, step_s
 
@@ -168,10 +169,12 @@ def _ring(a: Layout, size: float, attention: float, hw: Hardware, c: Constants) 
     return max(0.0, hops - beside) + tail, max(0.0, 2 * hops - FORWARD_TO_BACKWARD * beside) + tail
 
 
-def _recompute_s(b: _Block, recompute: str) -> float:
+def _recompute_s(b: _Block, a: Layout) -> float:
+    if a.recompute == "budget":  # all that memory bounds, and of the rest what the compiler chose
+        return b.memory[0] + budget_shares(a.memory_budget, a.tp)[1] * (b.matmul[0] + b.attention[0])
     whole = b.total(0) - b.last * b.work
     by_operation = b.memory[0] + 0.28 * b.matmul[0] + b.tensor / 2  # `o`, `down` and a gather again
-    return {"none": 0.0, "op": by_operation, "full": whole, "second": whole / 2}[recompute]
+    return {"none": 0.0, "op": by_operation, "full": whole, "second": whole / 2}[a.recompute]
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class _Work:
 
 def _work(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style: Style) -> _Work:
     b = _block(s, a, seq_len, hw, c, style)
-    again, tokens, vocab = _recompute_s(b, a.recompute), a.tokens(seq_len), s.vocab // a.tp
+    again, tokens, vocab = _recompute_s(b, a), a.tokens(seq_len), s.vocab // a.tp
     bound = tokens * vocab * style.logits / (hw.memory_rate * c.memory)
     weights = _matmul_s(s.dim, vocab, tokens, hw, c)
     head = _matmul_s(tokens, vocab, s.dim, hw, c) + bound / 2, _matmul_s(tokens, s.dim, vocab, hw, c) + bound / 2

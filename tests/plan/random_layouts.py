@@ -37,7 +37,7 @@ def draw(rng: random.Random) -> Iterator[tuple[Setup, Sizes, Layout]]:
         gpus = rng.choice(GPUS)
         found = list(layouts(sizes, config.training.seq_len, gpus, rng.choice((1, 2, 4)) * gpus, 8))
         layout = rng.choice([a for a in found if a.microbatches <= 16] or [Layout()])
-        layout = replace(layout, loss_chunk=loss_chunk(config))
+        layout = replace(layout, loss_chunk=loss_chunk(config, layout.schedule))
         try:
             yield resolve(with_keys(config, layout), layout.gpus, "cuda"), sizes, layout
         except UserError:

@@ -12,7 +12,7 @@ from dtron.plan.dryrun import dry_run
 from dtron.plan.layout import Layout, Sizes
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.search import MARGIN, SLACK_BYTES, with_keys
-from dtron.plan.single import check_sizes
+from dtron.plan.single import check_sizes, layout_of
 from dtron.train.resolve import resolve
 
 SHORT = {"gemma2", "starcoder2"}  # windows, soft caps and both norms; LayerNorm, biases and no gate
@@ -44,6 +44,34 @@ def test_no_random_layout_holds_more_than_the_closed_form_and_its_margin(seed: i
         ranks = sorted({0, min(1, layout.pp - 1), layout.pp - 1})
         recorded = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in ranks)
         assert recorded <= closed * (1 + MARGIN) + SLACK_BYTES, (sizes, layout)
+
+
+@pytest.mark.parametrize(
+    ("keys", "n", "budgets"),
+    [
+        ("", 1, (0.75,)),
+        *(
+            pytest.param(keys, n, (0.75, 0.5, 0.25, 0.0), marks=pytest.mark.long)
+            for keys, n in (("", 4), ("--tp 2", 4), ("--cp 2", 4), ("--model.name qwen3 --model.flavor debugmodel", 4))
+        ),
+    ],
+)
+def test_a_memory_budget_is_near_the_recorded_one(keys: str, n: int, budgets: tuple[float, ...]) -> None:
+    """Of compiled blocks. The second run of a process is compiled anew, or it would keep what the first one keeps."""
+    recorded, again = {}, {}
+    for budget in (None, *budgets):
+        mode = "none" if budget is None else f"memory_budget --activation_checkpoint.memory_budget {budget}"
+        words = f"{MODEL} {keys} {WIDE} --compile.enable --activation_checkpoint.mode {mode}"
+        setup = resolve(load(words.split()), n, "cuda")
+        layout = layout_of(setup)
+        record = dry_run(setup, 0)
+        recorded[budget], again[budget] = record.peak.total, record.flops["backward"] / record.flops["forward"]
+        closed = closed_form_peak(Sizes.of(setup.model_config), layout, 2048).peak
+        assert recorded[budget] <= closed * (1 + MARGIN) + SLACK_BYTES
+        assert closed == pytest.approx(recorded[budget], rel=0.15)
+    assert recorded[0.75] < 0.95 * recorded[None]
+    if "--tp" not in keys:
+        assert again[0.75] == again[None], "no product is computed again"
 
 
 @pytest.mark.long

@@ -10,9 +10,12 @@ from dtron.config import load
 from dtron.errors import UserError
 from dtron.plan import command, report
 from dtron.plan.dryrun import shortened
-from dtron.plan.layout import Layout
-from dtron.plan.search import with_keys
+from dtron.plan.hardware import HARDWARE
+from dtron.plan.layout import Layout, Sizes
+from dtron.plan.memory import closed_form_peak
+from dtron.plan.search import layout_keys, search, with_keys
 from dtron.plan.single import describe_run, layout_of
+from dtron.plan.timemodel import predict
 from dtron.train.resolve import resolve
 
 DEBUG = str(Path(__file__).resolve().parents[2] / "configs/debug.toml")
@@ -24,11 +27,13 @@ BF16 = ["--training.mixed_precision_param", "bfloat16"]
     [
         Layout(dp_replicate=2, dp_shard=2, tp=2, microbatch=2, microbatches=3, recompute="op", reshard=False),
         Layout(dp_shard=2, cp=2, recompute="full"),
+        Layout(dp_shard=2, recompute="budget", memory_budget=0.5),
         Layout(pp=2, dp_shard=2, microbatch=2, microbatches=4, virtual=2, recompute="second", reshard=False),
     ],
 )
 def test_a_layout_is_read_from_its_own_keys(layout: Layout) -> None:
-    config = with_keys(load(["--job.config_file", DEBUG, "--model.n_layers", "4", *BF16]), layout)
+    compiled = ["--compile.enable"] if layout.recompute == "budget" else []
+    config = with_keys(load(["--job.config_file", DEBUG, "--model.n_layers", "4", *BF16, *compiled]), layout)
     assert layout_of(resolve(config, layout.gpus, "cuda")) == layout
 
 
@@ -48,7 +53,7 @@ def test_a_step_of_several_passes_of_a_pipeline_takes_as_often_as_long() -> None
     [
         ("--model.converters float8", "does not know float8; plan without it"),
         ("--training.enable_cpu_offload", "does not know training.enable_cpu_offload"),
-        ("--activation_checkpoint.mode memory_budget --compile.enable", "knows no memory budget; plan with"),
+        ("--activation_checkpoint.mode memory_budget --compile.enable false", "the compiler chooses"),
     ],
 )
 def test_what_the_planner_does_not_know_is_refused_at_once(keys: str, said: str) -> None:
@@ -57,6 +62,33 @@ def test_what_the_planner_does_not_know_is_refused_at_once(keys: str, said: str)
     given = parser.parse_args([DEBUG, "--gpus", "2", "--exact", "0"])
     with pytest.raises(UserError, match=said):
         report.main(given, [*BF16, *keys.split()])
+
+
+def test_a_memory_budget_is_searched_where_blocks_are_compiled() -> None:
+    """Where it is asked for, with tensor parallel as well; it keeps more than full recomputation, and costs less."""
+    given = {"training.global_batch_size": 8, "activation_checkpoint.memory_budget": 0.75}
+    seen = {}
+    for words in (
+        "--compile.enable",
+        "--compile.enable false",
+        "--compile.enable --activation_checkpoint.mode memory_budget",
+    ):
+        config = load(["--job.config_file", DEBUG, *BF16, *words.split()])
+        setup, mode = resolve(config, 1, "cuda"), config.activation_checkpoint.mode
+        fixed = given | ({"activation_checkpoint.mode": mode} if mode == "memory_budget" else {})
+        found = search(config, setup, 8, HARDWARE["h100"], fixed, 8, 0, 10**6).candidates
+        seen[words] = {(c.layout.recompute, c.layout.tp) for c in found if c.layout.recompute == "budget"}
+        keys = [layout_keys(c.layout) for c in found if c.layout.recompute == "budget"]
+        assert {k["activation_checkpoint.memory_budget"] for k in keys} <= {0.75}
+        assert {k["activation_checkpoint.mode"] for k in keys} <= {"memory_budget"}
+    assert list(seen.values()) == [{("budget", 1)}, set(), {("budget", 1), ("budget", 2)}]
+    s = Sizes.of(setup.model_config)
+    peaks, again = [], []
+    for recompute in ("none", "budget", "full"):
+        layout = Layout(dp_shard=8, microbatch=8, recompute=recompute, memory_budget=0.75)
+        peaks.append(closed_form_peak(s, layout, 2048).activations)
+        again.append(predict(s, layout, 2048, HARDWARE["h100"]).recompute_s)
+    assert peaks == sorted(peaks, reverse=True) and again == sorted(again) and len({*peaks}) == len({*again}) == 3
 
 
 def test_a_schedule_in_a_file_is_recorded_with_its_own_number_of_microbatches(tmp_path: Path) -> None:
