@@ -14,7 +14,7 @@ from dtron.parallel.schedules import SCHEDULES
 from dtron.plan import schedule
 from dtron.plan.blocks import BlockBytes, block_bytes
 
-__all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage", "loss_chunk"]
+__all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage", "loss_chunk", "muon_steps"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Layout:
     blocks: memory_budget, the share that they may keep. reshard: whether gathered weights are freed between forward and
     backward. schedule: of the pipeline, a name or a CSV file; empty:
     1F1B, or Interleaved1F1B with several stages per rank. loss_chunk: training.loss_chunk_tokens, 0 for other
-    losses. state_dtype: of AdamW's moments.
+    losses. state_dtype: of the optimizer's moments. muon_steps: of Newton-Schulz; 0: another optimizer, AdamW.
     """
 
     pp: int = 1
@@ -131,6 +131,7 @@ class Layout:
     reshard: bool = True
     loss_chunk: int = 2048
     state_dtype: str = "float32"
+    muon_steps: int = 0
     schedule: str = ""
     layers_per_stage: int = field(default=0, compare=False)  # of which virtual follows, where that is more than 2
 
@@ -155,6 +156,11 @@ def loss_chunk(config: Config, schedule: str) -> int:
     """Tokens whose logits are made at a time, under a pipeline's schedule; 0: all of a microbatch."""
     zero_bubble = schedule in SCHEDULES and SCHEDULES[schedule].zero_bubble
     return chunk_tokens(config, zero_bubble) if config.training.loss == "cross_entropy" else 0
+
+
+def muon_steps(config: Config) -> int:
+    """`Layout.muon_steps` of a run."""
+    return config.optimizer.muon.ns_steps if config.optimizer.name == "Muon" else 0
 
 
 @cache

@@ -146,7 +146,10 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     matrix = s.vocab * s.dim / tp
     outer = matrix * (first + last - (s.tied and first and last))
     local = (layers * dense + outer) / shards + layers * ffn / (shards * tp / a.ep if s.experts else shards)
-    state = local * (FP32 + 2.0 * (FP32 if a.state_dtype == "float32" else BF16))  # AdamW's
+    one = FP32 if a.state_dtype == "float32" else BF16
+    state = local * (FP32 + 2.0 * one)  # AdamW's; Muon has one moment of a block's matrices
+    if a.muon_steps:
+        state -= (local - outer / shards) * one
 
     kept, again = block_bytes_per_token(s, tp, a.recompute, a.memory_budget)
     if a.recompute == "budget" and a.cp > 1:

@@ -15,7 +15,7 @@ from dtron.parallel.incompatible import FEATURES
 from dtron.parallel.schedules import SCHEDULES
 from dtron.plan.dryrun import dry_run, shortened
 from dtron.plan.hardware import Hardware
-from dtron.plan.layout import Layout, Sizes, loss_chunk
+from dtron.plan.layout import Layout, Sizes, loss_chunk, muon_steps
 from dtron.plan.memory import FRAGMENTATION, Memory, beside_allocator, closed_form_peak
 from dtron.plan.record import StepRecord
 from dtron.plan.timemodel import Prediction, predict, style_of
@@ -152,7 +152,7 @@ def search(
     UserError where no layout makes the batch.
     """
     s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
-    style = style_of(config)
+    style, steps = style_of(config), muon_steps(config)
     found: list[Candidate] = []
     too_big: dict[tuple[int, int, int], Candidate] = {}
     looked_at, families = 0, set[tuple[int, int, int]]()
@@ -165,7 +165,9 @@ def search(
         for dtype in dtypes:
             chunk = loss_chunk(config, any_state.schedule)
             budget = config.activation_checkpoint.memory_budget if any_state.recompute == "budget" else 1.0
-            layout = dataclasses.replace(any_state, state_dtype=dtype, loss_chunk=chunk, memory_budget=budget)
+            layout = dataclasses.replace(
+                any_state, state_dtype=dtype, loss_chunk=chunk, memory_budget=budget, muon_steps=steps
+            )
             if not _allowed(layout, fixed) or _pointless(layout, config):
                 break
             looked_at += 1

@@ -4,7 +4,7 @@ from dtron.errors import UserError
 from dtron.models.spec import meta_model
 from dtron.plan.dryrun import check_known
 from dtron.plan.hardware_file import read_hardware
-from dtron.plan.layout import Layout, Sizes, loss_chunk
+from dtron.plan.layout import Layout, Sizes, loss_chunk, muon_steps
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.search import Candidate, record
 from dtron.plan.timemodel import predict, style_of
@@ -48,6 +48,7 @@ def layout_of(setup: Setup) -> Layout:
         loss_chunk=loss_chunk(c, schedule),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
         state_dtype=c.optimizer.state_dtype,
+        muon_steps=muon_steps(c),
         schedule=schedule,
     )  # fmt: skip
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from dtron.config import Config
 from dtron.plan.hardware import Constants, Hardware
 from dtron.plan.layout import Layout, Sizes, layers_per_stage
+from dtron.plan.matmul import matmul_s
 from dtron.plan.memory import budget_shares
+from dtron.plan.muon import muon_s
 from dtron.plan.network import Group, message_s
 from dtron.plan.schedule import StageTimes, step_s
 
@@ -27,7 +29,8 @@ __all__ = ["COMPILED", "EAGER", "Prediction", "Style", "predict", "stage_times",
 @dataclass(frozen=True)
 class Style:
     """What an implementation does to memory in a block: bytes per token and hidden unit, for the residual stream and
-    norms, the heads, the feed-forward; bytes for each logit; kernels; attention's rate relative to that of `Hardware`.
+    norms, the heads, the feed-forward; bytes for each logit, and in a loss of chunks; kernels; attention's rate
+    relative to that of `Hardware`.
 
     dtron's are `EAGER` and `COMPILED`. The rest is only of others, whose published steps calibrate the model: fsdp
     False is gradients reduced once in a step, in so many messages for each block; accumulated_bytes for each parameter,
@@ -42,6 +45,7 @@ class Style:
     ffn: float
     logits: float
     kernels: int
+    chunk_logits: float = 8
     attention: float = 1.0
     fused_projections: bool = False
     hidden_tp: float = 0.0  # share of tensor parallel's messages that is hidden
@@ -56,8 +60,11 @@ class Style:
     stops_early: bool = False
 
 
-EAGER = Style(36, 60, 12, 36, 62, stops_early=True)
+EAGER = Style(36, 60, 12, 36, 62, chunk_logits=44, stops_early=True)
 COMPILED = Style(22, 14, 6, 16, 26)
+CHUNKED_HEAD = (
+    14  # bytes for each parameter of the head: its gradient zeroed in fp32, cast, and multiplied in the backward
+)
 STATE_BYTES = 8  # of AdamW's two moments read and written: what bfloat16 ones save
 GATHER, CAST, REDUCE = 4, 6, 6  # bytes that FSDP copies for each gathered parameter, casts of its shard, and reduces
 
@@ -87,15 +94,6 @@ class Prediction:
     pipeline_s: float
     optimizer_s: float
     other_s: float
-
-
-def _matmul_s(m: float, n: float, k: float, hw: Hardware, c: Constants) -> float:
-    """m x k by k x n: whole waves of 128 x 256 tiles, which smaller tiles soften, or the traffic."""
-    rate = hw.flops * hw.matmul * math.sqrt(hw.power)
-    waves = math.ceil(math.ceil(m / 128) * math.ceil(n / 256) / hw.multiprocessors)
-    whole = 2 * m * n * k / rate
-    tiled = waves * 2 * 128 * 256 * k * hw.multiprocessors / rate
-    return max(min(tiled, 1.35 * whole), 2 * (m * k + k * n + m * n) / (hw.memory_rate * c.memory)) + 2e-6
 
 
 @dataclass(frozen=True)
@@ -131,10 +129,10 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     products += [(rows, k, n) for k, n in [*ups, (s.ffn // split, s.dim)]]
     if s.shared:
         products += [(tokens, s.dim, s.shared // tp)] * 2 + [(tokens, s.shared // tp, s.dim)]
-    forward = sum(_matmul_s(m, n, k, hw, c) for m, k, n in products)
-    last = _matmul_s(rows, s.dim, s.ffn // split, hw, c) if style.stops_early and not s.experts else 0.0
-    inputs = sum(_matmul_s(m, k, n, hw, c) for m, k, n in products)
-    weights = sum(_matmul_s(k, n, m, hw, c) for m, k, n in products)
+    forward = sum(matmul_s(m, n, k, hw, c) for m, k, n in products)
+    last = matmul_s(rows, s.dim, s.ffn // split, hw, c) if style.stops_early and not s.experts else 0.0
+    inputs = sum(matmul_s(m, k, n, hw, c) for m, k, n in products)
+    weights = sum(matmul_s(k, n, m, hw, c) for m, k, n in products)
     rate = hw.flops * hw.attention * math.sqrt(hw.power) * style.attention * (1.0 if d >= 128 else 0.8)
     windows = [min(window or seq_len, seq_len) for window in s.windows or (None,)]
     seen = sum(w - w * w / (2 * seq_len) for w in windows) / len(windows)  # tokens, of which the mask leaves so many
@@ -195,16 +193,32 @@ class _Work:
 
 def _work(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style: Style) -> _Work:
     b = _block(s, a, seq_len, hw, c, style)
-    again, tokens, vocab = _recompute_s(b, a), a.tokens(seq_len), s.vocab // a.tp
-    bound = tokens * vocab * style.logits / (hw.memory_rate * c.memory)
-    weights = _matmul_s(s.dim, vocab, tokens, hw, c)
-    head = _matmul_s(tokens, vocab, s.dim, hw, c) + bound / 2, _matmul_s(tokens, s.dim, vocab, hw, c) + bound / 2
+    again, tokens = _recompute_s(b, a), a.tokens(seq_len)
+    head, bound = _head(s, a, tokens, hw, c, style)
     forward, backward = b.total(0), b.total(1) + again
     data, slower, more = _data_parallel(s, a, forward, backward, hw, c, style)
     return _Work(
         b, again, (forward + more[0]) * slower, (backward + more[1]) * slower, b.weights * b.work,
-        (*head, weights), bound, data,
+        head, bound, data,
     )  # fmt: skip
+
+
+def _head(
+    s: Sizes, a: Layout, tokens: int, hw: Hardware, c: Constants, style: Style
+) -> tuple[tuple[float, float, float], float]:
+    """Seconds of the head and the loss of a microbatch, (forward, inputs, weights), and what memory bounds of them."""
+    vocab, bandwidth = s.vocab // a.tp, hw.memory_rate * c.memory
+    if not a.loss_chunk:
+        bound = tokens * vocab * style.logits / bandwidth
+        products = [matmul_s(m, n, k, hw, c) for m, n, k in ((tokens, vocab, s.dim), (tokens, s.dim, vocab))]
+        return (products[0] + bound / 2, products[1] + bound / 2, matmul_s(s.dim, vocab, tokens, hw, c)), bound
+    chunks = -(-tokens // a.loss_chunk)
+    rows = -(-tokens // chunks)
+    # All is made in the forward; the gradient of weights is added to one in fp32.
+    added = max(matmul_s(s.dim, vocab, rows, hw, c), (8 * s.dim * vocab + 2 * rows * (s.dim + vocab)) / bandwidth)
+    products = [matmul_s(rows, vocab, s.dim, hw, c), matmul_s(rows, s.dim, vocab, hw, c), added]
+    bound = (tokens * vocab * style.chunk_logits + CHUNKED_HEAD * s.dim * vocab + 4 * tokens * s.dim) / bandwidth
+    return (chunks * sum(products) + bound, 0.0, 0.0), bound
 
 
 def stage_times(
@@ -247,9 +261,10 @@ def predict(
         alone = step_s(a.schedule, a.pp, m, dataclasses.replace(times, hop_s=0.0))
         bubble, passed = alone - work, step_s(a.schedule, a.pp, m, times) - alone
     outer = s.vocab * s.dim * (1 if a.pp > 1 or s.tied else 2)
-    local = (layers * s.block_parameters + outer) / (a.tp * a.dp_shard * a.cp)
+    local = ((0 if a.muon_steps else layers * s.block_parameters) + outer) / (a.tp * a.dp_shard * a.cp)
     moved = style.optimizer_bytes - (STATE_BYTES if a.state_dtype == "bfloat16" else 0)
     optimizer = local * moved / (hw.memory_rate * c.memory) + c.optimizer_s
+    optimizer += muon_s(s, a, hw, c) if a.muon_steps else 0.0
     step = work + bubble + passed + w.data_s + optimizer
     rate = a.dp * a.microbatch * m * seq_len / step / a.gpus
     n = m * layers

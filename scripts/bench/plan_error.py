@@ -90,7 +90,10 @@ def read() -> list[dict[str, Any]]:
         for row in csv.DictReader(file):
             names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "microbatch", "microbatches", "virtual")
             layout = Layout(
-                **{name: int(row[name]) for name in names}, recompute=row["recompute"], reshard=row["reshard"] == "1"
+                **{name: int(row[name]) for name in names},
+                recompute=row["recompute"],
+                reshard=row["reshard"] == "1",
+                loss_chunk=0,
             )
             assert layout.gpus == int(row["gpus"]), row
             hardware = HARDWARE[row["hardware"]]
@@ -205,7 +208,7 @@ def rank_nanotron(rows: list[dict[str, Any]], c: Constants) -> str:
                 degrees = (pp, 1, dp, 1, tp) if zero else (pp, dp, 1, 1, tp)
                 a = Layout(
                     *degrees, microbatch=microbatch, microbatches=256 // dp // microbatch, recompute="none",
-                    reshard=False,
+                    reshard=False, loss_chunk=0,
                 )  # fmt: skip
                 if nanotron_memory(s, a) <= 76e9:
                     rate = predict(s, a, 4096, row["hw"], STYLES["nanotron"], c).tokens_per_s

@@ -1,0 +1,92 @@
+"""Terms of the time model against figures that are computed by hand, or recorded."""
+
+import dataclasses
+
+import pytest
+from test_peak import setup_of
+
+from dtron.config import load
+from dtron.models.families import FAMILIES
+from dtron.plan.dryrun import dry_run
+from dtron.plan.hardware import HARDWARE, Constants
+from dtron.plan.layout import Layout, Sizes
+from dtron.plan.memory import closed_form_peak
+from dtron.plan.muon import muon_s, newton_schulz_s
+from dtron.plan.single import layout_of
+from dtron.plan.timemodel import predict, stage_times
+
+H100, C = HARDWARE["h100"], Constants()
+LLAMA = Sizes.of(FAMILIES["llama3"]["8B"])
+RATE, MEMORY = H100.flops * H100.matmul, H100.memory_rate * C.memory
+WHOLE = Layout(dp_shard=8, recompute="none", loss_chunk=0)
+
+
+def test_a_loss_in_chunks_moves_fewer_bytes_and_reads_the_heads_gradient_for_each() -> None:
+    v, e, t = LLAMA.vocab, LLAMA.dim, 8192
+    chunked = dataclasses.replace(WHOLE, loss_chunk=2048)
+    whole, four, many = (
+        predict(LLAMA, a, t, H100) for a in (WHOLE, chunked, dataclasses.replace(WHOLE, loss_chunk=128))
+    )
+    # 16 bytes for each logit; 8, and 14 for each parameter of the head and 4 for each hidden unit.
+    assert whole.memory_bound_s - four.memory_bound_s == pytest.approx((8 * t * v - 14 * v * e - 4 * t * e) / MEMORY)
+    assert four.matmul_s == pytest.approx(whole.matmul_s, rel=0.01), "2048 rows keep the matmuls busy"
+    # With 128 rows, 64 times the head is read in bf16 for two products and its gradient in fp32 read and written for the
+    # third, which takes longer than the products.
+    more = 64 * (2 + 2 + 8) * v * e / MEMORY - 6 * t * v * e / RATE
+    assert many.matmul_s - four.matmul_s == pytest.approx(more, rel=0.05)
+    assert many.memory_bound_s == four.memory_bound_s
+
+
+def test_a_loss_in_chunks_makes_its_gradients_in_the_forward() -> None:
+    whole, chunked = (
+        stage_times(LLAMA, Layout(pp=4, dp_shard=2, microbatches=8, recompute="none", loss_chunk=n), 8192, H100)
+        for n in (0, 2048)
+    )
+    head = 6 * 8192 * LLAMA.vocab * LLAMA.dim / RATE
+    more, less = chunked.forward[-1] - whole.forward[-1], whole.inputs[-1] + whole.weights[-1]
+    assert head / 2 < more < head and chunked.inputs[-1] + chunked.weights[-1] < less - head / 2
+
+
+def test_muons_flops_and_state_are_those_of_a_recorded_step() -> None:
+    keys = "--optimizer.name Muon --training.mixed_precision_param bfloat16 --training.seq_len 32"
+    setup = setup_of(keys, 1)
+    s, layout = Sizes.of(setup.model_config), layout_of(setup)
+    assert layout.muon_steps == 5
+    kv = s.kv_heads * s.head_size
+    shapes = [(s.dim, s.dim)] * 2 + [(s.dim, kv)] * 2 + [(s.dim, s.ffn)] * 3
+    flops = sum(5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in shapes) * s.layers
+    record = dry_run(setup, 0)
+    assert record.flops["update"] == flops
+    parts = record.peak.parts
+    state = parts["parameters"] + parts["optimizer state"]
+    assert closed_form_peak(s, layout, 32).state == pytest.approx(state, rel=0.02)
+    adam = layout_of(setup_of(keys.replace("Muon", "AdamW"), 1))
+    assert adam.muon_steps == 0 and closed_form_peak(s, adam, 32).state > 1.2 * state
+
+
+def test_muon_deals_matrices_out_to_the_ranks() -> None:
+    """Llama 3 8B on a rank and on 8: an eighth of the matrices, and each shard sent to its owner and back in bf16."""
+    alone, eight = (Layout(dp_shard=n, recompute="none", muon_steps=5) for n in (1, 8))
+    square, ffn = newton_schulz_s(4096, 4096, 5, H100, C), newton_schulz_s(14336, 4096, 5, H100, C)
+    kv = newton_schulz_s(1024, 4096, 5, H100, C)
+    assert square == pytest.approx(30 * 4096**3 / RATE, rel=0.15)
+    assert ffn == pytest.approx(5 * (4 * 4096**2 * 14336 + 2 * 4096**3) / RATE, rel=0.15)
+    matrices = LLAMA.attention_parameters + LLAMA.expert_parameters
+    moved = 74 * 32 * matrices / MEMORY
+    one = 32 * (2 * square + 2 * kv + 3 * ffn)
+    assert muon_s(LLAMA, alone, H100, C) == pytest.approx(one + moved)
+    sent = 2 * 2 * 32 * matrices / 8 * 7 / 8 / (H100.link_rate * C.link)
+    assert muon_s(LLAMA, eight, H100, C) == pytest.approx((one + moved) / 8 + sent, rel=0.05)
+    # On 1,024 ranks the 224 matrices are one round, as long as one of the largest.
+    many = muon_s(LLAMA, Layout(dp_shard=1024, muon_steps=5), H100, C)
+    assert ffn < many < ffn + one / 1024 + 0.02
+    adam = predict(LLAMA, dataclasses.replace(eight, muon_steps=0), 8192, H100)
+    muon = predict(LLAMA, eight, 8192, H100)
+    assert muon.step_s - adam.step_s == pytest.approx(muon.optimizer_s - adam.optimizer_s)
+    assert muon.optimizer_s > 4 * adam.optimizer_s
+
+
+def test_many_small_experts_are_bound_by_the_host() -> None:
+    s = Sizes.of(FAMILIES["qwen3_moe"]["30B-A3B"])
+    assert muon_s(s, Layout(dp_shard=8, ep=8, muon_steps=5), H100, C) > 48 * 3 * 16 * 12 * C.launch_s
+    assert load(["--optimizer.name", "Muon"]).optimizer.muon.ns_steps == 5
