@@ -48,17 +48,19 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         raise UserError("--gpus and --top must be 1 or more, --exact 0 or more")
     if given.picture:
         check_matplotlib()
+    # The hardware of a prediction is --hardware; what the run names may be of machines that are not here.
+    words = ["--job.config_file", given.config, *keys, "--metrics.plan_hardware="]
     if given.measured:
-        config = load(["--job.config_file", given.config, *keys])
+        config = load(words)
         print("\n".join(beside_measured(config, given.gpus, given.hardware, given.measured)))
         return
     if given.as_configured:
-        figures = predict_run(load(["--job.config_file", given.config, *keys]), given.gpus, given.hardware)
+        figures = predict_run(load(words), given.gpus, given.hardware)
         print(json.dumps(figures, indent=1) if given.json else "\n".join(f"{k}: {v:.6g}" for k, v in figures.items()))
         return
     hw = read_hardware(given.hardware)
     fixed = {name: setting.value for name, setting in parse_arguments(keys, Mistakes()).items()}
-    reading = read(["--job.config_file", given.config, *keys])
+    reading = read(words)
     reading.mistakes.raise_any()
     config = reading.config
     setup = _any_setup(config)

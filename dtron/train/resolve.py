@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +26,7 @@ from dtron.models.hf_rope import read_scaling
 from dtron.models.llama import LlamaConfig
 from dtron.models.rope import SCALINGS, RopeScaling, for_length
 from dtron.models.spec import ModelSpec, experts_of, meta_model, needs_masks
+from dtron.observe.plan_hardware import check_plan_hardware
 from dtron.observe.profiler import check_profiling
 from dtron.optim.adamw import LARGEST_BETA
 from dtron.parallel.context import check_sequence
@@ -71,7 +71,7 @@ def resolve(
         found.raise_any()
     found += _evaluation_mistakes(config) if config.validation.only else _training_mistakes(config)
     found += _value_mistakes(config)
-    for check in (check_dataloader, check_compatible):
+    for check in (check_dataloader, check_compatible, check_plan_hardware):
         with found.collect():
             check(config)
     degrees = None
@@ -159,14 +159,6 @@ def _value_mistakes(c: Config) -> Iterator[str]:
         yield f"compile.backend {c.compile.backend!r} is unknown to torch; known: {', '.join(known)}"
     if c.training.loss_kernel == "triton" and importlib.util.find_spec("triton") is None:
         yield "training.loss_kernel = triton, and it is not installed here: pip install triton, or set torch"
-    if (hardware := c.metrics.plan_hardware).endswith(".json"):
-        if not Path(hardware).is_file():
-            yield f"metrics.plan_hardware: there is no file {hardware}; `dtron preflight` writes it on these machines"
-    elif hardware and c.training.device == "cpu":
-        yield (
-            f"metrics.plan_hardware is {hardware}, and the device is cpu: expected the file that `dtron preflight` "
-            "wrote on this machine, such as preflight.json, or nothing"
-        )
     if c.checkpoint.folder.startswith("memory:"):
         yield "checkpoint.folder in memory:// is gone when the run ends; name a place that stays"
     if c.checkpoint.resume_run and not c.checkpoint.enable:

@@ -1,5 +1,6 @@
 """What `dtron plan --hardware` accepts, and what it makes of preflight's measurements."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ import pytest
 
 from dtron.__main__ import main
 from dtron.cluster.preflight.report import SCHEMA, summarize_dimensions, summarize_ranks
+from dtron.config import load
 from dtron.errors import UserError
 from dtron.models.families import FAMILIES
-from dtron.plan.hardware import HARDWARE, Constants
+from dtron.observe.plan_hardware import FIGURES, GPUS
+from dtron.plan.hardware import HARDWARE, Constants, Hardware
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes
 from dtron.plan.network import Group, message_s
 from dtron.plan.timemodel import predict
+from dtron.train.resolve import resolve
 
 DEBUG = str(Path(__file__).resolve().parents[2] / "configs/debug.toml")
 BYTES = 2**28
@@ -93,8 +97,30 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, content: Any, messa
     assert "\n" not in str(error.value)
 
 
+def test_a_run_refuses_before_it_trains_what_the_planner_would_refuse_after(tmp_path: Path) -> None:
+    """The same name or file in the same words; `dtron plan` has hardware of its own and does not look at the run's."""
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"name": "h100", "speed": 3}))
+    for given, said in (("h1000", "did you mean h100"), (str(file), "any of attention, flops"), ("no.json", "no file")):
+        with pytest.raises(UserError, match=said) as error:
+            resolve(load(["--metrics.plan_hardware", given]), 1, "cuda")
+        assert str(error.value).startswith("metrics.plan_hardware") and "\n" not in str(error.value)
+    file.write_text(json.dumps(preflight("cpu", "float32", {})))
+    resolve(load(["--metrics.plan_hardware", str(file)]), 1, "cpu")
+    resolve(load(["--metrics.plan_hardware", H100]), 1, "cuda")
+    with pytest.raises(UserError, match="it was measured on cpu"):
+        resolve(load(["--metrics.plan_hardware", str(file)]), 1, "cuda")
+    keys = ["--metrics.plan_hardware", "h1000", "--top", "1"]
+    assert main(["plan", DEBUG, "--gpus", "1", "--exact", "0", *keys]) == 0
+
+
+def test_the_table_has_what_a_run_may_name() -> None:
+    assert {name: hw.flops for name, hw in HARDWARE.items()} == GPUS
+    assert {*FIGURES, "name", "measured"} == {field.name for field in dataclasses.fields(Hardware)}
+
+
 def test_an_unknown_name_has_a_hint() -> None:
     with pytest.raises(UserError, match="did you mean h100"):
         read_hardware("h1000")
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="there is no file nowhere.json"):
         read_hardware("nowhere.json")

@@ -47,7 +47,7 @@ def test_a_cpu_run_is_predicted_from_preflights_rates(folder: Path, capsys: pyte
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"tokens_per_s_per_gpu", "bubble", "max_memory_bytes"} and found["bubble"] == 0
     assert f"predicted {found['tokens_per_s_per_gpu']:,.0f}, measured" in speed
-    with pytest.raises(UserError, match="this run was on CPUs"):
+    with pytest.raises(UserError, match="the device is cpu"):
         read_hardware("h100", cpu=True)
     (folder / "metrics.jsonl").write_text("")
     assert main(arguments) == 1
