@@ -172,17 +172,15 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
         waiting = output * (a.microbatches > 1) + kept_of_loss * (max(1, live // a.virtual) - 1)
         held_at_loss, held_at_block, prefetched = 0.0, 0.0, 0.0
     else:
-        tied_root = s.tied
-        gathered = head + (BF16 * matrix if tied_root and not last else 0.0)
-        gathered += 0.0 if reshard else BF16 * (layers * block + (0 if tied_root else matrix))
+        gathered = head + (BF16 * matrix if s.tied and not last else 0.0)
+        gathered += 0.0 if reshard else BF16 * (layers * block + (0 if s.tied else matrix))
         gradients = FP32 * local if a.microbatches > 1 else 0.0
         waiting = 0.0
         held_at_loss = FP32 * matrix if a.microbatches > 1 else 0.0
-        held_at_block = 0.0 if tied_root else FP32 * matrix
+        held_at_block = 0.0 if s.tied else FP32 * matrix
         prefetched = BF16 * block if reshard and layers > 1 else 0.0
     fixed = state + receive + waiting
-    loss = fixed + activations + gathered + gradients + held_at_loss
-    loss += logits
+    loss = fixed + activations + gathered + gradients + held_at_loss + logits
     # A block's backward: its own gathered weights and gradients, the next one's weights, temporaries of SwiGLU.
     own = (BF16 * block if reshard and a.pp == 1 else 0.0) + prefetched + BF16 * block
     rows = tokens * (s.top_k / tp if s.experts else 1 / tp)
@@ -202,12 +200,13 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     else:  # all forwards come before the first backward, when there are no gradients
         block_peak = inside + max(activations, activations * (1 - 1 / live) + gradients)
         loss -= gradients * last
-    alone = 2 if shards == 1 else 1  # FSDP on one rank divides into another copy
+    # FSDP reduces from another buffer; a shard group of one divides into one more, one rank into none.
+    buffers = 1 if shards > 1 else 2 if a.dp_replicate > 1 or a.ep > 1 else 0
     largest = max(block, matrix if first or last else 0.0)
-    end = fixed + max(gradients, FP32 * local) + (BF16 + FP32 * alone) * largest + (FP32 * block if a.pp == 1 else 0)
+    end = fixed + max(gradients, FP32 * local) + (BF16 + FP32 * buffers) * largest + (FP32 * block if a.pp == 1 else 0)
     if a.pp > 1:
-        end = fixed + gradients + FP32 * alone * largest + FP32 * local
+        end = fixed + gradients + FP32 * buffers * largest + FP32 * local
     elif not reshard:  # all is gathered until the end
-        end = fixed + max(gradients, FP32 * local) + FP32 * alone * largest + gathered
+        end = fixed + max(gradients, FP32 * local) + FP32 * buffers * largest + gathered
     peak, moment = max((loss, "loss"), (block_peak, "block"), (end, "end"))
     return Memory(peak, moment, state, gradients, activations, gathered, logits, receive)

@@ -30,8 +30,8 @@ def test_a_loss_in_chunks_moves_fewer_bytes_and_reads_the_heads_gradient_for_eac
     # 16 bytes for each logit; 8, and 14 for each parameter of the head and 4 for each hidden unit.
     assert whole.memory_bound_s - four.memory_bound_s == pytest.approx((8 * t * v - 14 * v * e - 4 * t * e) / MEMORY)
     assert four.matmul_s == pytest.approx(whole.matmul_s, rel=0.01), "2048 rows keep the matmuls busy"
-    # With 128 rows, 64 times the head is read in bf16 for two products and its gradient in fp32 read and written for the
-    # third, which takes longer than the products.
+    # With 128 rows, 64 times the head is read in bf16 for two products, and its gradient in fp32 read and written for
+    # the third, which takes longer than the products.
     more = 64 * (2 + 2 + 8) * v * e / MEMORY - 6 * t * v * e / RATE
     assert many.matmul_s - four.matmul_s == pytest.approx(more, rel=0.05)
     assert many.memory_bound_s == four.memory_bound_s
