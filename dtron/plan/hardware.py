@@ -32,9 +32,9 @@ class Constants:
     published steps, but for launch_s.
     """
 
-    memory: float = 0.755
+    memory: float = 0.745
     link: float = 0.66
-    network: float = 0.645
+    network: float = 0.65
     launch_s: float = 6e-6  # of one kernel by the host, in eager mode
     contention: float = 0.07  # of the network's rate, for each doubling of the nodes beyond two
     overlap_tax: float = 0.05  # of a block's time, while as much is gathered and reduced behind it
@@ -43,12 +43,12 @@ class Constants:
 
 # NVIDIA's data sheets of the SXM modules; a network adapter for each GPU, 200 Gbit/s with A100s, 400 with later ones.
 # Memory is what torch.cuda sees: less than the name says. The matmuls of H100s are from NVIDIA NeMo's and nanotron's
-# steps; of H200s from KempnerForge's; of A100s the best measured, 0.85, less what H100s lose over a long run; of B200s
-# as H100s. Attention is cuDNN's, which torch takes first on Hopper from 2.11 on: 560 of 989 TFLOP/s; on A100s
-# FlashAttention 2's (arXiv 2307.08691). A limit of power lowers the clock, so rates go with its root.
+# steps; of H200s from KempnerForge's; of A100s from fms-fsdp's, which is also the best measured; of B200s as H100s.
+# Attention is cuDNN's, which torch takes first on Hopper from 2.11 on: 560 of 989 TFLOP/s; on A100s FlashAttention 2's
+# (arXiv 2307.08691). A limit of power lowers the clock, so rates go with its root.
 HARDWARE = {
-    "a100-40gb": Hardware("a100-40gb", 312e12, 39.4 * 2**30, 1555 * GB, 300 * GB, 25 * GB, 8, 108, 0.88, 0.55),
-    "a100": Hardware("a100", 312e12, 79.2 * 2**30, 2039 * GB, 300 * GB, 25 * GB, 8, 108, 0.88, 0.55),
+    "a100-40gb": Hardware("a100-40gb", 312e12, 39.4 * 2**30, 1555 * GB, 300 * GB, 25 * GB, 8, 108, 0.85, 0.55),
+    "a100": Hardware("a100", 312e12, 79.2 * 2**30, 2039 * GB, 300 * GB, 25 * GB, 8, 108, 0.85, 0.55),
     "h100": Hardware("h100", 989.5e12, 79.1 * 2**30, 3350 * GB, 450 * GB, 50 * GB),
     "h200": Hardware("h200", 989.5e12, 139.8 * 2**30, 4800 * GB, 450 * GB, 50 * GB, matmul=0.79),
     "b200": Hardware("b200", 2250e12, 178.3 * 2**30, 7700 * GB, 900 * GB, 50 * GB, multiprocessors=148),

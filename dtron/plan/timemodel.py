@@ -125,7 +125,8 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     ins = [(s.dim, both)] if style.fused_projections else [(s.dim, heads), (s.dim, kv), (s.dim, kv)]
     products = [(tokens, k, n) for k, n in [*ins, (heads, s.dim)]]
     rows, split, width = (tokens, tp, 1.0) if not s.experts else (tokens * s.top_k // tp, 1, s.top_k / tp)
-    ups = [(s.dim, 2 * s.ffn // split)] if style.fused_projections else [(s.dim, s.ffn // split)] * (s.matrices - 1)
+    fused = s.matrices - 1 if style.fused_projections else 1
+    ups = [(s.dim, fused * s.ffn // split)] * ((s.matrices - 1) // fused)
     products += [(rows, k, n) for k, n in [*ups, (s.ffn // split, s.dim)]]
     if s.shared:
         products += [(tokens, s.dim, s.shared // tp)] * 2 + [(tokens, s.shared // tp, s.dim)]

@@ -24,16 +24,27 @@ def test_published_steps_are_predicted() -> None:
     log_error, rows, c = bench["log_error"], bench["read"](), Constants()
     off = [abs(math.expm1(log_error(row, c))) for row in rows]
     assert len(off) == 131
-    assert statistics.median(off) < 0.05 and statistics.mean(off) < 0.08
+    assert statistics.median(off) < 0.04 and statistics.mean(off) < 0.08
     assert bench["rank_correlation"](rows, c) > 0.9
     unseen = [abs(math.expm1(log_error(row, c))) for row in bench["read"](unseen=True)]
-    assert len(unseen) == 78
-    assert statistics.median(unseen) < 0.08 and statistics.mean(unseen) < 0.09
+    assert len(unseen) == 82
+    assert statistics.median(unseen) < 0.06 and statistics.mean(unseen) < 0.08
     # FSDP on 128 to 512 H100s loses 2 to 10%, of which the latency of messages is most.
     large = [row for row in rows if row["source"] == "mosaic" and int(row["gpus"]) in (128, 512)]
     h100 = {(row["model"], row["gpus"]): log_error(row, c) for row in large if row["hardware"] == "h100"}
     assert len(h100) == 12
     assert all(abs(h100[model, "512"] - h100[model, "128"]) < 0.04 for model, _ in h100)
+
+
+@pytest.mark.parametrize("matrices", [2, 3])
+def test_fused_projections_are_as_many_products(matrices: int) -> None:
+    """Those of a feed-forward without a gate, too."""
+    s = dataclasses.replace(LLAMA, matrices=matrices)
+    fused, apart = (
+        predict(s, Layout(), 8192, H100, dataclasses.replace(COMPILED, fused_projections=flag)).matmul_s
+        for flag in (True, False)
+    )
+    assert fused == pytest.approx(apart, rel=0.03)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
