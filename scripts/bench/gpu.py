@@ -135,7 +135,7 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
     text += f", reserved {f['max_memory_bytes'] / GIB:.1f} GiB"
     if f["allocated_bytes"]:
         text += f", allocated {f['allocated_bytes'] / GIB:.1f}, retries {f['retries']}"
-    if w := f["watched"]:
+    if (w := f["watched"]) and "busy_ms" in w:  # of a GPU
         kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in sorted(w["kinds_ms"].items(), key=lambda item: -item[1]))
         text += f"; busy {w['busy_ms']:.0f} of {w['wall_ms']:.0f} ms ({kinds}); waits {w['synchronisations'] or 'none'}"
     return f"{text}; first loss {f['first_loss']:.4f}"
