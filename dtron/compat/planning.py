@@ -20,6 +20,7 @@ from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "FakeTensorMode",
@@ -124,7 +125,11 @@ def wrap_compiled(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callab
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    return local_and_spec(tensor)[0].untyped_storage()
+    """Of this rank's part; of a tensor around another, such as torchao's float8 ones, what that has."""
+    tensor = local_and_spec(tensor)[0]
+    while is_traceable_wrapper_subclass(tensor):
+        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
+    return tensor.untyped_storage()
 
 
 def local_and_spec(tensor: Tensor) -> tuple[Tensor, Any]:

@@ -7,9 +7,12 @@ from dtron.plan.hardware import Constants, Hardware
 __all__ = ["matmul_s"]
 
 
-def matmul_s(m: float, n: float, k: float, hw: Hardware, c: Constants) -> float:
-    """m x k by k x n: whole waves of 128 x 256 tiles, which smaller tiles soften, or the traffic."""
-    rate = hw.flops * hw.matmul * math.sqrt(hw.power)
+def matmul_s(m: float, n: float, k: float, hw: Hardware, c: Constants, faster: float = 1.0) -> float:
+    """m x k by k x n: whole waves of 128 x 256 tiles, which smaller tiles soften, or the traffic.
+
+    faster: the rate over that of bf16, whose bytes are counted.
+    """
+    rate = hw.flops * hw.matmul * math.sqrt(hw.power) * faster
     waves = math.ceil(math.ceil(m / 128) * math.ceil(n / 256) / hw.multiprocessors)
     whole = 2 * m * n * k / rate
     tiled = waves * 2 * 128 * 256 * k * hw.multiprocessors / rate

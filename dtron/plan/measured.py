@@ -31,7 +31,7 @@ def predict_run(config: Config, world: int, hardware: str) -> dict[str, float]:
     check_sizes(setup)
     hw, a, s = read_hardware(hardware, on_cpu), layout_of(setup), Sizes.of(setup.model_config)
     seq_len = config.training.seq_len
-    time = predict(s, a, seq_len, hw, style_of(config))
+    time = predict(s, a, seq_len, hw, style_of(config, hw))
     found = {"tokens_per_s_per_gpu": time.tokens_per_s, "bubble": time.bubble_s / time.step_s}
     if on_cpu:
         peaks = (dry_run(setup, pp_rank * setup.degrees.stage, gloo=True).peak.total for pp_rank in range(a.pp))

@@ -130,6 +130,12 @@ def _loss_bytes(s: Sizes, a: Layout, tokens: int) -> tuple[float, float]:
     return most + hidden * (2 if a.tp > 1 else 1), hidden + BF16 * matrix
 
 
+def _state_bytes(a: Layout, local: float, outer: float) -> float:
+    """Of so many parameters, `outer` of them outside of blocks, and AdamW's moments; Muon has one of a block's."""
+    moment = FP32 if a.state_dtype == "float32" else BF16
+    return local * (FP32 + 2.0 * moment) - (moment * (local - outer) if a.muon_steps else 0.0)
+
+
 def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     """Of pipeline rank `rank`."""
     tp, shards, tokens = a.tp, a.dp_shard * a.cp, a.tokens(seq_len)
@@ -146,10 +152,7 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     matrix = s.vocab * s.dim / tp
     outer = matrix * (first + last - (s.tied and first and last))
     local = (layers * dense + outer) / shards + layers * ffn / (shards * tp / a.ep if s.experts else shards)
-    one = FP32 if a.state_dtype == "float32" else BF16
-    state = local * (FP32 + 2.0 * one)  # AdamW's; Muon has one moment of a block's matrices
-    if a.muon_steps:
-        state -= (local - outer / shards) * one
+    state = _state_bytes(a, local, outer / shards)
 
     kept, again = block_bytes_per_token(s, tp, a.recompute, a.memory_budget)
     if a.recompute == "budget" and a.cp > 1:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -266,7 +266,12 @@ class Recorder(TorchDispatchMode):
         if count := FLOPS.get(packet) or flop_registry.get(packet):
             self.flops[self.phase] += count(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+            # A tensor around others has no memory: those others were made by operations of their own.
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.device.type != "meta"
+                and not is_traceable_wrapper_subclass(tensor)
+            ):
                 self._track(tensor.untyped_storage(), packet.__name__)
         return out
 

@@ -82,7 +82,7 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         first = found.candidates[0].layout
         title = f"{title}: {describe(first)}, {first.microbatch} x {first.microbatches}, {first.recompute}"
         sizes, seq_len = Sizes.of(setup.model_config), config.training.seq_len
-        draw_steps(sizes, first, seq_len, hw, style_of(config), title, Path(given.picture, "steps.png"))
+        draw_steps(sizes, first, seq_len, hw, style_of(config, hw), title, Path(given.picture, "steps.png"))
     if given.out:
         Path(given.out).write_text(as_toml(found.candidates[0].layout, given.config, given.out))
         if not given.json:

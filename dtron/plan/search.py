@@ -152,7 +152,7 @@ def search(
     UserError where no layout makes the batch.
     """
     s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
-    style, steps = style_of(config), muon_steps(config)
+    style, steps = style_of(config, hw), muon_steps(config)
     found: list[Candidate] = []
     too_big: dict[tuple[int, int, int], Candidate] = {}
     looked_at, families = 0, set[tuple[int, int, int]]()

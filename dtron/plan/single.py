@@ -67,7 +67,7 @@ def describe_run(setup: Setup, hardware: str) -> list[str]:
     hw, a, s = read_hardware(hardware), layout_of(setup), Sizes.of(setup.model_config)
     c, gpus = setup.config, setup.degrees.world
     memory = closed_form_peak(s, a, c.training.seq_len)
-    time = predict(s, a, c.training.seq_len, hw, style_of(c))
+    time = predict(s, a, c.training.seq_len, hw, style_of(c, hw))
     run = record(Candidate(a, memory, time, memory.peak, 0.0, False), setup, hw)
     gib = 2**30
     step_s = time.step_s * _rows(setup) / (a.microbatch * a.microbatches)

@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass
 
 from dtron.config import Config
+from dtron.errors import UserError
+from dtron.plan.float8 import Float8, float8_of
 from dtron.plan.hardware import Constants, Hardware
 from dtron.plan.layout import Layout, Sizes, layers_per_stage
 from dtron.plan.matmul import matmul_s
@@ -58,6 +60,7 @@ class Style:
     hop_s: float = 0.0
     sync_s: float = 0.0
     stops_early: bool = False
+    float8: Float8 | None = None
 
 
 EAGER = Style(36, 60, 12, 36, 62, chunk_logits=44, stops_early=True)
@@ -69,9 +72,12 @@ STATE_BYTES = 8  # of AdamW's two moments read and written: what bfloat16 ones s
 GATHER, CAST, REDUCE = 4, 6, 6  # bytes that FSDP copies for each gathered parameter, casts of its shard, and reduces
 
 
-def style_of(config: Config) -> Style:
-    """What dtron does under a configuration."""
-    return COMPILED if config.compile.enable else EAGER
+def style_of(config: Config, hw: Hardware) -> Style:
+    """What dtron does under a configuration. UserError for float8 on a GPU without."""
+    float8 = float8_of(config)
+    if float8 and hw.name.startswith("a100"):
+        raise UserError(f"float8 needs an h100 or newer, and --hardware is {hw.name}; leave it out of model.converters")
+    return dataclasses.replace(COMPILED if config.compile.enable else EAGER, float8=float8)
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,13 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     products += [(rows, k, n) for k, n in [*ups, (s.ffn // split, s.dim)]]
     if s.shared:
         products += [(tokens, s.dim, s.shared // tp)] * 2 + [(tokens, s.shared // tp, s.dim)]
-    forward = sum(matmul_s(m, n, k, hw, c) for m, k, n in products)
-    last = matmul_s(rows, s.dim, s.ffn // split, hw, c) if style.stops_early and not s.experts else 0.0
-    inputs = sum(matmul_s(m, k, n, hw, c) for m, k, n in products)
-    weights = sum(matmul_s(k, n, m, hw, c) for m, k, n in products)
+    f8 = style.float8
+    faster = f8.faster(s) if f8 else [1.0] * len(products)
+    of_weights = faster if f8 and f8.weights else [1.0] * len(products)
+    forward = sum(matmul_s(m, n, k, hw, c, x) for (m, k, n), x in zip(products, faster, strict=True))
+    last = matmul_s(*products[-1], hw, c, faster[-1]) if style.stops_early and not s.experts else 0.0
+    inputs = sum(matmul_s(m, k, n, hw, c, x) for (m, k, n), x in zip(products, faster, strict=True))
+    weights = sum(matmul_s(k, n, m, hw, c, x) for (m, k, n), x in zip(products, of_weights, strict=True))
     rate = hw.flops * hw.attention * math.sqrt(hw.power) * style.attention * (1.0 if d >= 128 else 0.8)
     windows = [min(window or seq_len, seq_len) for window in s.windows or (None,)]
     seen = sum(w - w * w / (2 * seq_len) for w in windows) / len(windows)  # tokens, of which the mask leaves so many
@@ -141,6 +150,7 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     hidden = s.ffn * (width if s.experts else 1 / tp)
     bound = tokens * (style.residual * s.dim / tp + style.heads * both + style.ffn * hidden)
     bound /= hw.memory_rate * c.memory
+    casts = [x / (hw.memory_rate * c.memory) for x in f8.cast_bytes(s, tp, tokens)] if f8 else [0.0, 0.0]
     group = Group.of(tp, 1, hw.gpus_per_node)
     per_pair = 1 if s.experts else 2  # experts route each rank's own tokens
     tensor = 2 * per_pair * message_s(2 * tokens * s.dim, group, hw, c) * (1 - style.hidden_tp)
@@ -148,7 +158,8 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     if s.experts and a.ep > 1:
         expert = 2 * message_s(2 * tokens / tp * s.top_k * s.dim, Group.of(a.ep, 1, hw.gpus_per_node), hw, c)
     return _Block(
-        (forward, inputs + weights), weights, (attention, attention * FORWARD_TO_BACKWARD), (bound, 2 * bound),
+        (forward, inputs + weights), weights, (attention, attention * FORWARD_TO_BACKWARD),
+        (bound + casts[0], 2 * bound + casts[1]),
         (style.kernels * c.launch_s, 2 * style.kernels * c.launch_s), tensor, expert,
         _ring(a, 4 * tokens * kv, attention, hw, c), style.work, last,
     )  # fmt: skip
@@ -306,12 +317,14 @@ def _data_parallel(
         once += message_s(2 * held, group, hw, c, messages=n)  # after the update
         return once + style.sync_s * math.log2(a.dp * a.cp), 1.0, (0.0, added)
 
-    def gather_and_reduce(bytes_each: float) -> float:
-        messages = message_s(bytes_each * dense, group, hw, c)
+    narrow = style.float8.gathered_parameters(s) if style.float8 else 0.0  # in a byte less
+
+    def gather_and_reduce(bytes_each: float, less: float = 0.0) -> float:
+        messages = message_s(bytes_each * dense - less, group, hw, c)
         return messages + (message_s(bytes_each * sparse, spread, hw, c) if sparse else 0.0)
 
-    gather, reduce, wait = gather_and_reduce(2), gather_and_reduce(style.gradient_bytes), gather_and_reduce(0)
-    copied = (GATHER * (dense + sparse) + CAST * (dense + sparse) / shards) / bandwidth
+    gather, reduce, wait = gather_and_reduce(2, narrow), gather_and_reduce(style.gradient_bytes), gather_and_reduce(0)
+    copied = (GATHER * (dense + sparse) - 2 * narrow + CAST * (dense + sparse) / shards) / bandwidth
     added = (REDUCE * (dense + sparse)) / bandwidth
     once, slower = message_s(2 * ends, group, hw, c) + message_s(style.gradient_bytes * ends, group, hw, c), 1.0
     if a.dp_replicate > 1:

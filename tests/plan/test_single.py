@@ -51,7 +51,7 @@ def test_a_step_of_several_passes_of_a_pipeline_takes_as_often_as_long() -> None
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ("--model.converters float8", "does not know float8; plan without it"),
+        ("--model.converters float8", "h100 or newer"),
         ("--training.enable_cpu_offload", "does not know training.enable_cpu_offload"),
         ("--activation_checkpoint.mode memory_budget --compile.enable false", "the compiler chooses"),
     ],
@@ -59,7 +59,7 @@ def test_a_step_of_several_passes_of_a_pipeline_takes_as_often_as_long() -> None
 def test_what_the_planner_does_not_know_is_refused_at_once(keys: str, said: str) -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    given = parser.parse_args([DEBUG, "--gpus", "2", "--exact", "0"])
+    given = parser.parse_args([DEBUG, "--gpus", "2", "--exact", "0", "--hardware", "a100"])
     with pytest.raises(UserError, match=said):
         report.main(given, [*BF16, *keys.split()])
 
