@@ -2,19 +2,24 @@
 
 The update is that of `torch.optim.Muon`, on any layout. Orthogonalizing takes the whole matrix, which no rank has, and
 only one rank needs to do it. So the matrices of a mesh are dealt out to its ranks, the most expensive first, in rounds
-of at most one for each rank:
+of at most one for each rank, and several rounds of small ones make a bucket:
 
     momentum of the own shards -> shards to each matrix's owner -> Newton-Schulz there -> shards of the result back
+
+While a rank computes on one bucket, the shards of the next and the results of the one before are on their way. Matrices
+of one shape are multiplied together (the same bits as one by one), for many small ones are bound by the host.
 
 A rank sends and receives its shards once each way, in the bf16 that the iteration computes in. Gathering every matrix
 on every rank would move N times as much, and all N would compute the same. Where two dimensions of a mesh shard a
 matrix, shards travel dimension by dimension: first FSDP's, which split the part that tensor parallel left. HSDP's
 replicas take matrices in turn, and send each other the results.
 
-Experts are stacked [experts, out, in]: each is a matrix, of which nothing is sent where its rank has all of it.
+Experts are stacked [experts, out, in]: each is a matrix. Where a rank has the whole of its experts nothing is sent.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,29 +34,34 @@ __all__ = ["Muon", "orthogonalize"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for its slope at 0
 EPS = 1e-7
 DTYPE = torch.bfloat16  # of the iteration, and of what is sent
+BUCKET_BYTES = 2**25  # of whole matrices that a rank is sent at once; two buckets' are in memory
+BATCH_BYTES = 2**22  # of matrices that are multiplied together: on a CPU more is slower, a larger one fills a GPU alone
+
+Pieces = dict[int, Tensor]  # of the matrices of a bucket, by their place in it
+Bucket = list[tuple[int, "_Matrix"]]  # each with the number of the rank that orthogonalizes it
 
 
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """U S' V^T of a matrix U S V^T [rows, columns], S' about 1: Newton-Schulz, operation by operation as torch's Muon.
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """U S' V^T of each matrix U S V^T of [N, rows, columns], S' about 1: Newton-Schulz, as torch's Muon of each.
 
-    A step takes 4 m^2 n + 2 m^3 FLOPs, m the shorter side and n the longer.
+    A step takes 4 m^2 n + 2 m^3 FLOPs per matrix, m the shorter side and n the longer.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(DTYPE)
-    tall = x.size(0) > x.size(1)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=EPS)
+    x = matrices.to(DTYPE)
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=EPS)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of which this rank holds a shard: a parameter, or expert `index` of it.
+    """A matrix of which this rank holds a shard: a parameter, or expert `index` of it. Or a stack of whole experts.
 
-    shape: of the whole. splits: mesh dimension -> the dimension of the matrix that it shards.
+    shape: of the whole matrix. splits: mesh dimension -> the dimension of the matrix that it shards.
     """
 
     p: Tensor
@@ -65,6 +75,12 @@ class _Matrix:
         """In proportion to its FLOPs."""
         m, n = sorted(self.shape)
         return m * m * (2 * n + m)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is orthogonalized."""
+        experts = self.shard(self.p).size(0) if self.p.ndim == 3 and self.index is None else 1
+        return experts * math.prod(self.shape) * DTYPE.itemsize
 
     def shard(self, t: Tensor) -> Tensor:
         """This matrix's part of a tensor that is like the parameter."""
@@ -103,20 +119,22 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=self._dtype)
                     for matrix, key in _matrices(p, group):
                         families.setdefault(key, []).append(matrix)
-        for (mesh, dims), matrices in families.items():
-            exchange = _Exchange(mesh, dims)
-            matrices.sort(key=lambda matrix: -matrix.cost)
-            for i, first in enumerate(range(0, len(matrices), exchange.ranks)):
-                turn = matrices[first : first + exchange.ranks]
-                owners = range(len(turn)) if i % 2 == 0 else range(exchange.ranks - 1, -1, -1)
-                self._round(exchange, dict(zip(owners, turn, strict=False)))
+        exchanges = {key: _Exchange(*key) for key in families}
+        running: list[Generator[None, None, None]] = []
+        for key, matrices in families.items():
+            exchange = exchanges[key]
+            running += [self._bucket(exchange, bucket) for bucket in _buckets(matrices, exchange.ranks)]
+        for i in range(len(running) + 2):
+            for bucket in running[max(0, i - 2) : i + 1][::-1]:  # the next sends, the present computes, the last ends
+                next(bucket, None)
 
-    def _round(self, exchange: "_Exchange", owned: dict[int, _Matrix]) -> None:
-        """Step of the matrices in `owned`, by the number of the rank in `exchange` that orthogonalizes each."""
-        mine = exchange.collect(owned, {owner: self._momentum(matrix) for owner, matrix in owned.items()})
-        whole = {owner: orthogonalize(m, owned[owner].group["ns_steps"]) for owner, m in mine.items()}
-        for owner, update in exchange.give_back(owned, whole).items():
-            matrix = owned[owner]
+    def _bucket(self, exchange: "_Exchange", bucket: Bucket) -> Generator[None, None, None]:
+        """Step of the matrices in a bucket. Yields when shards are on their way, and when results are."""
+        pieces = {i: self._momentum(matrix) for i, (_, matrix) in enumerate(bucket)}
+        mine = yield from exchange.collect(bucket, pieces)
+        updates = yield from exchange.give_back(bucket, _orthogonalize_alike(bucket, mine))
+        for i, update in updates.items():
+            matrix = bucket[i][1]
             group, shard = matrix.group, matrix.shard(matrix.p)
             rate = group["lr"] * _rate_ratio(group["adjust_lr_fn"], matrix.shape)
             new = (shard * (1 - group["lr"] * group["weight_decay"])).add_(update, alpha=-rate)
@@ -131,6 +149,36 @@ class Muon(torch.optim.Optimizer):
         new = buffer.float().lerp(grad, 1 - group["momentum"])
         buffer.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, buffer, new))
         return (grad.lerp(new, group["momentum"]) if group["nesterov"] else new).to(DTYPE)
+
+
+def _buckets(matrices: list[_Matrix], ranks: int) -> list[Bucket]:
+    """All matrices, dealt out in rounds of at most one for each rank, to and fro."""
+    matrices = sorted(matrices, key=lambda matrix: -matrix.cost)
+    buckets, room = list[Bucket](), 0
+    for i, first in enumerate(range(0, len(matrices), ranks)):
+        turn = matrices[first : first + ranks]
+        owners = range(len(turn)) if i % 2 == 0 else range(ranks - 1, -1, -1)
+        room -= (largest := max(matrix.nbytes for matrix in turn))
+        if room < 0:
+            buckets.append([])
+            room = BUCKET_BYTES - largest
+        buckets[-1] += zip(owners, turn, strict=False)
+    return buckets
+
+
+def _orthogonalize_alike(bucket: Bucket, pieces: Pieces) -> Pieces:
+    """Whole matrices, orthogonalized; those of one shape together, as many as BATCH_BYTES hold."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i in pieces:
+        _, matrix = bucket[i]
+        alike.setdefault((matrix.group["ns_steps"], *matrix.shape), []).append(i)
+    done: Pieces = {}
+    for (steps, *shape), members in alike.items():
+        stacks = [pieces[i].reshape(-1, *shape) for i in members]
+        together = torch.cat(stacks).split(max(1, BATCH_BYTES // (math.prod(shape) * DTYPE.itemsize)))
+        results = torch.cat([orthogonalize(part, steps) for part in together]).split([len(stack) for stack in stacks])
+        done |= {i: result.view_as(pieces[i]) for i, result in zip(members, results, strict=True)}
+    return {i: done[i] for i in pieces}
 
 
 def _rate_ratio(adjust_lr_fn: str, shape: tuple[int, int]) -> float:
@@ -156,8 +204,8 @@ def _matrices(
             if dim is not None:
                 splits[d] = dim - stacked
     local = p.to_local() if isinstance(p, DTensor) else p
-    indices = range(local.size(0)) if stacked else (None,)
     key = mesh, tuple(d for d in dims if mesh is not None and mesh.size(d) > 1)
+    indices = range(local.size(0)) if stacked and key[1] else (None,)
     return [(_Matrix(p, group, index, (rows, columns), splits), key) for index in indices]
 
 
@@ -174,7 +222,8 @@ def _shards(piece: Tensor, dim: int | None, n: int) -> list[Tensor]:
 class _Exchange:
     """Shards of matrices to their owners and back, over the dimensions `dims` of a mesh.
 
-    An owner is numbered by its coordinates in them, row by row.
+    An owner is numbered by its coordinates in them, row by row. Both ways yield once, alike on all ranks, when a
+    message is sent and not yet waited for: that of the first dimension that shards, and on the way back the last one.
     """
 
     def __init__(self, mesh: DeviceMesh | None, dims: tuple[int, ...]) -> None:
@@ -183,42 +232,50 @@ class _Exchange:
         self._here = [mesh.get_local_rank(d) for d in dims] if mesh is not None else []
         self.ranks = math.prod(self._sizes)
 
-    def collect(self, owned: dict[int, _Matrix], pieces: dict[int, Tensor]) -> dict[int, Tensor]:
-        """pieces: this rank's shard of each matrix, by owner. Returns the whole ones that this rank owns."""
+    def collect(self, bucket: Bucket, pieces: Pieces) -> Generator[None, None, Pieces]:
+        """pieces: this rank's shard of each matrix. Returns the whole ones that this rank owns."""
+        sharded = [level for level, d in enumerate(self._dims) if any(d in matrix.splits for _, matrix in bucket)]
         for level, d in enumerate(self._dims):
-            send: list[list[tuple[int, Tensor]]] = [[] for _ in range(self._sizes[level])]
-            for owner, piece in pieces.items():
-                if d in owned[owner].splits:
-                    send[self._coordinate(owner, level)].append((owner, piece))
-            pieces = {o: t for o, t in pieces.items() if self._coordinate(o, level) == self._here[level]}
-            if not any(send):
-                continue
-            split = [owner for owner in pieces if d in owned[owner].splits]
-            shapes = [[self._shape(owned[o], level, source) for o in split] for source in range(self._sizes[level])]
-            received = self._all_to_all(d, [[t for _, t in part] for part in send], shapes)
-            for i, owner in enumerate(split):
-                pieces[owner] = torch.cat([part[i] for part in received], owned[owner].splits[d])
+            send: list[list[Tensor]] = [[] for _ in range(self._sizes[level])]
+            for i, piece in pieces.items():
+                owner, matrix = bucket[i]
+                if d in matrix.splits:
+                    send[self._coordinate(owner, level)].append(piece)
+            pieces = {i: t for i, t in pieces.items() if self._coordinate(bucket[i][0], level) == self._here[level]}
+            split = [i for i in pieces if d in bucket[i][1].splits]
+            shapes = [[self._shape(bucket[i][1], level, source) for i in split] for source in range(self._sizes[level])]
+            receive = self._all_to_all(d, send, shapes) if any(send) else None
+            if level == sharded[0] if sharded else level == 0:
+                yield
+            for i, parts in zip(split, zip(*receive(), strict=True) if receive else (), strict=True):
+                pieces[i] = torch.cat(parts, bucket[i][1].splits[d])
+        if not self._dims:
+            yield
         return pieces
 
-    def give_back(self, owned: dict[int, _Matrix], whole: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The way back: this rank's shard of each whole matrix, by owner."""
-        pieces = whole
+    def give_back(self, bucket: Bucket, pieces: Pieces) -> Generator[None, None, Pieces]:
+        """The way back. pieces: the whole matrices that this rank owns. Returns this rank's shard of each."""
         for level in reversed(range(len(self._dims))):
             d, size = self._dims[level], self._sizes[level]
             # Those whose owners have this rank's coordinates in the dimensions before.
-            here = [o for o in owned if all(self._coordinate(o, i) == self._here[i] for i in range(level))]
-            send: list[list[Tensor]] = [[] for _ in range(size)]
-            for owner in [o for o in here if o in pieces]:  # in the order in which they are taken out
-                for part, shard in zip(send, _shards(pieces[owner], owned[owner].splits.get(d), size), strict=True):
-                    part.append(shard)
+            here = [
+                i for i, (owner, _) in enumerate(bucket)
+                if all(self._coordinate(owner, before) == self._here[before] for before in range(level))
+            ]  # fmt: skip
             if not here:
                 continue
-            order = [[o for o in here if self._coordinate(o, level) == source] for source in range(size)]
-            shapes = [[self._shape(owned[o], level, self._here[level]) for o in part] for part in order]
-            received = self._all_to_all(d, send, shapes)
-            pieces = {
-                o: t for part, tensors in zip(order, received, strict=True) for o, t in zip(part, tensors, strict=True)
-            }
+            send: list[list[Tensor]] = [[] for _ in range(size)]
+            for i in [i for i in here if i in pieces]:  # in the order in which they are taken out
+                for part, shard in zip(send, _shards(pieces[i], bucket[i][1].splits.get(d), size), strict=True):
+                    part.append(shard)
+            order = [[i for i in here if self._coordinate(bucket[i][0], level) == source] for source in range(size)]
+            shapes = [[self._shape(bucket[i][1], level, self._here[level]) for i in part] for part in order]
+            receive = self._all_to_all(d, send, shapes)
+            if level == 0:
+                yield
+            pieces = dict(zip(itertools.chain(*order), itertools.chain(*receive()), strict=True))
+        if not self._dims:
+            yield
         return pieces
 
     def _coordinate(self, owner: int, level: int) -> int:
@@ -240,8 +297,8 @@ class _Exchange:
 
     def _all_to_all(
         self, d: int, send: list[list[Tensor]], shapes: list[list[tuple[int, int]]]
-    ) -> list[list[Tensor]]:  # fmt: skip
-        """send: the pieces for each rank of the dimension. Returns those from each, of these shapes."""
+    ) -> Callable[[], list[list[Tensor]]]:  # fmt: skip
+        """send: the pieces for each rank of the dimension. What is returned waits for those from each, of `shapes`."""
         assert self._mesh is not None
         flat = [[t.reshape(-1) for t in part] for part in send]
         sizes = [[math.prod(shape) for shape in part] for part in shapes]
@@ -249,8 +306,13 @@ class _Exchange:
         sent = torch.cat([t for part in flat for t in part]) if any(flat) else torch.empty(0, dtype=DTYPE, device=like)
         got = sent.new_empty(sum(map(sum, sizes)))
         out, into = [sum(t.numel() for t in part) for part in flat], [sum(part) for part in sizes]
-        dist.all_to_all_single(got, sent, into, out, group=self._mesh.get_group(d))
-        return [
-            [t.view(shape) for t, shape in zip(part.split(size), shape_of, strict=True)]
-            for part, size, shape_of in zip(got.split(into), sizes, shapes, strict=True)
-        ]
+        work = dist.all_to_all_single(got, sent, into, out, group=self._mesh.get_group(d), async_op=True)
+
+        def receive() -> list[list[Tensor]]:
+            work.wait()
+            return [
+                [t.view(shape) for t, shape in zip(part.split(size), shape_of, strict=True)]
+                for part, size, shape_of in zip(got.split(into), sizes, shapes, strict=True)
+            ]
+
+        return receive

@@ -1,13 +1,15 @@
 """Muon: torch's own update to the last bit, on any layout; each matrix orthogonalized once; its keys."""
 
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from parity.layout import Case, build, build_config, local
 from parity.single import MODELS, plain_model
-from parity.table import FSDP2_TP2_EP4, FSDP4, HSDP_EP2, ONE, PP2_FSDP2
+from parity.table import FSDP2, FSDP2_TP2_EP4, FSDP4, HSDP_EP2, ONE, PP2_FSDP2
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
@@ -91,7 +93,7 @@ def step_on_layout(case: Case) -> tuple[list[str], int, int, int]:
         shard = distribute_tensor(expected.detach(), p.device_mesh, p.placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]
         if not torch.equal(local(p), shard):
             wrong.append(f"{name} {p.placements}: {(local(p) - shard).abs().max()}")  # type: ignore[attr-defined]
-    return wrong, done.call_count, 2 * experts, len(model.parts)
+    return wrong, sum(len(call.args[0]) for call in done.call_args_list), 2 * experts, len(model.parts)
 
 
 LAYOUTS = [
@@ -116,6 +118,47 @@ def test_every_layout_takes_the_same_step_and_no_rank_repeats_another(case: Case
     assert sum(done) == sum(there[:: case.degrees.stage])
     if MODELS[case.model].moe is None:
         assert max(done) - min(done) <= 2 * stages[0]  # one matrix per step and stage
+
+
+def record_step(case: Case) -> str:
+    """What a step does on one rank, in letters: Send, wait, Compute."""
+    _, model = build(case, build_config(case))
+    (optimizer,) = [o for o in build_optimizers(model, MUON) if isinstance(o, muon.Muon)]
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    seen, send, compute = list[str](), dist.all_to_all_single, muon.orthogonalize
+
+    def sent(*args: Any, **kwargs: Any) -> Any:
+        seen.append("S")
+        work = send(*args, **kwargs)
+        return SimpleNamespace(wait=lambda: (seen.append("w"), work.wait()))
+
+    def computed(matrices: Tensor, steps: int) -> Tensor:
+        seen.append("C")
+        return compute(matrices, steps)
+
+    with patch.object(dist, "all_to_all_single", sent), patch.object(muon, "orthogonalize", computed):
+        optimizer.step()
+    return "".join(seen)
+
+
+def record_step_of_small_buckets(case: Case) -> str:
+    with patch.object(muon, "BUCKET_BYTES", 0):  # one round each
+        return record_step(case)
+
+
+def test_messages_are_sent_before_the_computation_that_they_overlap_with(ranks: Ranks) -> None:
+    rounds = 7 * MODELS["small"].n_layers // 2
+    expected = ""
+    for i in range(rounds + 2):  # the shards of the next bucket; the present one, and its results; the one before
+        expected += "S" * (i < rounds) + "wCS" * (1 <= i <= rounds) + "w" * (i >= 2)
+    assert ranks.run(2, record_step_of_small_buckets, Case("", FSDP2)) == [expected] * 2
+
+
+def test_matrices_of_one_shape_are_multiplied_together(ranks: Ranks) -> None:
+    """Of all layers, and all experts of all layers."""
+    shapes = {p.shape[-2:] for p in block_matrices(plain_model(MODELS["moe all"]))}
+    assert ranks.run(1, record_step, Case("", ONE, model="moe all")) == [len(shapes) * "C"]
 
 
 def test_matrices_of_blocks_are_muons_and_the_rest_is_adamws(ranks: Ranks) -> None:
