@@ -25,7 +25,7 @@ from dtron.plan.muon import muon_s
 from dtron.plan.network import Group, message_s
 from dtron.plan.schedule import StageTimes, step_s
 
-__all__ = ["COMPILED", "EAGER", "Prediction", "Style", "predict", "stage_times", "style_of"]
+__all__ = ["ASYNC_TP", "COMPILED", "EAGER", "Prediction", "Style", "predict", "stage_times", "style_of"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Style:
     where a microbatch's gradient is added to a sum in fp32; optimizer_bytes, of AdamW with the norm; work, of a block's
     time; hop_s and sync_s, what a message of the pipeline and each doubling of the data-parallel ranks cost besides.
     stops_early: recomputing a block ends before its last matmul, whose result no backward needs (torch does so from
-    2.1 on; not inside a compiled block, which is one function).
+    2.1 on; not inside a compiled block, which is one function). ring: by how much longer attention takes for each
+    doubling of cp, in the blocks of a ring; torch's, by torchtitan's published steps of cp 2 to 8.
     """
 
     residual: float
@@ -60,14 +61,14 @@ class Style:
     hop_s: float = 0.0
     sync_s: float = 0.0
     stops_early: bool = False
+    ring: float = 0.0
     float8: Float8 | None = None
 
 
-EAGER = Style(36, 60, 12, 36, 62, chunk_logits=44, stops_early=True)
-COMPILED = Style(22, 14, 6, 16, 26)
-CHUNKED_HEAD = (
-    14  # bytes for each parameter of the head: its gradient zeroed in fp32, cast, and multiplied in the backward
-)
+EAGER = Style(36, 60, 12, 36, 62, chunk_logits=44, stops_early=True, ring=0.2)
+COMPILED = Style(22, 14, 6, 16, 26, ring=0.2)
+ASYNC_TP = 0.5  # of tensor parallel's messages it hides: torchtitan's published 6 and 10%
+CHUNKED_HEAD = 14  # bytes for each parameter of the head: its gradient zeroed in fp32, cast, multiplied in the backward
 STATE_BYTES = 8  # of AdamW's two moments read and written: what bfloat16 ones save
 GATHER, CAST, REDUCE = 4, 6, 6  # bytes that FSDP copies for each gathered parameter, casts of its shard, and reduces
 
@@ -77,7 +78,8 @@ def style_of(config: Config, hw: Hardware) -> Style:
     float8 = float8_of(config)
     if float8 and hw.name.startswith("a100"):
         raise UserError(f"float8 needs an h100 or newer, and --hardware is {hw.name}; leave it out of model.converters")
-    return dataclasses.replace(COMPILED if config.compile.enable else EAGER, float8=float8)
+    hidden = ASYNC_TP if config.parallelism.enable_async_tensor_parallel else 0.0
+    return dataclasses.replace(COMPILED if config.compile.enable else EAGER, float8=float8, hidden_tp=hidden)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     rate = hw.flops * hw.attention * math.sqrt(hw.power) * style.attention * (1.0 if d >= 128 else 0.8)
     windows = [min(window or seq_len, seq_len) for window in s.windows or (None,)]
     seen = sum(w - w * w / (2 * seq_len) for w in windows) / len(windows)  # tokens, of which the mask leaves so many
-    attention = 4 * tokens * seen * s.heads // tp * d / rate
+    attention = 4 * tokens * seen * s.heads // tp * d / rate * (1 + style.ring * math.log2(a.cp))
     hidden = s.ffn * (width if s.experts else 1 / tp)
     bound = tokens * (style.residual * s.dim / tp + style.heads * both + style.ffn * hidden)
     bound /= hw.memory_rate * c.memory

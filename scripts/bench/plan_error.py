@@ -11,7 +11,9 @@ and table 4 of the Llama 3 paper (arXiv 2407.21783). power: what the cards may d
 memory_rate and network_rate: in bytes per second and GPU, where they are not the table's.
 
 Not fitted, but a test of the others: mosaic-other, llm-foundry's steps with 512 to 8,192 tokens, and megatron, those of
-Megatron-LM with selective recomputation (table 5 of arXiv 2205.05198; how slow its attention is was guessed).
+Megatron-LM with selective recomputation (table 5 of arXiv 2205.05198; how slow its attention is was guessed), and
+float8, torchtitan's with torchao, tensor, pipeline and context parallel (the same file, and llama3-8b_h200_202506; the
+first of them is one of those from which float8's rate is, those of cp 2 to 8 are where the ring's cost is from).
 """
 
 import argparse
@@ -26,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from dtron.models.families import FAMILIES
+from dtron.plan.float8 import TENSORWISE, Float8
 from dtron.plan.hardware import HARDWARE, Constants
 from dtron.plan.layout import Layout, Sizes
-from dtron.plan.timemodel import COMPILED, EAGER, Style, predict
+from dtron.plan.timemodel import ASYNC_TP, COMPILED, EAGER, Style, predict
 
 DATA = Path(__file__).with_name("published_steps.csv")
 FLASH2 = 0.62  # FlashAttention 2's speed beside cuDNN's on Hopper
@@ -52,6 +55,11 @@ STYLES = {
     # Attention in separate kernels, which the backward runs again; sums of gradients made in matmuls.
     "selective": dataclasses.replace(MEGATRON, residual=24, ffn=6, attention=0.3 * FLASH2, hidden_tp=0.0),
     "fms": dataclasses.replace(COMPILED, attention=FLASH2, gradient_bytes=2),
+    "float8": dataclasses.replace(COMPILED, attention=FLASH2, float8=Float8(TENSORWISE, gathered=True)),
+    "float8-plain": dataclasses.replace(COMPILED, attention=FLASH2, float8=Float8(TENSORWISE)),
+    "float8-async": dataclasses.replace(
+        COMPILED, attention=FLASH2, float8=Float8(TENSORWISE), hidden_tp=ASYNC_TP
+    ),
 }  # fmt: skip
 NANOTRON = {  # dim, layers, heads, kv heads, head size, ffn, vocabulary, tied
     "1.3B": Sizes(2048, 16, 32, 32, 64, 8192, 131072, True),
@@ -92,7 +100,7 @@ def style_of(row: dict[str, Any]) -> Style:
     return style
 
 
-UNSEEN = ("mosaic-other", "megatron")
+UNSEEN = ("mosaic-other", "megatron", "float8")
 
 
 def read(unseen: bool = False) -> list[dict[str, Any]]:
