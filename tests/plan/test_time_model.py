@@ -38,9 +38,10 @@ def test_published_steps_are_predicted() -> None:
 
 
 def test_a_ring_and_asynchronous_messages_are_priced() -> None:
+    debug = "--job.config_file", str(BENCH.parents[2] / "configs/debug.toml")
     hidden = "--parallelism.enable_async_tensor_parallel", "--compile.enable", "--training.device", "cuda", "--tp", "2"
-    style = style_of(load(list(hidden)), H100)
-    assert style.hidden_tp == ASYNC_TP and style_of(load([]), H100).hidden_tp == 0
+    style = style_of(load([*debug, *hidden]), H100)
+    assert style.hidden_tp == ASYNC_TP and style_of(load(list(debug)), H100).hidden_tp == 0
     waits, hides = (predict(LLAMA, Layout(tp=8), 8192, H100, s).tensor_s for s in (COMPILED, style))
     assert hides == pytest.approx(waits * (1 - ASYNC_TP))
     one, ring = (predict(LLAMA, Layout(cp=cp), 32768 * cp, H100).attention_s for cp in (1, 4))
