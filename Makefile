@@ -24,7 +24,7 @@ lint: setup  ## ruff, mypy and shellcheck
 test: lint  ## lint, then all but the long tests, two files at a time
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-torch: TESTS := parity models parallel config checkpoint train ranks observe hf plan verify explain library compare
+test-torch: TESTS := parity models parallel config checkpoint train ranks observe hf plan verify explain library compare bench
 test-torch:  ## the tests that depend on torch, with another one in an environment of its own: TORCH=2.11.0
 	@scripts/setup.sh $(TORCH)
 	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(TESTS)) $(ARGS)

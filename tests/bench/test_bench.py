@@ -1,5 +1,6 @@
 """scripts/bench/step.py, run as its README says, on a tiny configuration."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import warm
 
+from dtron import compat
 from dtron.config import load
+from dtron.errors import UserError
 from dtron.train.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +88,9 @@ def test_commands_of_the_readme_are_legal(command: str, monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     ranks = int(words[words.index("--nproc-per-node") + 1]) if "torchrun" in words else 1
-    resolve(load(words[words.index("--job.config_file") :]), ranks)
+    newer = "qwen3-30b" in command and ranks > 1 and not compat.has_units_of_two_meshes  # compiled, with ep
+    with pytest.raises(UserError, match=r"needs torch 2\.13") if newer else contextlib.nullcontext():
+        resolve(load(words[words.index("--job.config_file") :]), ranks)
     options = [word for word in words[: words.index("--job.config_file")] if word.startswith("--bench.")]
     assert set(options) <= {
         f"--bench.{name}" for name in ("rounds", "steps", "warmup", "out", "only", "profile", "routers", "experts")
