@@ -155,7 +155,7 @@ def write_row(step: Step, stats: Tensor) -> None:
     assert {"loss", "max_memory_bytes", "source_loss/a", "attended_tokens", "expert_load"} <= set(rows[0])
 
 
-OPTIMIZERS = [Optimizer(), Optimizer(state_dtype="bfloat16"), Optimizer(name="SGD")]
+OPTIMIZERS = [Optimizer(), Optimizer(state_dtype="bfloat16"), Optimizer(name="SGD"), Optimizer(name="Muon")]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: f"{o.name} {o.state_dtype}")
