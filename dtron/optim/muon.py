@@ -119,10 +119,9 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=self._dtype)
                     for matrix, key in _matrices(p, group):
                         families.setdefault(key, []).append(matrix)
-        exchanges = {key: _Exchange(*key) for key in families}
         running: list[Generator[None, None, None]] = []
         for key, matrices in families.items():
-            exchange = exchanges[key]
+            exchange = _Exchange(*key)
             running += [self._bucket(exchange, bucket) for bucket in _buckets(matrices, exchange.ranks)]
         for i in range(len(running) + 2):
             for bucket in running[max(0, i - 2) : i + 1][::-1]:  # the next sends, the present computes, the last ends
@@ -154,7 +153,7 @@ class Muon(torch.optim.Optimizer):
 def _buckets(matrices: list[_Matrix], ranks: int) -> list[Bucket]:
     """All matrices, dealt out in rounds of at most one for each rank, to and fro."""
     matrices = sorted(matrices, key=lambda matrix: -matrix.cost)
-    buckets, room = list[Bucket](), 0
+    buckets, room = list[Bucket](), -1
     for i, first in enumerate(range(0, len(matrices), ranks)):
         turn = matrices[first : first + ranks]
         owners = range(len(turn)) if i % 2 == 0 else range(ranks - 1, -1, -1)

@@ -46,6 +46,13 @@ def test_steps_are_torchs_to_the_last_bit(adjust_lr_fn: Any, nesterov: bool) -> 
     assert all(map(torch.equal, ours, theirs))
 
 
+def test_a_rank_may_hold_none_of_the_experts() -> None:
+    """Five on four ranks are two, two, one and none."""
+    p = torch.empty(0, 6, 4)
+    p.grad = torch.empty_like(p)
+    muon.Muon([{"params": [p]}], 0.02).step()
+
+
 def test_clipping_and_skipping_inside() -> None:
     def train(inside: bool) -> tuple[Tensor, Tensor]:
         p = gradient("p", (6, 4), 0)
