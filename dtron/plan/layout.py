@@ -114,7 +114,8 @@ class Layout:
     blocks: memory_budget, the share that they may keep. reshard: whether gathered weights are freed between forward and
     backward. schedule: of the pipeline, a name or a CSV file; empty:
     1F1B, or Interleaved1F1B with several stages per rank. loss_chunk: training.loss_chunk_tokens, 0 for other
-    losses. state_dtype: of the optimizer's moments. muon_steps: of Newton-Schulz; 0: another optimizer, AdamW.
+    losses. compiled: whether blocks are. state_dtype: of the optimizer's moments. muon_steps: of Newton-Schulz; 0:
+    another optimizer, AdamW.
     """
 
     pp: int = 1
@@ -130,6 +131,7 @@ class Layout:
     memory_budget: float = 1.0
     reshard: bool = True
     loss_chunk: int = 2048
+    compiled: bool = False
     state_dtype: str = "float32"
     muon_steps: int = 0
     schedule: str = ""

@@ -68,20 +68,25 @@ class Memory:
 
 
 @cache
-def block_bytes_per_token(s: Sizes, tp: int, recompute: str, budget: float = 1.0) -> tuple[float, float]:
+def block_bytes_per_token(
+    s: Sizes, tp: int, recompute: str, budget: float = 1.0, compiled: bool = False
+) -> tuple[float, float]:
     """(kept from forward to backward, made again in the backward) by one block, in bytes per token of the rank."""
     whole, by_operation = _llama_block(s, tp)
     if s.block:  # what another block holds besides is split by tp
         known = _llama_block(replace(s, experts=0), 1)
         whole, by_operation = whole + (s.block.none - known[0]) / tp, by_operation + (s.block.op - known[1]) / tp
     x = BF16 * s.dim / tp
-    if recompute == "budget":
+    # Compiled, the gate's activation is made again from its input.
+    gate = BF16 * s.ffn / tp if compiled and s.matrices == 3 and not s.experts else 0.0
+    if recompute == "budget" and budget <= BUDGETS[-1]:
         # Beside what recompute by operation keeps, both norms' outputs as the products take them, in place of inputs.
-        most = min(whole, by_operation + 2 * BF16 * s.dim - (2 if tp > 1 else 1) * x)
-        kept_of_it = min(whole, x + (most - x) * budget_shares(budget, tp)[0]) if budget <= BUDGETS[-1] else whole
+        most = min(whole - gate, by_operation + 2 * BF16 * s.dim - (2 if tp > 1 else 1) * x)
+        kept_of_it = min(whole - gate, x + (most - x) * budget_shares(budget, tp)[0])
         return kept_of_it, whole - kept_of_it
-    kept = {"none": whole, "op": by_operation, "full": x, "second": (whole + x) / 2}
-    again = {"none": 0.0, "op": whole - by_operation, "full": whole - x, "second": whole - x}
+    everything = whole - gate
+    kept = {"none": everything, "op": by_operation, "full": x, "second": (everything + x) / 2, "budget": everything}
+    again = {"none": gate, "op": whole - by_operation, "full": whole - x, "second": whole - x, "budget": gate}
     return kept[recompute], again[recompute]
 
 
@@ -154,9 +159,9 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     local = (layers * dense + outer) / shards + layers * ffn / (shards * tp / a.ep if s.experts else shards)
     state = _state_bytes(a, local, outer / shards)
 
-    kept, again = block_bytes_per_token(s, tp, a.recompute, a.memory_budget)
-    if a.recompute == "budget" and a.cp > 1:
-        kept += 2 * BF16 * s.dim / tp  # the compiler splits blocks at the ring, and keeps what passes there
+    kept, again = block_bytes_per_token(s, tp, a.recompute, a.memory_budget, a.compiled)
+    if a.compiled and a.cp > 1 and a.recompute in ("none", "budget"):
+        kept += 3 * BF16 * s.dim / tp  # the compiler splits blocks at the ring, and keeps what passes there
     live = in_flight(a, rank)
     hidden = BF16 * s.dim * tokens / tp
     activations = live * layers / a.virtual * kept * tokens + 2 * hidden * last + tokens * (4 * s.head_size + 16)

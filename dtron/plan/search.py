@@ -152,7 +152,7 @@ def search(
     UserError where no layout makes the batch.
     """
     s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
-    style, steps = style_of(config, hw), muon_steps(config)
+    style, steps, compiled = style_of(config, hw), muon_steps(config), FEATURES["compiled blocks"](config)
     found: list[Candidate] = []
     too_big: dict[tuple[int, int, int], Candidate] = {}
     looked_at, families = 0, set[tuple[int, int, int]]()
@@ -166,7 +166,12 @@ def search(
             chunk = loss_chunk(config, any_state.schedule)
             budget = config.activation_checkpoint.memory_budget if any_state.recompute == "budget" else 1.0
             layout = dataclasses.replace(
-                any_state, state_dtype=dtype, loss_chunk=chunk, memory_budget=budget, muon_steps=steps
+                any_state,
+                state_dtype=dtype,
+                loss_chunk=chunk,
+                memory_budget=budget,
+                muon_steps=steps,
+                compiled=compiled,
             )
             if not _allowed(layout, fixed) or _pointless(layout, config):
                 break

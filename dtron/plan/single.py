@@ -2,6 +2,7 @@
 
 from dtron.errors import UserError
 from dtron.models.spec import meta_model
+from dtron.parallel.incompatible import FEATURES
 from dtron.plan.dryrun import check_known
 from dtron.plan.hardware_file import read_hardware
 from dtron.plan.layout import Layout, Sizes, loss_chunk, muon_steps
@@ -46,6 +47,7 @@ def layout_of(setup: Setup) -> Layout:
         recompute={"selective": selective, "memory_budget": "budget"}.get(ac.mode, ac.mode),
         memory_budget=ac.memory_budget if ac.mode == "memory_budget" else 1.0,
         loss_chunk=loss_chunk(c, schedule),
+        compiled=FEATURES["compiled blocks"](c),
         reshard={"always": True, "never": False}.get(p.fsdp_reshard_after_forward, d.pp == 1),
         state_dtype=c.optimizer.state_dtype,
         muon_steps=muon_steps(c),

@@ -75,6 +75,17 @@ def test_a_memory_budget_is_near_the_recorded_one(keys: str, n: int, budgets: tu
 
 
 @pytest.mark.long
+def test_a_compiled_run_whose_loss_is_the_peak_is_near_the_recorded_one() -> None:
+    """Of Llama 3 8B with 8 layers; the loss holds a chunk's logits once in fp32, as inductor would at most."""
+    words = "--model.flavor 8B --model.n_layers 8 --compile.enable --activation_checkpoint.mode none"
+    setup = resolve(load([*words.split(), "--training.seq_len", "8192", "--training.local_batch_size", "1"]), 8, "cuda")
+    layout, peak = layout_of(setup), dry_run(setup, 0).peak
+    assert peak.module == "loss" and layout.compiled
+    closed = closed_form_peak(Sizes.of(setup.model_config), layout, 8192)
+    assert closed.moment == "loss" and closed.peak == pytest.approx(peak.total, rel=0.02)
+
+
+@pytest.mark.long
 def test_moments_in_bf16_halve_their_bytes() -> None:
     """Of the state, 8 bytes of each parameter's 12 are moments; recorded and in closed form."""
     peaks = {}

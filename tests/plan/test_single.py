@@ -27,7 +27,7 @@ BF16 = ["--training.mixed_precision_param", "bfloat16"]
     [
         Layout(dp_replicate=2, dp_shard=2, tp=2, microbatch=2, microbatches=3, recompute="op", reshard=False),
         Layout(dp_shard=2, cp=2, recompute="full"),
-        Layout(dp_shard=2, recompute="budget", memory_budget=0.5),
+        Layout(dp_shard=2, recompute="budget", memory_budget=0.5, compiled=True),
         Layout(pp=2, dp_shard=2, microbatch=2, microbatches=4, virtual=2, recompute="second", reshard=False),
     ],
 )
