@@ -81,7 +81,9 @@ def test_muon_deals_matrices_out_to_the_ranks() -> None:
     one = 32 * (2 * square + 2 * kv + 3 * ffn)
     assert muon_s(LLAMA, alone, H100, C) == pytest.approx(one + moved)
     sent = 2 * 2 * 32 * matrices / 8 * 7 / 8 / (H100.link_rate * C.link)
-    assert muon_s(LLAMA, eight, H100, C) == pytest.approx((one + moved) / 8 + sent, rel=0.05)
+    # While a bucket is computed the next is sent, so that messages are hidden, but for those of one of the buckets.
+    assert sent < (one + moved) / 8
+    assert muon_s(LLAMA, eight, H100, C) == pytest.approx((one + moved) / 8 + sent / 55, rel=0.03)
     # On 1,024 ranks the 224 matrices are one round, as long as one of the largest.
     many = muon_s(LLAMA, Layout(dp_shard=1024, muon_steps=5), H100, C)
     assert ffn < many < ffn + one / 1024 + 0.02
@@ -92,9 +94,12 @@ def test_muon_deals_matrices_out_to_the_ranks() -> None:
 
 
 def test_many_small_experts_are_bound_by_the_host() -> None:
+    """On each of 8 ranks 16 whole experts of 3 MiB per layer, orthogonalized one by one, by 21 kernels each."""
     s = Sizes.of(FAMILIES["qwen3_moe"]["30B-A3B"])
-    assert muon_s(s, Layout(dp_shard=8, ep=8, muon_steps=5), H100, C) > 48 * 3 * 16 * 12 * C.launch_s
-    assert load(["--optimizer.name", "Muon"]).optimizer.muon.ns_steps == 5
+    whole = muon_s(s, Layout(dp_shard=8, ep=8, muon_steps=5), H100, C)
+    assert 48 * 3 * 16 * 21 * C.launch_s < whole < 1.3 * 48 * 3 * 16 * 21 * C.launch_s
+    # On 256 ranks each has parts of experts: these travel, and each has kernels of its own.
+    assert muon_s(s, Layout(dp_shard=256, ep=8, muon_steps=5), H100, C) > 48 * 3 * 16 * 12 * C.launch_s
 
 
 def test_float8_is_faster_by_its_products_less_its_casts() -> None:
