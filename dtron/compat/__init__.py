@@ -65,7 +65,6 @@ __all__ = [
     "group_ranks",
     "has_units_of_two_meshes",
     "keep_forward_only",
-    "late_waits",
     "ring_attention_style",
     "schedule_actions",
     "set_memory_budget",
@@ -188,17 +187,6 @@ def _ring_backward(  # type: ignore[no-untyped-def]
         mesh.get_group(), _SEQUENCE, _CPU_BACKWARD, grad, "grad_out", q, k, v, out, lse, is_causal,
         dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
-
-
-# --- waits in compiled blocks: as traced, inductor's code waits for each message at once, and nothing overlaps with the
-# ring's; by this pass of its own only where the message is used. 2.11 and 2.13; waits for inductor to do so by default.
-
-
-def late_waits(backend: str) -> dict[str, Any] | None:
-    """Options of torch.compile."""
-    passes = ["sink_waits_iterative"]
-    options = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": passes}
-    return options if backend == "inductor" else None
 
 
 # --- an all-gather with a gradient, 2.11 and 2.13 (the other name is that of 2.11 and 2.12); waits for a public one.

@@ -33,7 +33,7 @@ from dtron.mesh import Mesh
 from dtron.models.flops import matmul_parameters
 from dtron.models.loss import Kernel, torch_kernel
 from dtron.models.spec import ModelConfig, ModelSpec, attended_tokens, layers_of, meta_model
-from dtron.parallel.context import apply_context_parallel, apply_gathered_attention, uses_masks
+from dtron.parallel.context import apply_context_parallel, apply_gathered_attention, compile_options, uses_masks
 from dtron.parallel.data import (
     apply_data_parallel,
     free_gathered_weights,
@@ -278,7 +278,7 @@ def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
     wrap = partial(apply_recompute, mode=recompute.mode, option=recompute.selective_ac_option)
     by_operation = recompute.mode == "selective" and recompute.selective_ac_option == "op"
     compiled = config.compile.enable and "model" in config.compile.components
-    options = compat.late_waits(config.compile.backend) if mesh.cp is not None else None
+    options = compile_options(config.compile.backend) if mesh.cp is not None else None
     layers = layers_of(part)
     for name, block in layers.items():
         block = wrap(block, int(name)) if by_operation else block

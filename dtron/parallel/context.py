@@ -20,6 +20,7 @@ every other one, which is no collective. FlexAttention does not compute them.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ __all__ = [
     "apply_context_parallel",
     "apply_gathered_attention",
     "check_sequence",
+    "compile_options",
     "gathered_positions",
     "local_positions",
     "uses_masks",
@@ -57,6 +59,17 @@ def apply_context_parallel(model: nn.Module, cp: DeviceMesh, rotate_method: str,
     for module in model.modules():
         if isinstance(module, CausalAttention):
             parallelize_module(module, cp, compat.ring_attention_style())
+
+
+def compile_options(backend: str) -> dict[str, Any] | None:
+    """Options of torch.compile for blocks with context parallel, so that its messages overlap with attention.
+
+    As it traces them, inductor (2.11 and 2.13) waits for each message at once; by this pass of its own only where the
+    message is used.
+    """
+    passes = ["sink_waits_iterative"]
+    options = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": passes}
+    return options if backend == "inductor" else None
 
 
 def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
