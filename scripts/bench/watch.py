@@ -39,9 +39,8 @@ KINDS = (
     ("copies", ("memcpy", "memset", "copy", "cat", "split_with_sizes")),
     ("compiled", ("triton",)),
 )
-# The same of a CPU's operators; what is in none of them and computes is elementwise.
+# The same of a CPU's operators; the other ones are elementwise or reductions.
 OPERATORS = (
-    ("communication", ("c10d", "gloo", "wait_tensor")),
     ("matmul", ("::mm", "::addmm", "::bmm", "::matmul", "::linear")),
     ("attention", ("attention",)),
     ("optimizer", ("adam", "foreach")),
@@ -113,9 +112,8 @@ def watch_cpu(step: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
         for _ in range(steps):
             step()
     for event in profiler.key_averages():
-        if "::" in event.key:  # no span of Python's
+        if event.key.startswith("aten::"):  # the rest dispatches, or waits for messages
             kinds[kind_of_kernel(event.key, OPERATORS)] += event.self_cpu_time_total / 1e3 / steps  # type: ignore[assignment]
-    del kinds["communication"]  # of its threads, and this one's waiting
     return {
         "threads_ms": {"computing": main, "messages": others},
         "kinds_ms": {**kinds, "host": main - kinds.total()},

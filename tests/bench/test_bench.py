@@ -59,13 +59,18 @@ def test_one_rank_beside_the_plain_loop(tmp_path: Path) -> None:
 
 def test_two_ranks_beside_a_plain_loop_of_the_same_batch() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = bench(*SHORT, *TINY, "--dp", "2", "--training.global_batch_size", "4", launcher=launcher)
+    keys = "--dp", "2", "--training.global_batch_size", "4", "--bench.profile"
+    done = bench(*SHORT, *TINY, *keys, launcher=launcher)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["ranks"], result["layout"]) == (2, "dp_shard 2")
     assert len(result["dtron"]["step_s"]) == len(result["plain"]["step_s"]) == 2
     assert result["dtron"]["first_loss"] == pytest.approx(result["plain"]["first_loss"], rel=1e-5)
     assert result["cpu_over_plain"] > 0.5  # of both ranks together
+    watched, alone = (result[name]["watched"] for name in ("dtron", "plain"))
+    assert watched["threads_ms"]["messages"] > alone["threads_ms"]["messages"]
+    assert sum(watched["kinds_ms"].values()) == pytest.approx(watched["threads_ms"]["computing"])
+    assert watched["kinds_ms"]["matmul"] > 0 and watched["kinds_ms"]["copies"] > alone["kinds_ms"].get("copies", 0)
     assert result["dtron"]["tokens_per_s_per_gpu"] == result["dtron"]["tokens_per_s"] / 2
 
 
