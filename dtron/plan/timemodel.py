@@ -39,7 +39,8 @@ class Style:
     where a microbatch's gradient is added to a sum in fp32; optimizer_bytes, of AdamW with the norm; work, of a block's
     time; hop_s and sync_s, what a message of the pipeline and each doubling of the data-parallel ranks cost besides.
     stops_early: recomputing a block ends before its last matmul, whose result no backward needs (torch does so from
-    2.1 on; not inside a compiled block, which is one function). ring: by how much longer attention takes for each
+    2.1 on; not inside a compiled block, which is one function). op_matmuls: of the forward's, the share that
+    recomputation by operation repeats; None: `o` alone, as dtron. ring: by how much longer attention takes for each
     doubling of cp, in the blocks of a ring; torch's, by torchtitan's published steps of cp 2 to 8.
     """
 
@@ -61,6 +62,7 @@ class Style:
     hop_s: float = 0.0
     sync_s: float = 0.0
     stops_early: bool = False
+    op_matmuls: float | None = None
     ring: float = 0.0
     float8: Float8 | None = None
 
@@ -120,6 +122,7 @@ class _Block:
     context: tuple[float, float]
     work: float
     last: float  # of the forward's matmuls, the last one, where recomputing stops before it
+    by_operation: float  # of the forward's matmuls, those that recomputation by operation repeats
 
     def total(self, direction: int) -> float:
         work = self.matmul[direction] + self.attention[direction] + self.memory[direction]
@@ -141,8 +144,9 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
     f8 = style.float8
     faster = f8.faster(s) if f8 else [1.0] * len(products)
     of_weights = faster if f8 and f8.weights else [1.0] * len(products)
-    forward = sum(matmul_s(m, n, k, hw, c, x) for (m, k, n), x in zip(products, faster, strict=True))
-    last = matmul_s(*products[-1], hw, c, faster[-1]) if style.stops_early and not s.experts else 0.0
+    each = [matmul_s(m, n, k, hw, c, x) for (m, k, n), x in zip(products, faster, strict=True)]
+    forward, output = sum(each), each[len(ins)]
+    last = each[-1] if style.stops_early and not s.experts else 0.0
     inputs = sum(matmul_s(m, k, n, hw, c, x) for (m, k, n), x in zip(products, faster, strict=True))
     weights = sum(matmul_s(k, n, m, hw, c, x) for (m, k, n), x in zip(products, of_weights, strict=True))
     rate = hw.flops * hw.attention * math.sqrt(hw.power) * style.attention * (1.0 if d >= 128 else 0.8)
@@ -164,6 +168,7 @@ def _block(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style:
         (bound + casts[0], 2 * bound + casts[1]),
         (style.kernels * c.launch_s, 2 * style.kernels * c.launch_s), tensor, expert,
         _ring(a, 4 * tokens * kv, attention, hw, c), style.work, last,
+        style.op_matmuls * forward if style.op_matmuls is not None else output,
     )  # fmt: skip
 
 
@@ -185,7 +190,7 @@ def _recompute_s(b: _Block, a: Layout) -> float:
     if a.recompute == "budget":  # all that memory bounds, and of the rest what the compiler chose
         return b.memory[0] + budget_shares(a.memory_budget, a.tp)[1] * (b.matmul[0] + b.attention[0])
     whole = b.total(0) - b.last * b.work
-    by_operation = b.memory[0] + 0.28 * b.matmul[0] + b.tensor / 2  # `o`, `down` and a gather again
+    by_operation = b.memory[0] + b.by_operation + b.tensor / 2  # and the gathers again
     return {"none": 0.0, "op": by_operation, "full": whole, "second": whole / 2}[a.recompute]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 
 import torch.distributed as dist
 
@@ -40,6 +41,9 @@ def main(
     """
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
+    # Every rank of tensor parallel would warn of it: the embedding's result is a DTensor's local tensor, a view, and
+    # nothing of dtron changes it in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPEmbedding\) returned a view", UserWarning)
     world: World | None = None
     exit_on_signals(rank, lambda: world, ": there was nothing to save; the same command starts again")
     argv = sys.argv[1:] if argv is None else argv

@@ -37,8 +37,8 @@ DATA = Path(__file__).with_name("published_steps.csv")
 FLASH2 = 0.62  # FlashAttention 2's speed beside cuDNN's on Hopper
 MEGATRON = Style(18, 12, 6, 26, 26, fused_projections=True, hidden_tp=0.5, fsdp=False, accumulated_bytes=0)
 STYLES = {
-    "eager": dataclasses.replace(EAGER, attention=FLASH2),
-    "compiled": dataclasses.replace(COMPILED, attention=FLASH2),
+    "eager": dataclasses.replace(EAGER, attention=FLASH2, op_matmuls=0.28),
+    "compiled": dataclasses.replace(COMPILED, attention=FLASH2, op_matmuls=0.28),
     "pure-bf16": dataclasses.replace(COMPILED, fsdp=False, accumulated_bytes=0, optimizer_bytes=16),
     "nanotron": Style(
         30, 20, 10, 26, 40, attention=FLASH2, fused_projections=True, hidden_tp=0.3, fsdp=False, gradient_bytes=2,
@@ -55,7 +55,9 @@ STYLES = {
     # Attention in separate kernels, which the backward runs again; sums of gradients made in matmuls.
     "selective": dataclasses.replace(MEGATRON, residual=24, ffn=6, attention=0.3 * FLASH2, hidden_tp=0.0),
     "fms": dataclasses.replace(COMPILED, attention=FLASH2, gradient_bytes=2),
-    "float8": dataclasses.replace(COMPILED, attention=FLASH2, float8=Float8(TENSORWISE, gathered=True)),
+    "float8": dataclasses.replace(
+        COMPILED, attention=FLASH2, float8=Float8(TENSORWISE, gathered=True), op_matmuls=0.28
+    ),
     "float8-plain": dataclasses.replace(COMPILED, attention=FLASH2, float8=Float8(TENSORWISE)),
     "float8-async": dataclasses.replace(
         COMPILED, attention=FLASH2, float8=Float8(TENSORWISE), hidden_tp=ASYNC_TP

@@ -85,11 +85,13 @@ def torchrun(
     program: tuple[str, ...] = (str(ROOT / "train.py"),),
     meanwhile: Callable[[Warm], None] | None = None,
     cold: bool = False,
+    warnings: bool = False,
 ) -> Run:
     """Run `torchrun program --job.config_file x.toml arguments` in `folder`; `meanwhile` is called after the start.
 
-    cold: by interpreters of its own, as it is outside of tests.
+    cold: by interpreters of its own, as it is outside of tests. warnings: are shown, as there.
     """
+    env = environment() | ({"PYTHONWARNINGS": ""} if warnings else {})
     (folder / "x.toml").write_text(config)
     # Ranks write to files of their own, so that what dtron says and what torchrun says can be told apart.
     launcher = ["torch.distributed.run", "--standalone", "--redirects", "3", "--log-dir", str(folder / "logs")]
@@ -98,9 +100,9 @@ def torchrun(
     process: Any = None
     if cold:
         with (folder / "agent").open("wb") as agent:
-            process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=agent, stderr=agent)
+            process = subprocess.Popen(command, cwd=folder, env=env, stdout=agent, stderr=agent)
     else:
-        process = Warm(command, folder, environment(), folder / "agent")
+        process = Warm(command, folder, env, folder / "agent")
     try:
         if meanwhile is not None:
             meanwhile(process)

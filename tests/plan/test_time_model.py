@@ -78,6 +78,20 @@ def test_recomputing_stops_before_the_last_matmul_but_in_a_compiled_block(compil
     assert not COMPILED.stops_early
 
 
+def test_recomputation_by_operation_repeats_one_product() -> None:
+    """Of a Llama's seven, by the FLOPs of a recorded step: `o`."""
+    keys = (
+        "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op --training.seq_len 256"
+    )
+    setup = setup_of(f"{keys} --training.mixed_precision_param bfloat16", 1)
+    s, tokens = Sizes.of(setup.model_config), setup.config.training.local_batch_size * 256
+    assert dry_run(setup, 0).flops["recompute"] == 2 * tokens * s.dim * s.heads * s.head_size * s.layers
+    layout = Layout(dp_shard=8, recompute="op")
+    none, one = (predict(LLAMA, layout, 8192, H100, dataclasses.replace(COMPILED, op_matmuls=x)) for x in (0.0, None))
+    more = one.recompute_s - none.recompute_s
+    assert more == pytest.approx(32 * 2 * 8192 * 4096**2 / (H100.flops * H100.matmul), rel=0.05)
+
+
 def test_latency_of_the_messages_of_fsdp_grows_with_the_ranks() -> None:
     few, many = (
         predict(LLAMA, Layout(dp_shard=n, microbatch=4, recompute="none"), 8192, H100).data_s for n in (64, 1024)
