@@ -27,7 +27,7 @@ A file may begin with base = "other.toml" (relative to itself) and then states o
 The command line overrides the file:
   --training.seq_len 128      or --training.seq-len=128; the last one counts
   --compile.enable            or --compile.enable true; off: --compile.no_enable or --compile.enable false
-  --compile.components a b    or --compile.components=a,b; an empty list: --compile.components=
+  --compile.components a b    or a,b, or --compile.components=a,b; an empty list: --compile.components=
   --training.dataset_path=    none, where a key may be unset; the word none does the same
 Lists of lists and of tables are written as JSON."""
 
@@ -76,13 +76,13 @@ def _option(token: str, words: list[str]) -> tuple[Key, Any]:
             raise UserError(f"{COMMAND_LINE}: {option} takes no value; {option} alone sets {key.name} to false")
         return key, False
     if key.is_list_of_words:
-        items = attached.split(",") if attached else []
+        items = [item for word in ([attached] if equals else words) for item in word.split(",") if word]
         if not (equals or words):
             raise UserError(f"{COMMAND_LINE}: {option} needs at least one value; an empty list is {option}=")
         as_in_a_file = _from_text(key, attached if equals else words[0])
         if isinstance(as_in_a_file, list):
             return key, as_in_a_file
-        return key, items if equals else words
+        return key, items
     if len(words) > 1:
         raise _stray(words[1])
     if not (equals or words):

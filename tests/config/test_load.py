@@ -426,6 +426,7 @@ def test_a_link_has_its_base_beside_the_file_else_beside_the_link(tmp_path: Path
         ("--model.tie_embeddings none", "model.tie_embeddings", None),
         ("--compile.components loss model --tp 2", "compile.components", ["loss", "model"]),
         ("--compile.components=loss,model", "compile.components", ["loss", "model"]),
+        ("--compile.components loss,model", "compile.components", ["loss", "model"]),
         ("--compile.components loss", "compile.components", ["loss"]),
         ("--compile.components=", "compile.components", []),
         ("--model.name=a=b", "model.name", "a=b"),
