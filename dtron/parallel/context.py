@@ -18,9 +18,7 @@ run. Keys outside of every window are gathered as well: with head-tail chunks a 
 every other one, which is no collective. FlexAttention does not compute them.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.models.attention import AttentionMask, CausalAttention
 from dtron.models.spec import ModelConfig, needs_masks
+from dtron.parallel.forwards import Forward, replace_forward
 
 __all__ = [
     "apply_context_parallel",
@@ -76,15 +75,20 @@ def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
     """Make every CausalAttention in `model` attend, under the mask it is given, to the keys and values of all ranks."""
     for module in model.modules():
         if isinstance(module, CausalAttention):
-            module.forward = partial(_attend_to_all, module.forward, cp)  # type: ignore[method-assign]
+            module.cp_mesh = cp  # type: ignore[assignment]
+            replace_forward(module, _attending_to_all)
 
 
-def _attend_to_all(
-    attend: Callable[..., Tensor], cp: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask,
-    sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    k, v = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cp).unbind()  # [B, K, S, D] each, of the sequence
-    return attend(q, k, v, mask, sinks)
+def _attending_to_all(attend: Forward) -> Forward:
+    def forward(
+        module: CausalAttention, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: Tensor | None = None
+    ) -> Tensor:
+        both = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cast(DeviceMesh, module.cp_mesh))
+        k, v = both.unbind()  # [B, K, S, D] each, of the sequence
+        out: Tensor = attend(module, q, k, v, mask, sinks)
+        return out
+
+    return forward
 
 
 def gathered_positions(seq_len: int, size: int, head_tail: bool) -> Tensor:

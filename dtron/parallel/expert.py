@@ -32,6 +32,7 @@ from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
 from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, Router, permute, swiglu_of_experts
+from dtron.parallel.forwards import Forward, replace_forward
 from dtron.parallel.incompatible import FEATURES
 
 __all__ = ["FeedForwardInput", "LocalRouter", "apply_expert_parallel", "check_experts"]
@@ -44,14 +45,16 @@ ALIGNMENT = 16  # bytes, of both sizes of an expert's matrices: what the grouped
 def apply_expert_parallel(part: nn.Module, mesh: Mesh) -> None:
     """Shard the experts of a meta model (a stage) over mesh.ep, and let rows travel. Before tensor parallel."""
     sequence = [dim.get_group() for dim in (mesh.cp, mesh.tp) if dim is not None and dim.size() > 1]
+    sum_over_sequence = partial(_sum_over, sequence)  # one for all blocks, see `forwards.py`
     for module in part.modules():
         if isinstance(module, MixtureOfExperts) and sequence:
-            module.sum_over_sequence = partial(_sum_over, sequence)
+            module.sum_over_sequence = sum_over_sequence
         if isinstance(module, Experts) and mesh.ep is not None:
             for name, p in list(module.named_parameters(recurse=False)):
                 shard = distribute_tensor(p.detach(), mesh.ep, [Shard(0)], src_data_rank=None)
                 module.register_parameter(name, nn.Parameter(shard))
-            module.forward = partial(_dispatch, module, mesh.ep)  # type: ignore[method-assign]
+            module.ep_mesh = mesh.ep  # type: ignore[assignment]
+            replace_forward(module, _dispatching)
 
 
 def _sum_over(groups: list[torch.distributed.ProcessGroup], counts: Tensor) -> Tensor:
@@ -65,9 +68,13 @@ def _wait(tensor: Tensor) -> Tensor:
     return finished
 
 
-def _dispatch(experts: Experts, ep: DeviceMesh, rows: Tensor, counts: Tensor) -> Tensor:
+def _dispatching(_: Forward) -> Forward:
+    return _dispatch
+
+
+def _dispatch(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
     """rows [R, D] sorted by expert, counts [N] of this rank's -> each through its expert, wherever that is; [R, D]."""
-    weights = [cast(DTensor, p).to_local() for p in experts.parameters()]
+    weights, ep = [cast(DTensor, p).to_local() for p in experts.parameters()], cast(DeviceMesh, experts.ep_mesh)
     n, group = ep.size(), ep.get_group()
     if n == 1:
         return swiglu_of_experts(rows, counts, *weights, limit=experts.limit)
@@ -95,17 +102,20 @@ class LocalRouter(ParallelStyle):
         for name in ("weight", "bias"):
             if (p := getattr(module, name)) is not None:
                 setattr(module, name, nn.Parameter(distribute_tensor(p, mesh, [Replicate()], src_data_rank=None)))
-        module.forward = partial(self._route, module)  # type: ignore[method-assign]
+        replace_forward(module, _routing_locally)
         return module
 
-    @staticmethod
-    def _route(module: Router, x: Tensor) -> Tensor:
-        def local(p: Tensor | None) -> Tensor | None:
-            return None if p is None else cast(DTensor, p).to_local(grad_placements=[ROUTER_GRADIENT])
 
+def _routing_locally(_: Forward) -> Forward:
+    def local(p: Tensor | None) -> Tensor | None:
+        return None if p is None else cast(DTensor, p).to_local(grad_placements=[ROUTER_GRADIENT])
+
+    def forward(module: Router, x: Tensor) -> Tensor:
         weight = local(module.weight)
         assert weight is not None
         return module.scores(x, weight, local(module.bias))
+
+    return forward
 
 
 class FeedForwardInput(ParallelStyle):

@@ -35,6 +35,7 @@ from dtron.models.loss import VocabularyShard
 from dtron.models.spec import ModelConfig, ModelSpec
 from dtron.models.variants import XIELU, NormOfHeads, NormPerHead
 from dtron.parallel.expert import FeedForwardInput, LocalRouter
+from dtron.parallel.forwards import Forward, replace_forward
 
 __all__ = [
     "VocabParallelEmbedding", "VocabParallelHead", "apply_tensor_parallel", "check_tensor", "llama_plan",
@@ -115,21 +116,30 @@ class QueryKeyNorm(ParallelStyle):
         if not isinstance(module, NormOfHeads | NormPerHead):
             return SequenceParallel(sequence_dim=2, use_local_output=True)._apply(module, mesh)
         module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None))
-        if isinstance(module, NormOfHeads):
-            module.forward = partial(self._normalise, module, mesh)  # type: ignore[method-assign]
-        else:
-            module.forward = lambda x: module.normalise(x, cast(DTensor, module.weight).to_local())  # type: ignore[method-assign]
+        replace_forward(module, _norm_of_heads if isinstance(module, NormOfHeads) else _norm_per_head)
         return module
 
-    @staticmethod
-    def _normalise(module: NormOfHeads, mesh: DeviceMesh, x: Tensor) -> Tensor:
-        local = x.float()  # [B, S, H * D / tp]
-        squares = DTensor.from_local(local.square().sum(-1, keepdim=True), mesh, [Partial()], run_check=False)
+
+def _norm_of_heads(_: Forward) -> Forward:
+    def forward(module: NormOfHeads, x: Tensor) -> Tensor:
+        weight, local = cast(DTensor, module.weight), x.float()  # [B, S, H * D / tp]
+        squares = DTensor.from_local(
+            local.square().sum(-1, keepdim=True), weight.device_mesh, [Partial()], run_check=False
+        )
         # Every rank uses the sum for its own heads, so the gradients by it add up over the ranks.
         whole = squares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         assert module.eps is not None
         normal = (local * torch.rsqrt(whole / module.normalized_shape[0] + module.eps)).type_as(x)
-        return normal * cast(DTensor, module.weight).to_local()
+        return normal * weight.to_local()
+
+    return forward
+
+
+def _norm_per_head(_: Forward) -> Forward:
+    def forward(module: NormPerHead, x: Tensor) -> Tensor:
+        return module.normalise(x, cast(DTensor, module.weight).to_local())
+
+    return forward
 
 
 class SinksOfHeads(ParallelStyle):
@@ -138,8 +148,15 @@ class SinksOfHeads(ParallelStyle):
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         weight = distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None)  # type: ignore[arg-type]
         module.weight = nn.Parameter(weight)
-        module.forward = lambda: cast(DTensor, module.weight).to_local()
+        replace_forward(module, _local_weight)
         return module
+
+
+def _local_weight(_: Forward) -> Forward:
+    def forward(module: nn.Module) -> Tensor:
+        return cast(DTensor, module.weight).to_local()
+
+    return forward
 
 
 class LearnedActivation(ParallelStyle):
@@ -150,13 +167,16 @@ class LearnedActivation(ParallelStyle):
         for name, p in list(module.named_parameters()):
             whole = distribute_tensor(p.detach(), mesh, [Replicate()], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(whole))
-        module.forward = partial(self._activate, module)  # type: ignore[method-assign]
+        replace_forward(module, _learned_activation)
         return module
 
-    @staticmethod
-    def _activate(module: XIELU, x: Tensor) -> Tensor:
+
+def _learned_activation(_: Forward) -> Forward:
+    def forward(module: XIELU, x: Tensor) -> Tensor:
         alphas = [cast(DTensor, p) for p in (module.alpha_p, module.alpha_n)]
         return module.of(x, *(p.to_local(grad_placements=[ACTIVATION_GRADIENT]) for p in alphas))
+
+    return forward
 
 
 def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:
