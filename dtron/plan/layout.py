@@ -14,7 +14,7 @@ from dtron.parallel.schedules import SCHEDULES
 from dtron.plan import schedule
 from dtron.plan.blocks import BlockBytes, block_bytes
 
-__all__ = ["Layout", "Sizes", "in_flight", "layers_per_stage", "loss_chunk", "muon_steps"]
+__all__ = ["Layout", "Sizes", "describe", "in_flight", "layers_per_stage", "loss_chunk", "muon_steps"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,16 @@ def loss_chunk(config: Config, schedule: str) -> int:
 def muon_steps(config: Config) -> int:
     """`Layout.muon_steps` of a run."""
     return config.optimizer.muon.ns_steps if config.optimizer.name == "Muon" else 0
+
+
+def describe(a: Layout) -> str:
+    """In words, without what is 1."""
+    degrees = {"pp": a.pp, "dp_replicate": a.dp_replicate, "dp_shard": a.dp_shard, "cp": a.cp, "tp": a.tp, "ep": a.ep}
+    text = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one GPU"
+    if a.pp > 1:
+        text += f" {a.schedule}" + (f" x{a.virtual}" if a.virtual > 2 else "")
+    text += "" if a.reshard or a.pp > 1 else " no reshard"
+    return text + ("" if a.state_dtype == "float32" else " bf16 moments")
 
 
 @cache

@@ -1,14 +1,16 @@
 """A run beside its prediction: `dtron plan CONFIG --measured metrics.jsonl`, which train.py asks at the end."""
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from dtron.config import Config
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.plan.dryrun import dry_run
+from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
-from dtron.plan.layout import Sizes
+from dtron.plan.layout import Layout, Sizes
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.search import Candidate, record
 from dtron.plan.single import check_sizes, layout_of
@@ -20,12 +22,22 @@ __all__ = ["beside_measured", "predict_run"]
 GIB = 2**30
 
 
-def predict_run(config: Config, world: int, hardware: str) -> dict[str, float]:
-    """tokens_per_s_per_gpu, bubble (a share of the step), max_memory_bytes, on GPUs mfu, of a run as it is configured.
+@dataclass(frozen=True)
+class Run:
+    """The prediction of a run as it is configured; candidate: None on a CPU.
 
-    max_memory_bytes: what the allocator reserves of the fullest GPU; on a CPU the tensors of the fullest rank.
-    UserError without a prediction.
+    figures: tokens_per_s_per_gpu, bubble (a share of the step), max_memory_bytes, on GPUs mfu. max_memory_bytes: what
+    the allocator reserves of the fullest GPU; on a CPU the tensors of the fullest rank.
     """
+
+    figures: dict[str, float]
+    layout: Layout
+    hw: Hardware
+    candidate: Candidate | None = None
+
+
+def predict_run(config: Config, world: int, hardware: str) -> Run:
+    """UserError without a prediction."""
     on_cpu = config.training.device == "cpu"
     setup = resolve(config, world, "cpu" if on_cpu else "cuda")
     check_sizes(setup)
@@ -35,25 +47,30 @@ def predict_run(config: Config, world: int, hardware: str) -> dict[str, float]:
     found = {"tokens_per_s_per_gpu": time.tokens_per_s, "bubble": time.bubble_s / time.step_s}
     if on_cpu:
         peaks = (dry_run(setup, pp_rank * setup.degrees.stage, gloo=True).peak.total for pp_rank in range(a.pp))
-        return found | {"max_memory_bytes": max(peaks)}
+        return Run(found | {"max_memory_bytes": max(peaks)}, a, hw)
     memory = closed_form_peak(s, a, seq_len)
     run = record(Candidate(a, memory, time, memory.peak, 0.0, False), setup, hw)
-    return found | {"mfu": time.mfu_full, "max_memory_bytes": run.reserved_bytes}
+    return Run(found | {"mfu": time.mfu_full, "max_memory_bytes": run.reserved_bytes}, a, hw, run)
 
 
 def beside_measured(config: Config, world: int, hardware: str, metrics: str) -> list[str]:
     """Lines on speed, MFU and memory of a run as it was configured. UserError without rows or without a prediction."""
-    rows = [row for row in read_metrics(Path(metrics)) if row.get("tokens_per_s_per_gpu")]
+    try:
+        rows = [row for row in read_metrics(Path(metrics)) if row.get("tokens_per_s_per_gpu")]
+    except OSError as error:
+        raise UserError(f"--measured {metrics}: {error.strerror}; expected the metrics.jsonl of a run") from None
     if not rows:
-        raise UserError(f"{metrics} has no row with a speed")
-    on_cpu, found = config.training.device == "cpu", predict_run(config, world, hardware)
+        raise UserError(f"--measured {metrics} has no row with tokens_per_s_per_gpu; expected a run's metrics.jsonl")
+    on_cpu, found = config.training.device == "cpu", predict_run(config, world, hardware).figures
     # The first row is that of a step that compiles and warms up.
     speed = statistics.median(row["tokens_per_s_per_gpu"] for row in rows[1:] or rows)
     lines = [_line("tokens/s per " + ("rank" if on_cpu else "GPU"), found["tokens_per_s_per_gpu"], speed, ",.0f")]
     mfus = [row["mfu"] for row in rows[1:] or rows if row.get("mfu")]
     if mfus and "mfu" in found:
         lines.append(_line("MFU", found["mfu"], statistics.median(mfus), ".1%"))
-    most, peak = max(row["max_memory_bytes"] for row in rows), found["max_memory_bytes"]
+    most, peak = max((row.get("max_memory_bytes") or 0 for row in rows), default=0), found["max_memory_bytes"]
+    if not most:
+        return lines
     if on_cpu:
         lines.append(
             f"peak memory: predicted {peak / GIB:.2f} GiB of tensors, measured {most / GIB:.2f} of the process"

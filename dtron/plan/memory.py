@@ -144,7 +144,7 @@ def _state_bytes(a: Layout, local: float, outer: float) -> float:
 def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     """Of pipeline rank `rank`."""
     tp, shards, tokens = a.tp, a.dp_shard * a.cp, a.tokens(seq_len)
-    reshard = a.reshard and shards > 1
+    reshard = a.reshard
     n_stages = a.pp * a.virtual
     split = layers_per_stage(s, seq_len, n_stages)
     stages = stages_of(a.schedule, a.pp, n_stages)[rank]

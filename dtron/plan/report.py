@@ -4,18 +4,19 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtron.config import Config, load, read, replace
+from dtron.config import Config, flatten, load, read, replace
 from dtron.config.cli import parse_arguments
 from dtron.config.toml import toml_value
 from dtron.errors import Mistakes, UserError
 from dtron.plan.gantt import draw_steps
 from dtron.plan.hardware import Hardware
 from dtron.plan.hardware_file import read_hardware
-from dtron.plan.layout import Layout, Sizes
-from dtron.plan.measured import beside_measured, predict_run
+from dtron.plan.layout import Layout, Sizes, describe
+from dtron.plan.measured import Run, beside_measured, predict_run
 from dtron.plan.picture import check_matplotlib, draw_memory, draw_speed, draw_time
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.plan.single import check_sizes
@@ -46,8 +47,7 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
     """Run the command. UserError for what cannot be planned."""
     if given.gpus < 1 or given.top < 1 or given.exact < 0:
         raise UserError("--gpus and --top must be 1 or more, --exact 0 or more")
-    if given.picture:
-        check_matplotlib()
+    _check_outputs(given)
     # The hardware of a prediction is --hardware; what the run names may be of machines that are not here.
     words = ["--job.config_file", given.config, *keys, "--metrics.plan_hardware="]
     if given.measured:
@@ -55,8 +55,8 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         print("\n".join(beside_measured(config, given.gpus, given.hardware, given.measured)))
         return
     if given.as_configured:
-        figures = predict_run(load(words), given.gpus, given.hardware)
-        print(json.dumps(figures, indent=1) if given.json else "\n".join(f"{k}: {v:.6g}" for k, v in figures.items()))
+        run = predict_run(load(words), given.gpus, given.hardware)
+        print(json.dumps(run.figures, indent=1) if given.json else _as_configured(run))
         return
     hw = read_hardware(given.hardware)
     fixed = {name: setting.value for name, setting in parse_arguments(keys, Mistakes()).items()}
@@ -73,7 +73,11 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         used = {"hardware": dataclasses.asdict(hw)}
         print(json.dumps([c.as_dict() | used for c in found.candidates[: given.top]], indent=1))
     else:
-        print(table(config, Sizes.of(setup.model_config), hw, given.gpus, batch, found, given.top))
+        print(
+            table(
+                config, Sizes.of(setup.model_config), hw, given.gpus, batch, found, given.top, given.global_batch_tokens
+            )
+        )
         if given.explain:
             print(explain(found.candidates[0], hw))
     if given.picture:
@@ -84,9 +88,36 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
         sizes, seq_len = Sizes.of(setup.model_config), config.training.seq_len
         draw_steps(sizes, first, seq_len, hw, style_of(config, hw), title, Path(given.picture, "steps.png"))
     if given.out:
-        Path(given.out).write_text(as_toml(found.candidates[0].layout, given.config, given.out))
+        keys_given = {name: value for name, value in flatten(config).items() if name in fixed}
+        Path(given.out).write_text(as_toml(found.candidates[0].layout, given.config, given.out, keys_given))
         if not given.json:
             print(f"\nwritten to {given.out}: train.py --job.config_file {given.out}")
+
+
+def _check_outputs(given: argparse.Namespace) -> None:
+    """UserError for files that cannot be written, before any work, or that are there: nothing is overwritten."""
+    if given.out and (out := Path(given.out)):
+        if out.exists():
+            raise UserError(f"--out {out} exists, and is not overwritten; give another name, or delete it first")
+        if not out.parent.is_dir():
+            raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if given.picture:
+        check_matplotlib()
+        if Path(given.picture).exists() and not Path(given.picture).is_dir():
+            raise UserError(f"--picture {given.picture} is a file; give a folder")
+
+
+def _as_configured(run: Run) -> str:
+    """Lines on a run as it is configured."""
+    lines = [describe(run.layout), *(f"{name}: {value:.6g}" for name, value in run.figures.items())]
+    if c := run.candidate:
+        verb, gib = "fits" if c.fits else "does not fit", 2**30
+        lines.append(f"step_s: {c.time.step_s:.6g}")
+        lines.append(
+            f"{verb}: needs {c.needed_bytes / gib:.1f} GiB of {run.hw.memory_bytes / gib:.1f}, with what a GPU holds "
+            "besides; recorded by a dry run"
+        )
+    return "\n".join(lines)
 
 
 def _any_setup(config: Config) -> Setup:
@@ -111,8 +142,13 @@ def _global_batch(config: Config, tokens: int | None, gpus: int) -> int:
     return config.training.local_batch_size * gpus
 
 
-def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: Search, top: int) -> str:
-    """The fastest layouts with where their time goes, in percent, and why others are not among them."""
+def table(
+    config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: Search, top: int, tokens: int | None = None
+) -> str:
+    """The fastest layouts with where their time goes, in percent, and why others are not among them.
+
+    tokens: of --global-batch-tokens.
+    """
     seq_len = config.training.seq_len
     width = 1 + max(len(describe(c.layout)) for c in found.candidates[:top])
     style = "compiled" if config.compile.enable else "eager"
@@ -132,6 +168,8 @@ def table(config: Config, s: Sizes, hw: Hardware, gpus: int, batch: int, found: 
             f"{c.time.tokens_per_s:10,.0f}{c.time.mfu_full:6.1%}{c.time.step_s:8.2f}"
             f"{c.needed_bytes / 2**30:7.1f}{'*' if c.exact else ' '}{shares}"
         )
+    if batch * seq_len != (tokens or batch * seq_len):
+        lines += ["", f"{batch} whole sequences of {seq_len} are {batch * seq_len:,} of the {tokens:,} tokens given."]
     lines += ["", f"GiB: of {hw.memory_bytes / 2**30:.1f}, with what a GPU holds besides; * recorded by a dry run."]
     lines += ["MFU: attention in full. Columns from matmul on: percent of the step."]
     if hw.measured:
@@ -168,16 +206,6 @@ def draw(shown: list[Candidate], found: Search, title: str, folder: str) -> None
             draw_memory(record, f"{title}: {describe(c.layout)}, stage {stages}", Path(folder, file))
 
 
-def describe(a: Layout) -> str:
-    """In words, without what is 1."""
-    degrees = {"pp": a.pp, "dp_replicate": a.dp_replicate, "dp_shard": a.dp_shard, "cp": a.cp, "tp": a.tp, "ep": a.ep}
-    text = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one GPU"
-    if a.pp > 1:
-        text += f" {a.schedule}" + (f" x{a.virtual}" if a.virtual > 2 else "")
-    text += "" if a.reshard or a.pp > 1 else " no reshard"
-    return text + ("" if a.state_dtype == "float32" else " bf16 moments")
-
-
 def explain(c: Candidate, hw: Hardware) -> str:
     """The terms of one layout."""
     lines = ["", f"{describe(c.layout)}: a step of {c.time.step_s:.3f} s is"]
@@ -187,7 +215,9 @@ def explain(c: Candidate, hw: Hardware) -> str:
         if k.endswith("_s") and k not in ("step_s", "tokens_per_s")
     ]
     lines += [
-        f"  {v:9.4f} s  {k.removesuffix('_s').replace('_', ' ')}" for k, v in sorted(terms, key=lambda t: -t[1]) if v
+        f"  {v:9.4f} s  {k.removesuffix('_s').replace('_', ' ')}"
+        for k, v in sorted(terms, key=lambda t: -t[1])
+        if v > 5e-5
     ]
     m = c.memory
     lines.append(f"in closed form the peak is {m.peak / 2**30:.2f} GiB, at the moment '{m.moment}', and there are")
@@ -205,11 +235,11 @@ def explain(c: Candidate, hw: Hardware) -> str:
     return "\n".join(lines)
 
 
-def as_toml(layout: Layout, config_file: str, out: str) -> str:
-    """A file that has `config_file` as its base and the layout's keys."""
+def as_toml(layout: Layout, config_file: str, out: str, given: Mapping[str, Any]) -> str:
+    """A file that has `config_file` as its base, the keys `given` on the command line, and the layout's."""
     base = os.path.relpath(config_file, Path(out).parent)
     sections: dict[str, list[str]] = {}
-    for name, value in layout_keys(layout).items():
+    for name, value in sorted({**given, **layout_keys(layout)}.items()):
         section, _, leaf = name.rpartition(".")
         sections.setdefault(section, []).append(f"{leaf} = {toml_value(value)}")
     blocks = ["\n".join([f"[{name}]", *lines]) for name, lines in sections.items()]

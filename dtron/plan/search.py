@@ -5,6 +5,8 @@ the peak of the first few.
 """
 
 import dataclasses
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from dtron.parallel.incompatible import FEATURES
 from dtron.parallel.schedules import SCHEDULES
 from dtron.plan.dryrun import dry_run, shortened
 from dtron.plan.hardware import Hardware
-from dtron.plan.layout import Layout, Sizes, loss_chunk, muon_steps
+from dtron.plan.layout import Layout, Sizes, describe, loss_chunk, muon_steps
 from dtron.plan.memory import FRAGMENTATION, Memory, beside_allocator, closed_form_peak
 from dtron.plan.record import StepRecord
 from dtron.plan.timemodel import Prediction, predict, style_of
@@ -189,6 +191,7 @@ def search(
                 time = predict(s, layout, seq_len, hw, style)
                 too_big[family] = Candidate(layout, memory, time, memory.peak, reserved, False)
     if not looked_at:
+        _check_degrees(gpus, fixed)
         raise UserError(
             f"no layout of {gpus} GPUs makes a global batch of {global_batch} sequences with the keys that are given; "
             "change --gpus, --global-batch-tokens or training.global_batch_size, or give fewer keys"
@@ -206,6 +209,17 @@ def search(
     best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
     best |= {(c.layout.tp, c.layout.pp): c.time.tokens_per_s for c in reversed(found)}
     return Search(legal, illegal + reasons, smallest, looked_at, best)
+
+
+def _check_degrees(gpus: int, fixed: Mapping[str, Any]) -> None:
+    """UserError where the degrees that are given cannot make so many GPUs."""
+    names = {"pp": "pipeline_parallel_degree", "dp_replicate": "data_parallel_replicate_degree"}
+    names |= {"dp_shard": "data_parallel_shard_degree", "cp": "context_parallel_degree", "tp": "tensor_parallel_degree"}
+    given = {short: fixed[P + name] for short, name in names.items() if fixed.get(P + name, -1) > 0}
+    product = math.prod(given.values())
+    if gpus % product or (len(given) == len(names) and product != gpus):
+        text = " x ".join(f"{name} {degree}" for name, degree in given.items())
+        raise UserError(f"{text} = {product} does not divide --gpus {gpus}; change one of them")
 
 
 def _schedules(config: Config, fixed: Mapping[str, Any]) -> tuple[str, ...]:
@@ -276,7 +290,7 @@ def _batches(
                         )  # fmt: skip
             continue
         for recompute in recomputes:
-            for reshard in (True, False) if first.dp_shard * first.cp > 1 else (True,):
+            for reshard in (True, False):
                 yield dataclasses.replace(
                     first, microbatch=microbatch, microbatches=microbatches, recompute=recompute, reshard=reshard
                 )
@@ -353,7 +367,14 @@ def _legal(
             continue
         if recorded < exact and attempts < TRIES * exact:
             attempts += 1
-            candidate = record(candidate, setup, hw)
+            try:
+                candidate = record(candidate, setup, hw)
+            except Exception as error:  # of torch, on a layout of many; the others are not lost by it
+                what = (str(error).splitlines() or [type(error).__name__])[0]
+                text = f"{describe(a)}: a dry run of it failed, so that its memory is an estimate: {what}"
+                print(f"warning: {text}", file=sys.stderr)  # stdout may be JSON
+                legal.append(candidate)
+                continue
             if not candidate.fits:
                 line = f"recorded: needs {candidate.needed_bytes / 2**30:.1f} GiB, more than estimated: does not fit"
                 reasons[line] = reasons.get(line, 0) + 1

@@ -98,6 +98,53 @@ def test_the_command_ranks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     config = load(["--job.config_file", str(out)])
     assert config.parallelism.tensor_parallel_degree == 2  # a key that was given
     resolve(config, 8, "cpu")
+    text = out.read_text()
+    assert main(arguments) == 1 and out.read_text() == text
+    assert f"--out {out} exists, and is not overwritten" in capsys.readouterr().err
+
+
+def test_all_keys_that_are_given_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, keys = tmp_path / "plan.toml", "--training.seq_len 32 --optimizer.name Muon --training.steps 5 --tp 2"
+    arguments = ["plan", DEBUG, "--gpus", "2", "--exact", "0"]
+    assert main([*arguments, "--out", str(out), *keys.split()]) == 0
+    config = load(["--job.config_file", str(out)])
+    assert (config.training.seq_len, config.training.steps, config.optimizer.name) == (32, 5, "Muon")
+    capsys.readouterr()
+    assert main(["plan", str(out), "--gpus", "2", "--as-configured"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tp 2 ") and "fits: needs" in said and "GiB of 79.1" in said
+    assert main([*arguments, "--out", str(tmp_path / "no" / "plan.toml")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert main([*arguments, "--tp", "3"]) == 1
+    assert "tp 3 = 3 does not divide --gpus 2" in capsys.readouterr().err
+    assert main([*arguments, "--global-batch-tokens", "1000", "--top", "1"]) == 0
+    assert "15 whole sequences of 64 are 960 of the 1,000 tokens given" in capsys.readouterr().out
+
+
+def test_a_dry_run_that_fails_leaves_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel\nof that")
+
+    monkeypatch.setattr("dtron.plan.search.dry_run", fail)
+    assert main(["plan", DEBUG, "--gpus", "2", "--exact", "2", "--top", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    assert [c["exact"] for c in json.loads(said.out)] == [False, False]
+    assert "a dry run of it failed, so that its memory is an estimate: no kernel" in said.err
+
+
+def test_one_gpu_may_free_its_gathered_weights() -> None:
+    """As fsdp_reshard_after_forward says; the closed form and the record know both."""
+    peaks = []
+    for reshard in (True, False):
+        layout = Layout(microbatch=1, recompute="none", reshard=reshard)
+        start = setup_of(f"{WIDE} --training.seq_len 2048 --training.loss_chunk_tokens {layout.loss_chunk}", 1)
+        setup = resolve(with_keys(start.config, layout), 1, "cuda")
+        peaks.append(dry_run(setup, 0).peak.total)
+        closed = closed_form_peak(Sizes.of(setup.model_config), layout, 2048).peak
+        assert closed == pytest.approx(peaks[-1], rel=0.03)
+    assert peaks[0] < peaks[1]
 
 
 def test_the_table_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +187,7 @@ def test_what_fits_but_for_the_margins_of_an_estimate_is_recorded(
     """A step of bf16 moments on one GPU, of which the record holds less than the estimate with its margins."""
     keys = "--model.n_layers 12 --model.dim 1024 --training.global_batch_size 8 --training.local_batch_size 2"
     keys += " --activation_checkpoint.mode full --optimizer.state_dtype bfloat16"
+    keys += " --parallelism.fsdp_reshard_after_forward never"
     arguments = ["plan", DEBUG, *keys.split(), "--gpus", "1", "--json", "--top", "1"]
     assert main([*arguments, "--exact", "0"]) == 0
     estimate = json.loads(capsys.readouterr().out)[0]["needed_bytes"]

@@ -51,7 +51,10 @@ def test_a_cpu_run_is_predicted_from_preflights_rates(folder: Path, capsys: pyte
         read_hardware("h100", cpu=True)
     (folder / "metrics.jsonl").write_text("")
     assert main(arguments) == 1
-    assert "has no row with a speed" in capsys.readouterr().err
+    assert "has no row with tokens_per_s_per_gpu" in capsys.readouterr().err
+    (folder / "metrics.jsonl").unlink()
+    assert main(arguments) == 1
+    assert "No such file or directory; expected the metrics.jsonl of a run" in capsys.readouterr().err
 
 
 def test_torchs_name_of_a_gpu_is_one_of_the_table() -> None:
