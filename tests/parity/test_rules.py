@@ -1,6 +1,7 @@
 """Every rule that parity rests on is seen to matter: without it the same comparison fails."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -263,10 +264,10 @@ def router_gradients_summed() -> Iterator[None]:
 def norms_of_own_heads() -> Any:
     """The norm over all heads taken over each rank's own."""
 
-    def own(module: Any, mesh: Any, x: Tensor) -> Tensor:
+    def own(module: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], module.weight.to_local(), module.eps)
 
-    return patch.object(tensor.QueryKeyNorm, "_normalise", own)
+    return patch.object(tensor, "_norm_of_heads", lambda forward: own)
 
 
 @broken
@@ -307,7 +308,11 @@ def kept_weights_are_freed() -> Any:
 def whole_matrices() -> Any:
     """Muon with each rank's shards as if they were matrices."""
     found = muon._matrices
-    return patch.object(muon, "_matrices", lambda *args: [(matrix, (None, ())) for matrix, _ in found(*args)])
+
+    def own(*args: Any) -> list[Any]:
+        return [(dataclasses.replace(m, shape=tuple(m.shard(m.p).shape[-2:])), (None, ())) for m, _ in found(*args)]
+
+    return patch.object(muon, "_matrices", own)
 
 
 def _shard(change: Callable[[VocabularyShard], VocabularyShard]) -> Any:
