@@ -28,6 +28,7 @@ __all__ = ["main"]
 
 SHOWN_REASONS = 8
 RATES = "flops", "memory_rate", "link_rate", "network_rate"
+MOMENTS = {"loss": "at the loss", "block": "in the backward of a block", "end": "at the end of the backward"}
 PARTS = {  # of a step's time, in the table
     "matmul": ("matmul_s",),
     "attn": ("attention_s",),
@@ -220,11 +221,11 @@ def explain(c: Candidate, hw: Hardware) -> str:
         if v > 5e-5
     ]
     m = c.memory
-    lines.append(f"in closed form the peak is {m.peak / 2**30:.2f} GiB, at the moment '{m.moment}', and there are")
-    rows = ("state", m.state), ("gradients", m.gradients), ("activations", m.activations), ("gathered", m.gathered)
-    for name, size in (*rows, ("logits", m.logits), ("receive", m.receive)):
-        if size:
-            lines.append(f"  {size / 2**30:9.2f} GiB {name}")
+    lines.append(f"in closed form the peak is {m.peak / 2**30:.2f} GiB, {MOMENTS[m.moment]}, of which are")
+    rows = [("state", m.state), ("gradients", m.gradients), ("activations", m.activations), ("gathered", m.gathered)]
+    rows += [("logits", m.logits if m.moment == "loss" else 0.0), ("receive", m.receive)]
+    rows.append(("working memory", m.peak - sum(size for _, size in rows)))
+    lines += [f"  {size / 2**30:9.2f} GiB {name}" for name, size in rows if size > 5e6]
     how = "recorded" if c.exact else "estimated"
     lines.append(f"{how} peak {c.peak_bytes / 2**30:.2f} GiB")
     more = "with expandable segments"

@@ -154,6 +154,14 @@ def test_the_table_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*arguments, "--global-batch-tokens", "1024"]) == 0
     text = capsys.readouterr().out
     assert "Not among them:" in text and "GiB of 2 at least" in text and "a step of" in text
+    assert (
+        main(["plan", str(ROOT / "configs/llama3-8b.toml"), "--gpus", "64", "--tp", "2", "--exact", "0", "--explain"])
+        == 0
+    )
+    text = capsys.readouterr().out
+    peak = re.search(r"the peak is ([0-9.]+) GiB, (at the loss|in the backward of a block)", text)
+    parts = [float(size) for size in re.findall(r"^ +([0-9.]+) GiB [a-z]", text, re.MULTILINE)]
+    assert peak and len(parts) >= 5 and sum(parts) == pytest.approx(float(peak[1]), abs=0.04)
 
 
 def test_bad_input_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
