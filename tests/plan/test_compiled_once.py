@@ -4,6 +4,7 @@ import pytest
 from test_peak import setup_of
 from torch._dynamo.utils import counters
 
+from dtron import compat
 from dtron.plan.dryrun import dry_run
 
 LAYOUTS = {
@@ -21,6 +22,8 @@ SHORT = {"experts ep4 tp2", "documents cp2"}
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SHORT else pytest.mark.long) for n in LAYOUTS])
 def test_blocks_share_their_code(name: str) -> None:
     world, arguments = LAYOUTS[name]
+    if "qwen3_moe" in arguments and not compat.has_units_of_two_meshes:
+        pytest.skip("refused: compiled blocks with experts that are sharded otherwise than the rest need torch 2.13")
     keys = "--compile.enable --training.mixed_precision_param bfloat16 --activation_checkpoint.mode none"
     before = counters["stats"]["unique_graphs"]
     dry_run(setup_of(f"{arguments} --model.n_layers 3 {keys}", world), 0, replay=False)
