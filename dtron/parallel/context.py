@@ -31,7 +31,7 @@ from dtron.errors import UserError
 from dtron.mesh import Degrees
 from dtron.models.attention import AttentionMask, CausalAttention
 from dtron.models.spec import ModelConfig, needs_masks
-from dtron.parallel.forwards import Forward, replace_forward
+from dtron.parallel.forwards import replace_forward
 
 __all__ = [
     "apply_context_parallel",
@@ -76,19 +76,15 @@ def apply_gathered_attention(model: nn.Module, cp: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, CausalAttention):
             module.cp_mesh = cp  # type: ignore[assignment]
-            replace_forward(module, _attending_to_all)
+            replace_forward(module, _attend_to_all)
 
 
-def _attending_to_all(attend: Forward) -> Forward:
-    def forward(
-        module: CausalAttention, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: Tensor | None = None
-    ) -> Tensor:
-        both = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cast(DeviceMesh, module.cp_mesh))
-        k, v = both.unbind()  # [B, K, S, D] each, of the sequence
-        out: Tensor = attend(module, q, k, v, mask, sinks)
-        return out
-
-    return forward
+def _attend_to_all(
+    module: CausalAttention, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: Tensor | None = None
+) -> Tensor:
+    both = compat.all_gather(torch.stack((k, v)), _SEQUENCE + 1, cast(DeviceMesh, module.cp_mesh))
+    k, v = both.unbind()  # [B, K, S, D] each, of the sequence
+    return CausalAttention.forward(module, q, k, v, mask, sinks)
 
 
 def gathered_positions(seq_len: int, size: int, head_tail: bool) -> Tensor:

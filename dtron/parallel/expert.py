@@ -32,7 +32,7 @@ from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees, Mesh
 from dtron.models.moe import Experts, MixtureOfExperts, MoEConfig, Router, permute, swiglu_of_experts
-from dtron.parallel.forwards import Forward, replace_forward
+from dtron.parallel.forwards import replace_forward
 from dtron.parallel.incompatible import FEATURES
 
 __all__ = ["FeedForwardInput", "LocalRouter", "apply_expert_parallel", "check_experts"]
@@ -54,7 +54,7 @@ def apply_expert_parallel(part: nn.Module, mesh: Mesh) -> None:
                 shard = distribute_tensor(p.detach(), mesh.ep, [Shard(0)], src_data_rank=None)
                 module.register_parameter(name, nn.Parameter(shard))
             module.ep_mesh = mesh.ep  # type: ignore[assignment]
-            replace_forward(module, _dispatching)
+            replace_forward(module, _dispatch)
 
 
 def _sum_over(groups: list[torch.distributed.ProcessGroup], counts: Tensor) -> Tensor:
@@ -66,10 +66,6 @@ def _sum_over(groups: list[torch.distributed.ProcessGroup], counts: Tensor) -> T
 def _wait(tensor: Tensor) -> Tensor:
     finished: Tensor = funcol.wait_tensor(tensor)  # type: ignore[no-untyped-call]
     return finished
-
-
-def _dispatching(_: Forward) -> Forward:
-    return _dispatch
 
 
 def _dispatch(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
@@ -102,20 +98,17 @@ class LocalRouter(ParallelStyle):
         for name in ("weight", "bias"):
             if (p := getattr(module, name)) is not None:
                 setattr(module, name, nn.Parameter(distribute_tensor(p, mesh, [Replicate()], src_data_rank=None)))
-        replace_forward(module, _routing_locally)
+        replace_forward(module, _route)
         return module
 
 
-def _routing_locally(_: Forward) -> Forward:
+def _route(module: Router, x: Tensor) -> Tensor:
     def local(p: Tensor | None) -> Tensor | None:
         return None if p is None else cast(DTensor, p).to_local(grad_placements=[ROUTER_GRADIENT])
 
-    def forward(module: Router, x: Tensor) -> Tensor:
-        weight = local(module.weight)
-        assert weight is not None
-        return module.scores(x, weight, local(module.bias))
-
-    return forward
+    weight = local(module.weight)
+    assert weight is not None
+    return module.scores(x, weight, local(module.bias))
 
 
 class FeedForwardInput(ParallelStyle):

@@ -10,20 +10,18 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Forward", "replace_forward"]
-
-Forward = Callable[..., Any]
+__all__ = ["replace_forward"]
 
 
-def replace_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> None:
-    """Give `module` a class whose forward is `make(the forward of its present class)`, a function of the module, too.
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give `module` a class of which `forward(module, ...)` is the method.
 
-    make: a function of a file, not one made for this module; what differs between modules is in their attributes.
+    forward: a function of a file, not one made for this module; what differs between modules is in their attributes.
     """
-    module.__class__ = _subclass(type(module), make)  # type: ignore[arg-type]
+    module.__class__ = _subclass(type(module), forward)  # type: ignore[arg-type]
 
 
 @cache
-def _subclass(base: type[nn.Module], make: Callable[[Forward], Forward]) -> type[nn.Module]:
-    members = {"forward": make(base.forward), "__module__": base.__module__, "__qualname__": base.__qualname__}
+def _subclass(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    members = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), members)

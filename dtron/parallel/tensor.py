@@ -35,7 +35,7 @@ from dtron.models.loss import VocabularyShard
 from dtron.models.spec import ModelConfig, ModelSpec
 from dtron.models.variants import XIELU, NormOfHeads, NormPerHead
 from dtron.parallel.expert import FeedForwardInput, LocalRouter
-from dtron.parallel.forwards import Forward, replace_forward
+from dtron.parallel.forwards import replace_forward
 
 __all__ = [
     "VocabParallelEmbedding", "VocabParallelHead", "apply_tensor_parallel", "check_tensor", "llama_plan",
@@ -120,26 +120,18 @@ class QueryKeyNorm(ParallelStyle):
         return module
 
 
-def _norm_of_heads(_: Forward) -> Forward:
-    def forward(module: NormOfHeads, x: Tensor) -> Tensor:
-        weight, local = cast(DTensor, module.weight), x.float()  # [B, S, H * D / tp]
-        squares = DTensor.from_local(
-            local.square().sum(-1, keepdim=True), weight.device_mesh, [Partial()], run_check=False
-        )
-        # Every rank uses the sum for its own heads, so the gradients by it add up over the ranks.
-        whole = squares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        assert module.eps is not None
-        normal = (local * torch.rsqrt(whole / module.normalized_shape[0] + module.eps)).type_as(x)
-        return normal * weight.to_local()
-
-    return forward
+def _norm_of_heads(module: NormOfHeads, x: Tensor) -> Tensor:
+    weight, local = cast(DTensor, module.weight), x.float()  # [B, S, H * D / tp]
+    squares = DTensor.from_local(local.square().sum(-1, keepdim=True), weight.device_mesh, [Partial()], run_check=False)
+    # Every rank uses the sum for its own heads, so the gradients by it add up over the ranks.
+    whole = squares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    assert module.eps is not None
+    normal = (local * torch.rsqrt(whole / module.normalized_shape[0] + module.eps)).type_as(x)
+    return normal * weight.to_local()
 
 
-def _norm_per_head(_: Forward) -> Forward:
-    def forward(module: NormPerHead, x: Tensor) -> Tensor:
-        return module.normalise(x, cast(DTensor, module.weight).to_local())
-
-    return forward
+def _norm_per_head(module: NormPerHead, x: Tensor) -> Tensor:
+    return module.normalise(x, cast(DTensor, module.weight).to_local())
 
 
 class SinksOfHeads(ParallelStyle):
@@ -152,11 +144,8 @@ class SinksOfHeads(ParallelStyle):
         return module
 
 
-def _local_weight(_: Forward) -> Forward:
-    def forward(module: nn.Module) -> Tensor:
-        return cast(DTensor, module.weight).to_local()
-
-    return forward
+def _local_weight(module: nn.Module) -> Tensor:
+    return cast(DTensor, module.weight).to_local()
 
 
 class LearnedActivation(ParallelStyle):
@@ -171,12 +160,9 @@ class LearnedActivation(ParallelStyle):
         return module
 
 
-def _learned_activation(_: Forward) -> Forward:
-    def forward(module: XIELU, x: Tensor) -> Tensor:
-        alphas = [cast(DTensor, p) for p in (module.alpha_p, module.alpha_n)]
-        return module.of(x, *(p.to_local(grad_placements=[ACTIVATION_GRADIENT]) for p in alphas))
-
-    return forward
+def _learned_activation(module: XIELU, x: Tensor) -> Tensor:
+    alphas = [cast(DTensor, p) for p in (module.alpha_p, module.alpha_n)]
+    return module.of(x, *(p.to_local(grad_placements=[ACTIVATION_GRADIENT]) for p in alphas))
 
 
 def llama_plan(loss_parallel: bool) -> dict[str, ParallelStyle]:

@@ -1,6 +1,6 @@
 """Hold the planner's time model against published steps, by source, and with each source held out of the fit.
 
-python scripts/bench/plan_error.py [--fit] [--rank]
+python scripts/bench/plan_error.py [--fit] [--rank] [--rows]
 
 published_steps.csv, beside this file, has the steps: nanotron's benchmark_summary (Hugging Face's Ultra-Scale Playbook,
 best layout per model and number of nodes; the MFU of its tied models with a pipeline, which counts the embedding twice,
@@ -10,7 +10,8 @@ with 2,048 tokens in bf16 of MosaicML llm-foundry's scripts/train/benchmarking, 
 and table 4 of the Llama 3 paper (arXiv 2407.21783). power: what the cards may draw, as a share of the data sheet's;
 memory_rate and network_rate: in bytes per second and GPU, where they are not the table's.
 
-Not fitted, but a test of the others: mosaic-other, llm-foundry's steps with 512 to 8,192 tokens, and megatron, those of
+Not fitted, but a test of the others: mosaic-other, llm-foundry's steps with 512 to 8,192 tokens, mosaic-long, its steps
+with more, whose attention is a slow kernel that the model does not know; megatron, those of
 Megatron-LM with selective recomputation (table 5 of arXiv 2205.05198; how slow its attention is was guessed), and
 float8, torchtitan's with torchao, tensor, pipeline and context parallel (the same file, and llama3-8b_h200_202506; the
 first of them is one of those from which float8's rate is, those of cp 2 to 8 are where the ring's cost is from).
@@ -102,7 +103,7 @@ def style_of(row: dict[str, Any]) -> Style:
     return style
 
 
-UNSEEN = ("mosaic-other", "megatron", "float8")
+UNSEEN = ("mosaic-other", "mosaic-long", "megatron", "float8")
 
 
 def read(unseen: bool = False) -> list[dict[str, Any]]:
@@ -172,6 +173,18 @@ def summary(rows: list[dict[str, Any]], c: Constants) -> str:
     return f"{len(rows):3} steps: median {median:.1%}, mean {mean:.1%}, from {min(errors):+.0%} to {max(errors):+.0%}"
 
 
+def as_text(row: dict[str, Any], c: Constants) -> str:
+    """One step: what it is, its published tokens per second and GPU, and by how much the prediction is off."""
+    degrees = " ".join(
+        f"{name} {row[name]}" for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp") if row[name] != "1"
+    )
+    flops = row["sizes"].flops_per_token(int(row["seq_len"]), row["causal"] == "1")
+    rate = float(row["tokens_per_s"] or float(row["mfu"] or 0) * row["hw"].flops / flops)
+    what = f"{row['source']} {row['model']} {row['gpus']} x {row['hardware']} {row['style']}, {degrees or 'one GPU'}, "
+    off = math.exp(log_error(row, c))
+    return f"{what}{row['seq_len']} tokens: published {rate:,.0f}, predicted {rate * off:,.0f} ({off - 1:+.0%})"
+
+
 def rank_correlation(rows: list[dict[str, Any]], c: Constants) -> float:
     """Spearman's, of the published MFU and the predicted one."""
     pairs = [(p + log_error(row, c), p) for row, p in map(_log_mfu, rows)]
@@ -183,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="fit the constants, and show the error of sources held out")
     parser.add_argument("--rank", action="store_true", help="rank all layouts of nanotron's 26 cases")
+    parser.add_argument("--rows", action="store_true", help="show each step, its published and its predicted tokens/s")
     given = parser.parse_args()
     rows = read()
     c = fit(rows) if given.fit else Constants()
@@ -202,6 +216,8 @@ def main() -> None:
     print("not fitted:")
     for source in UNSEEN:
         print(f"{source:12}{summary([row for row in read(unseen=True) if row['source'] == source], c)}")
+    if given.rows:
+        print("\n".join(as_text(row, c) for row in [*rows, *read(unseen=True)]))
     if given.rank:
         print(rank_nanotron([row for row in rows if row["source"] == "nanotron"], c))
 

@@ -267,7 +267,7 @@ def norms_of_own_heads() -> Any:
     def own(module: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], module.weight.to_local(), module.eps)
 
-    return patch.object(tensor, "_norm_of_heads", lambda forward: own)
+    return patch.object(tensor, "_norm_of_heads", own)
 
 
 @broken

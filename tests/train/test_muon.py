@@ -48,9 +48,12 @@ def test_steps_are_torchs_to_the_last_bit(adjust_lr_fn: Any, nesterov: bool) -> 
 
 def test_a_rank_may_hold_none_of_the_experts() -> None:
     """Five on four ranks are two, two, one and none."""
-    p = torch.empty(0, 6, 4)
-    p.grad = torch.empty_like(p)
-    muon.Muon([{"params": [p]}], 0.02).step()
+    p, other = torch.empty(0, 6, 4), gradient("p", (6, 4), 0)
+    p.grad, other.grad, before = torch.empty_like(p), gradient("g", (6, 4), 0), other.clone()
+    optimizer = muon.Muon([{"params": [p, other]}], 0.02)
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].shape == p.shape == (0, 6, 4)
+    assert not torch.equal(other, before)  # the matrices beside them go on
 
 
 def test_clipping_and_skipping_inside() -> None:
