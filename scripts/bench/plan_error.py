@@ -14,7 +14,10 @@ Not fitted, but a test of the others: mosaic-other, llm-foundry's steps with 512
 with more, whose attention is a slow kernel that the model does not know; megatron, those of
 Megatron-LM with selective recomputation (table 5 of arXiv 2205.05198; how slow its attention is was guessed), and
 float8, torchtitan's with torchao, tensor, pipeline and context parallel (the same file, and llama3-8b_h200_202506; the
-first of them is one of those from which float8's rate is, those of cp 2 to 8 are where the ring's cost is from).
+first of them is one of those from which float8's rate is, those of cp 2 to 8 are where the ring's cost is from);
+nemo-fp8, NVIDIA's performance summaries of NeMo 24.07 and Megatron-Bridge 25.11 on H100s, in float8, which were held
+against the finished model once and changed nothing; experts, NeMo AutoModel's, those of Megatron's MoE Model Zoo
+without FSDP, and torchtitan's Qwen3-30B on B200s (mlc-ai/pith-train, issue 79).
 """
 
 import argparse
@@ -36,7 +39,7 @@ from dtron.plan.timemodel import ASYNC_TP, COMPILED, EAGER, Style, predict
 
 DATA = Path(__file__).with_name("published_steps.csv")
 FLASH2 = 0.62  # FlashAttention 2's speed beside cuDNN's on Hopper
-MEGATRON = Style(18, 12, 6, 26, 26, fused_projections=True, hidden_tp=0.5, fsdp=False, accumulated_bytes=0)
+MEGATRON = Style(18, 12, 6, 26, 26, fused_projections=True, hidden_tp=0.5, fsdp=False, accumulated_bytes=0, rows=6)
 STYLES = {
     "eager": dataclasses.replace(EAGER, attention=FLASH2, op_matmuls=0.28),
     "compiled": dataclasses.replace(COMPILED, attention=FLASH2, op_matmuls=0.28),
@@ -63,6 +66,10 @@ STYLES = {
     "float8-async": dataclasses.replace(
         COMPILED, attention=FLASH2, float8=Float8(TENSORWISE), hidden_tp=ASYNC_TP
     ),
+    "megatron-fp8": dataclasses.replace(MEGATRON, fused_projections=False, float8=Float8(TENSORWISE)),
+    "fsdp-fp8": dataclasses.replace(COMPILED, float8=Float8(TENSORWISE)),
+    "fused": COMPILED,
+    "fused-op": dataclasses.replace(COMPILED, op_matmuls=0.28),
 }  # fmt: skip
 NANOTRON = {  # dim, layers, heads, kv heads, head size, ffn, vocabulary, tied
     "1.3B": Sizes(2048, 16, 32, 32, 64, 8192, 131072, True),
@@ -73,12 +80,22 @@ NANOTRON = {  # dim, layers, heads, kv heads, head size, ffn, vocabulary, tied
 MPT = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "760m": (1536, 24, 12), "1b": (2048, 24, 16)} | {
     "3b": (2560, 32, 20), "7b": (4096, 32, 32), "13b": (5120, 40, 40), "30b": (7168, 48, 56), "70b": (8192, 80, 64)
 }  # fmt: skip
-GPT = {"22B": (6144, 48, 64), "175B": (12288, 96, 96), "530B": (20480, 105, 128), "1T": (25600, 128, 160)}
+GPT = {"5B": (4096, 24, 32), "20B": (6144, 44, 48)} | {
+    "22B": (6144, 48, 64),
+    "175B": (12288, 96, 96),
+    "530B": (20480, 105, 128),
+    "1T": (25600, 128, 160),
+}
 LLAMA2 = {
     "7b": Sizes(4096, 32, 32, 32, 128, 11008, 32000),
     "13b": Sizes(5120, 40, 40, 40, 128, 13824, 32000),
     "34b": Sizes(8192, 48, 64, 8, 128, 22016, 32000),
     "70b": Sizes(8192, 80, 64, 8, 128, 28672, 32000),
+}
+NEMOTRON = {
+    "8B": Sizes(4096, 32, 32, 32, 128, 16384, 256000, matrices=2),
+    "22B": Sizes(6144, 40, 48, 48, 128, 24576, 256000, matrices=2),
+    "340B": Sizes(18432, 96, 96, 8, 192, 73728, 256000, matrices=2),
 }
 # How far a constant may be from its default, as a share of it.
 WIDTH = {"memory": 0.12, "link": 0.25, "network": 0.25, "launch_s": 0.3}
@@ -91,7 +108,7 @@ def sizes_of(model: str) -> Sizes:
         dim, layers, heads = (MPT | GPT)[flavor]
         vocab = 50368 if family == "mpt" else 51200
         return Sizes(dim, layers, heads, heads, dim // heads, 4 * dim, vocab, tied=True, matrices=2)
-    own = {"nanotron": NANOTRON, "llama2": LLAMA2}
+    own = {"nanotron": NANOTRON, "llama2": LLAMA2, "nemotron": NEMOTRON}
     return own[family][flavor] if family in own else Sizes.of(FAMILIES[family][flavor])
 
 
@@ -103,7 +120,7 @@ def style_of(row: dict[str, Any]) -> Style:
     return style
 
 
-UNSEEN = ("mosaic-other", "mosaic-long", "megatron", "float8")
+UNSEEN = ("mosaic-other", "mosaic-long", "megatron", "float8", "nemo-fp8", "experts")
 
 
 def read(unseen: bool = False) -> list[dict[str, Any]]:
@@ -116,6 +133,7 @@ def read(unseen: bool = False) -> list[dict[str, Any]]:
             names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "microbatch", "microbatches", "virtual")
             layout = Layout(
                 **{name: int(row[name]) for name in names},
+                ep=int(row["ep"] or 1),
                 recompute=row["recompute"],
                 reshard=row["reshard"] == "1",
                 loss_chunk=0,

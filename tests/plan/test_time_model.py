@@ -30,7 +30,8 @@ def test_published_steps_are_predicted() -> None:
     assert bench["rank_correlation"](rows, c) > 0.9
     others = bench["read"](unseen=True)
     # Those of mosaic-long have an attention kernel that the model does not know.
-    unseen = [abs(math.expm1(log_error(row, c))) for row in others if row["source"] != "mosaic-long"]
+    old = [row for row in others if row["source"] in ("mosaic-other", "megatron", "float8")]
+    unseen = [abs(math.expm1(log_error(row, c))) for row in old]
     (float8,) = (bench["as_text"](row, c) for row in others if row["tokens_per_s"] == "8532")
     assert re.fullmatch(
         r"float8 llama3-8B 8 x h100 float8, dp_shard 8, 8192 tokens: published 8,532, predicted [\d,]+ \([+-]\d+%\)",
@@ -38,6 +39,13 @@ def test_published_steps_are_predicted() -> None:
     )
     assert len(unseen) == 98
     assert statistics.median(unseen) < 0.06 and statistics.mean(unseen) < 0.08
+    # Held against the model when it was finished: NVIDIA's in float8. Experts are off by more.
+    nemo, experts = (
+        [abs(math.expm1(log_error(row, c))) for row in others if row["source"] == name]
+        for name in ("nemo-fp8", "experts")
+    )
+    assert len(nemo) == 15 and statistics.median(nemo) < 0.06 and statistics.mean(nemo) < 0.08
+    assert len(experts) == 7 and statistics.median(experts) < 0.22
     # FSDP on 128 to 512 H100s loses 2 to 10%, of which the latency of messages is most.
     large = [row for row in rows if row["source"] == "mosaic" and int(row["gpus"]) in (128, 512)]
     h100 = {(row["model"], row["gpus"]): log_error(row, c) for row in large if row["hardware"] == "h100"}

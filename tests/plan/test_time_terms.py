@@ -3,12 +3,17 @@
 import dataclasses
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_peak import MODEL, setup_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dtron.config import load
 from dtron.models.families import FAMILIES
+from dtron.models.moe import MixtureOfExperts, MoEConfig
 from dtron.plan.dryrun import dry_run
 from dtron.plan.float8 import MODULES, Float8, float8_of
 from dtron.plan.hardware import HARDWARE, Constants
@@ -16,7 +21,7 @@ from dtron.plan.layout import Layout, Sizes
 from dtron.plan.memory import closed_form_peak
 from dtron.plan.muon import muon_s, newton_schulz_s
 from dtron.plan.single import layout_of
-from dtron.plan.timemodel import COMPILED, predict, stage_times
+from dtron.plan.timemodel import COMPILED, EAGER, predict, stage_times
 from dtron.train.resolve import resolve
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts/bench/plan_error.py"
@@ -175,3 +180,41 @@ def test_float8_is_recorded(gathered: bool) -> None:
     ]
     blocks = 2 * 2 * 3 * sum(k * n for k, n in Float8(1.0)._widths(Sizes.of(setups[0].model_config)).values())
     assert gathers[0] - gathers[1] == pytest.approx(blocks / 2 * gathered, rel=0.01)
+
+
+def test_rows_of_experts_are_read_and_written_as_the_operators_of_a_mixture_do() -> None:
+    """Eager: all that a mixture's operators read and write beside its products and SwiGLU, forward and backward."""
+    d, f, k, tokens = 512, 64, 8, 2048
+    with torch.device("meta"):
+        mixture = MixtureOfExperts(d, MoEConfig(n_experts=16, top_k=k, expert_dim=f), None).to(dtype=torch.bfloat16)
+        x = torch.empty(1, tokens, d, dtype=torch.bfloat16, requires_grad=True)
+        with Moved(at_least=tokens * k * d) as moved:
+            out = mixture(x)
+            torch.autograd.backward(out, torch.empty_like(out))
+    assert moved.bytes / (tokens * k * d) == pytest.approx(3 * EAGER.rows, rel=0.1)
+    s = Sizes.of(FAMILIES["qwen3_moe"]["30B-A3B"])
+    alone, sharded = (
+        predict(s, Layout(dp_shard=8, ep=ep, recompute="none"), 4096, H100).memory_bound_s for ep in (1, 8)
+    )
+    rows = 4096 * s.top_k * s.dim * s.layers
+    assert sharded - alone == pytest.approx(3 * 8 * rows / MEMORY), "two sorts more, of rows read and written in bf16"
+    with_rows, without = (
+        predict(s, WHOLE, 4096, H100, dataclasses.replace(COMPILED, rows=n)).memory_bound_s for n in (6, 0)
+    )
+    assert with_rows - without == pytest.approx(3 * 6 * rows / MEMORY)
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of the tensors of at least so many elements that operators read or write; views and products not."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__()
+        self.at_least, self.bytes = at_least, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not (func.is_view or "grouped" in str(func) or "empty" in str(func)):
+            for t in tree_leaves((args, kwargs, out)):
+                if isinstance(t, torch.Tensor) and t.numel() >= self.at_least:
+                    self.bytes += min(t.numel() * t.element_size(), t.untyped_storage().nbytes())  # not of expand
+        return out
