@@ -3,8 +3,9 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dtron.config import Config
+from dtron.config import Config, flatten
 from dtron.errors import UserError
 from dtron.observe.metrics import read_metrics
 from dtron.plan.dryrun import dry_run
@@ -15,11 +16,15 @@ from dtron.plan.memory import closed_form_peak
 from dtron.plan.search import Candidate, record
 from dtron.plan.single import check_sizes, layout_of
 from dtron.plan.timemodel import predict, style_of
+from dtron.train.folder import last_config
 from dtron.train.resolve import resolve
 
 __all__ = ["beside_measured", "predict_run"]
 
 GIB = 2**30
+# Keys by which another run is told from this one: what starts like them may change the speed.
+SPEED = ("model.", "parallelism.", "compile.", "activation_checkpoint.", "quantize.", "training.seq_len")
+SPEED += ("training.local_batch_size", "training.global_batch_size", "optimizer.name", "optimizer.state_dtype")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def beside_measured(config: Config, world: int, hardware: str, metrics: str) -> 
         raise UserError(f"--measured {metrics}: {error.strerror}; expected the metrics.jsonl of a run") from None
     if not rows:
         raise UserError(f"--measured {metrics} has no row with tokens_per_s_per_gpu; expected a run's metrics.jsonl")
+    _check_same_run(config, world, metrics, rows)
     on_cpu, found = config.training.device == "cpu", predict_run(config, world, hardware).figures
     # The first row is that of a step that compiles and warms up.
     speed = statistics.median(row["tokens_per_s_per_gpu"] for row in rows[1:] or rows)
@@ -78,6 +84,28 @@ def beside_measured(config: Config, world: int, hardware: str, metrics: str) -> 
     else:
         lines.append(_line("reserved GiB", peak / GIB, most / GIB, ".1f"))
     return lines
+
+
+def _check_same_run(config: Config, world: int, metrics: str, rows: list[dict[str, Any]]) -> None:
+    """UserError where the rows are of another number of ranks, or the run's own config.toml, beside them, of another
+    model, sequence, layout, batch or recomputation."""
+    ranks = round(statistics.median(row.get("tokens_per_s", 0.0) / row["tokens_per_s_per_gpu"] for row in rows))
+    if ranks not in (0, world):
+        raise UserError(f"--measured {metrics} is of {ranks} ranks, and --gpus is {world}; give --gpus {ranks}")
+    if not (theirs := last_config(Path(metrics).parent)):
+        return
+    runs = [resolve(c, world, "cpu" if c.training.device == "cpu" else "cuda") for c in (config, theirs)]
+    here, there = [
+        (run.model_config, run.config.training.seq_len, layout_of(run), run.config.compile, run.config.quantize)
+        for run in runs
+    ]
+    if here != there:
+        ours, other = (flatten(run.config) for run in runs)
+        names = [n for n in ours if n.startswith(SPEED) and ours[n] != other[n] and -1 not in (ours[n], other[n])]
+        text = ", ".join(f"{name} {other[name]!r}, not {ours[name]!r}" for name in names[:4]) or "another layout"
+        raise UserError(
+            f"--measured {metrics} is of another run than CONFIG: it has {text}; give its own config.toml as CONFIG"
+        )
 
 
 def _line(name: str, predicted: float, measured: float, form: str) -> str:

@@ -59,6 +59,13 @@ class Memory:
     logits: float
     receive: float
 
+    def parts(self) -> dict[str, float]:
+        """Bytes that add up to the peak, by name."""
+        logits = self.logits if self.moment == "loss" else 0.0
+        parts = {"state": self.state, "gradients": self.gradients, "activations": self.activations}
+        parts |= {"gathered": self.gathered, "logits": logits, "receive": self.receive}
+        return parts | {"working memory": self.peak - sum(parts.values())}
+
     def largest_part(self) -> tuple[str, float]:
         """Its name, and bytes."""
         parts = {"parameters and optimizer state": self.state, "gradients": self.gradients}

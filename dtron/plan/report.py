@@ -20,6 +20,7 @@ from dtron.plan.measured import Run, beside_measured, predict_run
 from dtron.plan.picture import check_matplotlib, draw_memory, draw_speed, draw_time
 from dtron.plan.search import Candidate, Search, layout_keys, search
 from dtron.plan.single import check_sizes
+from dtron.plan.slower import near_batch, slower_lines
 from dtron.plan.timemodel import style_of
 from dtron.train.resolve import resolve
 from dtron.train.setup import Setup
@@ -27,6 +28,7 @@ from dtron.train.setup import Setup
 __all__ = ["main"]
 
 SHOWN_REASONS = 8
+WORTH_A_HINT = 0.03
 RATES = "flops", "memory_rate", "link_rate", "network_rate"
 MOMENTS = {"loss": "at the loss", "block": "in the backward of a block", "end": "at the end of the backward"}
 PARTS = {  # of a step's time, in the table
@@ -79,6 +81,8 @@ def main(given: argparse.Namespace, keys: list[str]) -> None:
                 config, Sizes.of(setup.model_config), hw, given.gpus, batch, found, given.top, given.global_batch_tokens
             )
         )
+        if hint := _better_batch(config, setup, given, hw, fixed, batch, found):
+            print(hint)
         if given.explain:
             print(explain(found.candidates[0], hw))
     if given.picture:
@@ -121,6 +125,24 @@ def _as_configured(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _better_batch(
+    config: Config, setup: Setup, given: Any, hw: Hardware, fixed: dict[str, Any], batch: int, found: Search
+) -> str | None:
+    """A line on a batch nearby that splits better and is faster for each token; None without one."""
+    near = near_batch(batch, given.gpus)
+    if near is None or "training.global_batch_size" in fixed:
+        return None
+    other = search(config, setup, given.gpus, hw, fixed, near, 0, 1).candidates
+    best = max(found.candidates, key=lambda c: c.time.tokens_per_s)
+    if not other or other[0].time.tokens_per_s < (1 + WORTH_A_HINT) * best.time.tokens_per_s:
+        return None
+    more = other[0].time.tokens_per_s / best.time.tokens_per_s - 1
+    return (
+        f"\n{batch} sequences a step have few divisors: {near} would be {more:.0%} faster per token "
+        f"({describe(other[0].layout)}), by estimate: --global-batch-tokens {near * config.training.seq_len}"
+    )
+
+
 def _any_setup(config: Config) -> Setup:
     """The model, checked on one rank, where no layout can be at fault."""
     for name in ("pipeline_parallel_degree", "data_parallel_replicate_degree", "data_parallel_shard_degree",
@@ -153,25 +175,30 @@ def table(
     seq_len = config.training.seq_len
     width = 1 + max(len(describe(c.layout)) for c in found.candidates[:top])
     style = "compiled" if config.compile.enable else "eager"
+    recompute = max(9, *(1 + len(_recompute(c.layout)) for c in found.candidates[:top]))
     lines = [
         f"{s.parameters / 1e9:.1f}B parameters on {gpus} x {hw.name}, {batch} x {seq_len} tokens a step, {style}: "
         f"{found.looked_at:,} layouts",
         "",
-        f"{'':3}{'layout':{width}}{'mb x n':>9} {'recompute':9}{'tok/s/GPU':>10}{'MFU':>6}{'step s':>8}{'GiB':>8}"
-        + "".join(f"{name:>7}" for name in PARTS),
+        f"{'':3}{'layout':{width}}{'mb x n':>9} {'recompute':{recompute}}{'tok/s/GPU':>10}{'MFU':>6}{'step s':>8}"
+        f"{'GiB':>8}" + "".join(f"{name:>7}" for name in PARTS),
     ]
     for number, c in enumerate(found.candidates[:top], 1):
         t = dataclasses.asdict(c.time)
         shares = "".join(f"{100 * sum(t[n] for n in names) / c.time.step_s:7.1f}" for names in PARTS.values())
         a = c.layout
         lines.append(
-            f"{number:<3}{describe(a):{width}}{f'{a.microbatch} x {a.microbatches}':>9} {a.recompute:9}"
+            f"{number:<3}{describe(a):{width}}{f'{a.microbatch} x {a.microbatches}':>9} {_recompute(a):{recompute}}"
             f"{c.time.tokens_per_s:10,.0f}{c.time.mfu_full:6.1%}{c.time.step_s:8.2f}"
             f"{c.needed_bytes / 2**30:7.1f}{'*' if c.exact else ' '}{shares}"
         )
     if batch * seq_len != (tokens or batch * seq_len):
         lines += ["", f"{batch} whole sequences of {seq_len} are {batch * seq_len:,} of the {tokens:,} tokens given."]
-    lines += ["", f"GiB: of {hw.memory_bytes / 2**30:.1f}, with what a GPU holds besides; * recorded by a dry run."]
+    lines += [
+        "",
+        f"GiB: of {hw.memory_bytes / 2**30:.1f}, with what a GPU holds besides; * recorded by a dry run, the others "
+        "estimated with a margin: record what you book (--exact, or its keys).",
+    ]
     lines += ["MFU: attention in full. Columns from matmul on: percent of the step."]
     if hw.measured:
         rest = [name for name in RATES if name not in hw.measured]
@@ -181,11 +208,18 @@ def table(
     node = hw.gpus_per_node
     if any(c.layout.tp > node or c.layout.ep > node for c in found.candidates[:top]):
         lines.append(f"Where tp or ep is more than {node}, it leaves the node; that is in the price.")
+    if slower := slower_lines(found):
+        lines += ["", "Others that fit, by their share of the first's speed, and what takes longer (estimates):"]
+        lines += [f"  {line}" for line in slower]
     if found.rejected:
         lines += ["", "Not among them:", *(f"  {line}" for line in found.rejected[:SHOWN_REASONS])]
         if (more := len(found.rejected) - SHOWN_REASONS) > 0:
             lines.append(f"  and {more} reasons more")
     return "\n".join(lines)
+
+
+def _recompute(a: Layout) -> str:
+    return f"{a.recompute} {a.memory_budget:g}" if a.recompute == "budget" else a.recompute
 
 
 def draw(shown: list[Candidate], found: Search, title: str, folder: str) -> None:
@@ -222,10 +256,7 @@ def explain(c: Candidate, hw: Hardware) -> str:
     ]
     m = c.memory
     lines.append(f"in closed form the peak is {m.peak / 2**30:.2f} GiB, {MOMENTS[m.moment]}, of which are")
-    rows = [("state", m.state), ("gradients", m.gradients), ("activations", m.activations), ("gathered", m.gathered)]
-    rows += [("logits", m.logits if m.moment == "loss" else 0.0), ("receive", m.receive)]
-    rows.append(("working memory", m.peak - sum(size for _, size in rows)))
-    lines += [f"  {size / 2**30:9.2f} GiB {name}" for name, size in rows if size > 5e6]
+    lines += [f"  {size / 2**30:9.2f} GiB {name}" for name, size in m.parts().items() if size > 5e6]
     how = "recorded" if c.exact else "estimated"
     lines.append(f"{how} peak {c.peak_bytes / 2**30:.2f} GiB")
     more = "with expandable segments"

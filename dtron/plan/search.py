@@ -41,6 +41,7 @@ RECOMPUTE = {
     "full": ("full", "2"),
     "budget": ("memory_budget", "2"),  # of compiled blocks
 }
+FAMILIES = "tp", "pp", "cp", "ep", "dp_replicate", "recompute"  # of a layout's fields
 EAGER = tuple(name for name in RECOMPUTE if name != "budget")
 
 
@@ -87,6 +88,7 @@ class Candidate:
             "needed_bytes": round(self.needed_bytes),
             "fits": self.fits,
             "exact": self.exact,
+            "estimated_peak_parts_bytes": {name: round(size) for name, size in self.memory.parts().items()},
             "terms_s": {
                 k: v for k, v in dataclasses.asdict(t).items() if k.endswith("_s") and k[:4] not in ("step", "toke")
             },
@@ -98,7 +100,8 @@ class Search:
     """candidates: those that fit, fastest first. rejected: lines that say why others are not among them.
 
     smallest: of those that do not fit, the one that needs least; None without such. best: tokens per second per GPU of
-    the fastest of each (tp, pp) by the closed forms, before dtron's checks; None where none fits.
+    the fastest of each (tp, pp) by the closed forms, before dtron's checks; None where none fits. families: of each of
+    `FAMILIES` and each value that fits the fastest, by the closed forms, too.
     """
 
     candidates: list[Candidate]
@@ -106,6 +109,7 @@ class Search:
     smallest: Candidate | None
     looked_at: int
     best: dict[tuple[int, int], float | None]
+    families: dict[str, dict[Any, Candidate]]
 
 
 def layout_keys(a: Layout) -> dict[str, Any]:
@@ -156,6 +160,7 @@ def search(
     s, seq_len = Sizes.of(setup.model_config), config.training.seq_len
     style, steps, compiled = style_of(config, hw), muon_steps(config), FEATURES["compiled blocks"](config)
     found: list[Candidate] = []
+    near: list[Candidate] = []  # they fit but for the margins of an estimate
     too_big: dict[tuple[int, int, int], Candidate] = {}
     looked_at, families = 0, set[tuple[int, int, int]]()
     # Moments in bf16 are another training: they are tried where those in fp32 do not fit.
@@ -187,6 +192,9 @@ def search(
                 time = predict(s, layout, seq_len, hw, style)
                 found.append(Candidate(layout, memory, time, memory.peak, reserved, True))
                 break
+            if memory.peak + beside_allocator(layout) <= hw.memory_bytes:
+                time = predict(s, layout, seq_len, hw, style)
+                near.append(Candidate(layout, memory, time, memory.peak, reserved, False))
             if family not in too_big or needed < too_big[family].needed_bytes:
                 time = predict(s, layout, seq_len, hw, style)
                 too_big[family] = Candidate(layout, memory, time, memory.peak, reserved, False)
@@ -198,17 +206,30 @@ def search(
         )
     found.sort(key=lambda c: -c.time.tokens_per_s)
     nearest = sorted(too_big.items(), key=lambda item: item[1].needed_bytes)
-    if not found and exact:  # estimates have margins: what fits without them is recorded, to know
-        found = [c for _, c in nearest if c.memory.peak + beside_allocator(c.layout) <= hw.memory_bytes]
-        top = exact
-    legal, illegal = _legal(config, found, gpus, hw, exact, top)
+    tried = _near_misses(near, found, exact)
+    legal, illegal = _legal(config, tried + found, gpus, hw, exact, exact if not found else top)
     legal = [c for c in legal if c.fits]  # not so where there was no try left to record one of those
     families |= {(c.layout.pp, c.layout.tp, c.layout.cp) for c in legal}
     reasons = _too_big([c for family, c in nearest if family not in families], hw)
     smallest = min(too_big.values(), key=lambda c: c.needed_bytes, default=None)
     best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
     best |= {(c.layout.tp, c.layout.pp): c.time.tokens_per_s for c in reversed(found)}
-    return Search(legal, illegal + reasons, smallest, looked_at, best)
+    by_value = {name: {getattr(c.layout, name): c for c in reversed(found)} for name in FAMILIES}
+    return Search(legal, illegal + reasons, smallest, looked_at, best, by_value)
+
+
+def _near_misses(near: list[Candidate], found: list[Candidate], exact: int) -> list[Candidate]:
+    """Those to record: the fastest `exact` that are faster than all of `found`, each of other degrees or recomputation;
+    where nothing is found, of each (pp, tp, cp) the one that needs least."""
+    fastest: dict[tuple[Any, ...], Candidate] = {}
+    if not found:
+        for c in sorted(near, key=lambda c: c.needed_bytes):
+            fastest.setdefault((c.layout.pp, c.layout.tp, c.layout.cp), c)
+        return list(fastest.values())[: TRIES * exact]
+    for c in sorted(near, key=lambda c: -c.time.tokens_per_s):
+        if c.time.tokens_per_s > found[0].time.tokens_per_s:
+            fastest.setdefault((*(getattr(c.layout, name) for name in FAMILIES), c.layout.dp_shard), c)
+    return list(fastest.values())[:exact]
 
 
 def _check_degrees(gpus: int, fixed: Mapping[str, Any]) -> None:
@@ -376,7 +397,8 @@ def _legal(
                 legal.append(candidate)
                 continue
             if not candidate.fits:
-                line = f"recorded: needs {candidate.needed_bytes / 2**30:.1f} GiB, more than estimated: does not fit"
+                what = f"{describe(a)}, {a.microbatch} x {a.microbatches}, {a.recompute}"
+                line = f"recorded: {what} needs {candidate.needed_bytes / 2**30:.1f} GiB: does not fit"
                 reasons[line] = reasons.get(line, 0) + 1
                 continue
             recorded += 1

@@ -218,37 +218,47 @@ class _Work:
     weights: float
     head: tuple[float, float, float]
     bound: float  # of the head, what memory bounds
+    messages: float  # of the head, tensor parallel's
     data_s: float
 
 
 def _work(s: Sizes, a: Layout, seq_len: int, hw: Hardware, c: Constants, style: Style) -> _Work:
     b = _block(s, a, seq_len, hw, c, style)
     again, tokens = _recompute_s(b, a), a.tokens(seq_len)
-    head, bound = _head(s, a, tokens, hw, c, style)
+    head, bound, messages = _head(s, a, tokens, hw, c, style)
     forward, backward = b.total(0), b.total(1) + again
     data, slower, more = _data_parallel(s, a, forward, backward, hw, c, style)
     return _Work(
         b, again, (forward + more[0]) * slower, (backward + more[1]) * slower, b.weights * b.work,
-        head, bound, data,
+        head, bound, messages, data,
     )  # fmt: skip
 
 
 def _head(
     s: Sizes, a: Layout, tokens: int, hw: Hardware, c: Constants, style: Style
-) -> tuple[tuple[float, float, float], float]:
-    """Seconds of the head and the loss of a microbatch, (forward, inputs, weights), and what memory bounds of them."""
+) -> tuple[tuple[float, float, float], float, float]:
+    """Seconds of the head and the loss of a microbatch, (forward, inputs, weights), what memory bounds of them, and of
+    tensor parallel's messages, which are in them, too.
+    """
     vocab, bandwidth = s.vocab // a.tp, hw.memory_rate * c.memory
+    chunks = -(-tokens // a.loss_chunk) if a.loss_chunk else 1
+    group = Group.of(a.tp, 1, hw.gpus_per_node)
+    # The embedding's output is scattered and the head's input gathered, in the backward the other way round. Of each
+    # token three numbers are reduced, the largest logit, the sum of exponentials and the label's logit; of a chunk the
+    # last two together.
+    passed = 2 * message_s(2 * tokens * s.dim, group, hw, c)
+    reduced = message_s(12 * tokens, group, hw, c, tree=True, messages=2 * chunks if a.loss_chunk else 3)
     if not a.loss_chunk:
         bound = tokens * vocab * style.logits / bandwidth
         products = [matmul_s(m, n, k, hw, c) for m, n, k in ((tokens, vocab, s.dim), (tokens, s.dim, vocab))]
-        return (products[0] + bound / 2, products[1] + bound / 2, matmul_s(s.dim, vocab, tokens, hw, c)), bound
-    chunks = -(-tokens // a.loss_chunk)
+        forward, inputs = products[0] + bound / 2 + passed + reduced, products[1] + bound / 2 + passed
+        return (forward, inputs, matmul_s(s.dim, vocab, tokens, hw, c)), bound, 2 * passed + reduced
     rows = -(-tokens // chunks)
     # All is made in the forward; the gradient of weights is added to one in fp32.
     added = max(matmul_s(s.dim, vocab, rows, hw, c), (8 * s.dim * vocab + 2 * rows * (s.dim + vocab)) / bandwidth)
     products = [matmul_s(rows, vocab, s.dim, hw, c), matmul_s(rows, s.dim, vocab, hw, c), added]
     bound = (tokens * vocab * style.chunk_logits + CHUNKED_HEAD * s.dim * vocab + 4 * tokens * s.dim) / bandwidth
-    return (chunks * sum(products) + bound, 0.0, 0.0), bound
+    return (chunks * sum(products) + bound + passed + reduced, passed, 0.0), bound, 2 * passed + reduced
 
 
 def stage_times(
@@ -299,11 +309,11 @@ def predict(
     rate = a.dp * a.microbatch * m * seq_len / step / a.gpus
     n = m * layers
     parts = {
-        "matmul_s": n * sum(b.matmul) + m / a.pp * (sum(w.head) - w.bound),
+        "matmul_s": n * sum(b.matmul) + m / a.pp * (sum(w.head) - w.bound - w.messages),
         "attention_s": n * sum(b.attention),
         "memory_bound_s": n * sum(b.memory) + m / a.pp * w.bound,
         "recompute_s": n * w.again,
-        "tensor_s": n * 2 * b.tensor,
+        "tensor_s": n * 2 * b.tensor + m / a.pp * w.messages,
         "context_s": n * sum(b.context),
         "expert_s": n * 2 * b.expert,
         "data_s": w.data_s + n * (w.forward + w.backward - b.total(0) - b.total(1) - w.again),

@@ -144,7 +144,7 @@ def _is_named(name: str, identity: str) -> bool:
 
 def _resumed(config: Config, folder: Path) -> RunFolder:
     folder.mkdir(parents=True, exist_ok=True)  # the checkpoints may be elsewhere
-    before = _last_config(folder)
+    before = last_config(folder)
     changed = format_differences(differences(config, before, BEARING), len(KEYS)) if before else ""
     message = f"changed since the last attempt: {changed}" if changed else ""
     return RunFolder(folder, _attempt(folder), True, message, changed)
@@ -153,7 +153,7 @@ def _resumed(config: Config, folder: Path) -> RunFolder:
 def _named_run(config: Config, model_config: Any, folder: Path) -> RunFolder:
     """The run that checkpoint.resume_run names. UserError unless this configuration can continue it."""
     key = f"checkpoint.resume_run {folder}"
-    if not (before := _last_config(folder)):
+    if not (before := last_config(folder)):
         raise UserError(f"{key} is no run folder: it has no config.toml; name one, such as outputs/NAME")
     if not holds_checkpoints(checkpoint_folder(config.checkpoint, folder)):
         raise UserError(f"{key} has no checkpoint to continue from; leave the key out to start a run of its own")
@@ -174,7 +174,7 @@ def _is_same_training(config: Config, folder: Path, identity: str) -> bool:
     The name vouches for the dimensions, which may be spelled otherwise. A run that was continued with other
     hyperparameters keeps the name of its first ones.
     """
-    before, named = _last_config(folder), _is_named(folder.name, identity)
+    before, named = last_config(folder), _is_named(folder.name, identity)
     if before is None:
         return named
     return not differences(config, before, [kind for kind in ANOTHER_TRAINING if not named or kind != "dimensions"])
@@ -214,7 +214,7 @@ def write_config(folder: Path, attempt: int, text: str) -> Path:
     return path
 
 
-def _last_config(folder: Path) -> Config | None:
+def last_config(folder: Path) -> Config | None:
     """The configuration of the newest attempt in a run folder; None if there is none, or it is of another version."""
     later = sorted(folder.glob("config-attempt-*.toml"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
     return _read(later[-1] if later else folder / "config.toml")
@@ -266,7 +266,7 @@ def _not_resumed(config: Config, folder: Path) -> str:
         return ""
     found = []
     for other in folder.parent.glob("*/config.toml"):
-        theirs = _last_config(other.parent)
+        theirs = last_config(other.parent)
         if theirs and other.parent != folder and holds_checkpoints(checkpoint_folder(theirs.checkpoint, other.parent)):
             found.append((differences(config, theirs, ANOTHER_TRAINING), other.parent))
     if not found:

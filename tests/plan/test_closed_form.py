@@ -19,6 +19,7 @@ from dtron.plan.memory import closed_form_peak
 from dtron.plan.record import KINDS
 from dtron.plan.report import draw
 from dtron.plan.search import Candidate, Search, layout_keys, layouts, record, with_keys
+from dtron.plan.slower import near_batch
 from dtron.plan.timemodel import predict
 from dtron.registry import look_up
 from dtron.train.resolve import resolve
@@ -164,6 +165,32 @@ def test_the_table_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert peak and len(parts) >= 5 and sum(parts) == pytest.approx(float(peak[1]), abs=0.04)
 
 
+def test_layouts_that_fit_and_are_slower_have_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(ROOT / "configs/llama3-8b.toml"), "--gpus", "16", "--exact", "0", "--top", "1"]
+    # 127 sequences split over one GPU of data parallel at a time; 128 over all.
+    assert main([*arguments, "--global-batch-tokens", str(127 * 8192)]) == 0
+    text = capsys.readouterr().out
+    assert "127 sequences a step have few divisors: 128 would be" in text
+    assert "--global-batch-tokens 1048576" in text
+    assert main([*arguments, "--global-batch-tokens", str(128 * 8192)]) == 0
+    text = capsys.readouterr().out
+    assert "few divisors" not in text
+    lines = text.split("and what takes longer (estimates):\n")[1].split("\n\n")[0].splitlines()
+    by_name = {line.split()[0]: line for line in lines}
+    assert set(by_name) == {"tp", "pp", "cp", "dp_replicate", "recompute"}, "experts are not of this model"
+    assert re.search(r"tp 1;.* 8 \d\d% \(tensor parallel \+[0-9.]+ s\)", by_name["tp"]), by_name
+    assert re.search(r"full \d\d% \(recomputation \+[0-9.]+ s\)", by_name["recompute"]), by_name
+    shares = [int(share) for share in re.findall(r"(\d+)%", text.split("estimates):")[1].split("Not among")[0])]
+    assert shares and max(shares) <= 100
+
+
+@pytest.mark.parametrize(
+    ("batch", "gpus", "near"), [(128, 64, None), (127, 64, 128), (100, 8, 96), (96, 64, None), (7, 64, None)]
+)
+def test_a_batch_nearby_that_splits_better(batch: int, gpus: int, near: int | None) -> None:
+    assert near_batch(batch, gpus) == near
+
+
 def test_bad_input_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", DEBUG, "--gpus", "8", "--exact", "0", "--training.global_batch_size", "7", "--cp", "1"]) == 1
     assert "makes a global batch of 7 sequences" in capsys.readouterr().err
@@ -206,6 +233,16 @@ def test_what_fits_but_for_the_margins_of_an_estimate_is_recorded(
     assert main([*arguments, "--exact", "1"]) == 0
     found = json.loads(capsys.readouterr().out)[0]
     assert found["exact"] and found["fits"] and found["needed_bytes"] < estimate
+    parts = found["estimated_peak_parts_bytes"]
+    assert "activations" in parts and 0 < sum(parts.values()) < estimate
+    # The same beside slower ones that fit by estimate: it is recorded, and comes first.
+    free = [word for word in arguments if word not in ("--activation_checkpoint.mode", "full")]
+    assert main([*free[:-2], "--exact", "0"]) == 0  # on a whole GPU
+    by_estimate = json.loads(capsys.readouterr().out)[0]
+    file.write_text(json.dumps({"name": "h100", "memory_bytes": by_estimate["needed_bytes"] - 1e6}))
+    slower, first = ((main([*free, "--exact", n]), json.loads(capsys.readouterr().out)[0])[1] for n in ("0", "1"))
+    assert slower["tokens_per_s_per_gpu"] < first["tokens_per_s_per_gpu"] == by_estimate["tokens_per_s_per_gpu"]
+    assert first["exact"] and not slower["exact"]
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
@@ -251,6 +288,6 @@ def test_a_dry_run_of_fewer_microbatches_tells_the_peak_of_all(layout: Layout, t
     assert candidate.needed_bytes > candidate.reserved_bytes >= needed
     assert candidate.reserved_plain_bytes and candidate.reserved_plain_bytes > candidate.peak_bytes
     pytest.importorskip("matplotlib")
-    draw([candidate], Search([candidate], [], None, 1, {(1, layout.pp): 1.0}), "title", str(tmp_path))
+    draw([candidate], Search([candidate], [], None, 1, {(1, layout.pp): 1.0}, {}), "title", str(tmp_path))
     stages = ["memory.png"] if layout.pp == 1 else ["memory-stage-0.png", "memory-stage-1.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*stages, "speed.png", "time.png"]

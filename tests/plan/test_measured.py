@@ -49,6 +49,17 @@ def test_a_cpu_run_is_predicted_from_preflights_rates(folder: Path, capsys: pyte
     assert f"predicted {found['tokens_per_s_per_gpu']:,.0f}, measured" in speed
     with pytest.raises(UserError, match="the device is cpu"):
         read_hardware("h100", cpu=True)
+    # What is beside it is another run, or of other ranks.
+    text = (folder / "metrics.jsonl").read_text()
+    base = f"base = {json.dumps(DEBUG)}\n"
+    (folder / "config.toml").write_text(base + "[training]\nseq_len = 32\ndevice = 'cpu'\n")
+    assert main([*arguments, "--training.mixed_precision_param", "float32"]) == 1
+    said = capsys.readouterr().err
+    assert "is of another run than CONFIG: it has training.seq_len 32, not 64; give its own config.toml" in said
+    (folder / "config.toml").unlink()
+    (folder / "metrics.jsonl").write_text(text.replace('"mfu"', '"tokens_per_s": 400, "mfu"'))
+    assert main([*arguments, "--training.mixed_precision_param", "float32"]) == 1
+    assert "is of 4 ranks, and --gpus is 2; give --gpus 4" in capsys.readouterr().err
     (folder / "metrics.jsonl").write_text("")
     assert main(arguments) == 1
     assert "has no row with tokens_per_s_per_gpu" in capsys.readouterr().err
