@@ -12,6 +12,7 @@ outside, or one that a converter changed, may draw random numbers anywhere (drop
 that draws other ones gives wrong gradients silently. It costs microseconds per block.
 """
 
+import logging
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -51,11 +52,17 @@ def apply_recompute(block: nn.Module, index: int, mode: str, option: str) -> nn.
     They are activation_checkpoint.mode and activation_checkpoint.selective_ac_option.
     """
     if mode == "selective" and option == "op":
+        # Every rank that compiles would warn of operations in place, which blocks do not have.
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_known_warning)
         contexts = partial(_selective_contexts, _recomputed(block))
         return compat.checkpoint_wrapper(block, preserve_rng_state=True, context_fn=contexts)
     if mode == "full" or (mode == "selective" and index % int(option) == 0):
         return compat.checkpoint_wrapper(block, preserve_rng_state=True)
     return block
+
+
+def _is_no_known_warning(record: logging.LogRecord) -> bool:
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def recomputed_flops_per_token(block: nn.Module, index: int, attention: float, mode: str, option: str) -> float:

@@ -23,8 +23,10 @@ __all__ = ["beside_measured", "predict_run"]
 
 GIB = 2**30
 # Keys by which another run is told from this one: what starts like them may change the speed.
-SPEED = ("model.", "parallelism.", "compile.", "activation_checkpoint.", "quantize.", "training.seq_len")
-SPEED += ("training.local_batch_size", "training.global_batch_size", "optimizer.name", "optimizer.state_dtype")
+SPEED = (
+    "model.", "parallelism.", "compile.", "activation_checkpoint.", "quantize.", "training.seq_len",
+    "training.local_batch_size", "training.global_batch_size", "optimizer.name", "optimizer.state_dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """What each recompute policy keeps, found by watching which operations the backward runs once more."""
 
+import importlib
+import inspect
+import logging
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -303,3 +306,21 @@ def test_a_memory_budget_of_three_quarters_keeps_what_by_operation_keeps_and_rep
     assert usual[1:] == (14, 0) and usual[0] < 1.1 * by_operation[0] < 0.75 * everything
     nothing = compiled_block(0.0)
     assert nothing[1:] == (20, 1) and nothing[0] < 0.1 * everything  # all but `down`
+
+
+def test_torchs_warning_of_operations_in_place_is_not_shown_by_each_rank():
+    wrap = importlib.import_module("torch._higher_order_ops.wrap")
+    text = "context_fn is passed to torch.utils.checkpoint"
+    assert text in inspect.getsource(wrap), "torch says it otherwise"
+    apply_recompute(Llama(LLAMA_8B).layers["0"], 0, "selective", "op")
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    wrap.log.addHandler(handler)
+    try:
+        wrap.log.warning("Detected that %s under torch.compile.", text)
+        wrap.log.warning("Detected that " + text)
+        wrap.log.warning("another")
+    finally:
+        wrap.log.removeHandler(handler)
+    assert seen[-1] == "another" and len(seen) == 1
