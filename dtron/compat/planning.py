@@ -22,6 +22,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dtron.compat.units import fsdp_groups
+
 __all__ = [
     "FakeTensorMode",
     "backward_number",
@@ -29,7 +31,6 @@ __all__ = [
     "fake_world",
     "forward_number",
     "fsdp_gathered",
-    "fsdp_groups",
     "name_units",
     "fused_norms",
     "group_called",
@@ -229,15 +230,6 @@ def kept_while_sent() -> Iterator[None]:
         yield
 
 
-def fsdp_groups(part: nn.Module) -> Iterator[Any]:
-    """The parameter groups of a part's units; those of modules which share a unit several times."""
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # of 2.13; 2.11 has one at most
-            yield from [state._fsdp_param_group] if groups is None and state._fsdp_param_group else groups or ()
-
-
 def name_units(part: nn.Module) -> None:
     """Let FSDP name its units now, and not in the first forward: a pipeline of several stages gathers before it."""
     if isinstance(part, FSDPModule):
@@ -245,10 +237,10 @@ def name_units(part: nn.Module) -> None:
 
 
 def fsdp_gathered(part: nn.Module) -> Iterator[Tensor]:
-    """What a part's weights are gathered into; that of modules which share a unit several times."""
+    """What weights are gathered into, where it is not themselves; of modules which share a unit several times."""
     for group in fsdp_groups(part):
         for p in group.fsdp_params:
-            yield from getattr(p, "all_gather_outputs", ())
+            yield from (t for t in getattr(p, "all_gather_outputs", ()) if t is not p._sharded_param_data)
             yield from getattr(p, "_unsharded_inner_tensors", ())
 
 

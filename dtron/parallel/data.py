@@ -22,7 +22,6 @@ parameter with bf16 compute, fp32 state and N shards; weights after a forward, g
 """
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from dtron import compat
+from dtron.compat import units
 from dtron.config.sections import Parallelism
 from dtron.mesh import Mesh
 from dtron.models.moe import Experts
@@ -85,34 +85,11 @@ def apply_data_parallel(
         module.set_unshard_in_backward(not all(isinstance(m, nn.Embedding) for m in before))  # a look-up needs none
     if expert_mesh is not None or (reshard_after_forward and mesh.size(mesh.ndim - 1) > 1):
         _prefetch_explicitly(before[:1], list(layers_of(model).values()), after[:1])
-    # On one rank torch divides by a factor of 1 too, into a second copy; without one it would average over more ranks.
-    alone = mesh.size() == 1 and (expert_mesh is None or expert_mesh.size() == 1)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if not alone:
-                module.set_gradient_divide_factor(1.0)
-            elif expert_mesh is None:
-                module.set_custom_reduce_scatter(cast(Any, _OneBuffer()))
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-
-
-class _OneBuffer:
-    """Memory for a unit's gradients on one rank, where FSDP copies what it would reduce to what it would get: the same
-    tensor is given for both, so that nothing is copied and less is held.
-    """
-
-    def __init__(self) -> None:
-        self._input: torch.Tensor | None = None
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """FSDP asks for the input, and then for the output."""
-        buffer, self._input = self._input, None
-        if buffer is None:
-            buffer = self._input = torch.empty(size, dtype=dtype, device=device)
-        return buffer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("nothing is reduced over one rank")
+    units.copy_no_whole_units(model)
 
 
 def _prefetch_explicitly(before: list[nn.Module], blocks: list[nn.Module], after: list[nn.Module]) -> None:

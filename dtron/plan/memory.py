@@ -215,8 +215,8 @@ def _of_rank(s: Sizes, a: Layout, seq_len: int, rank: int) -> Memory:
     else:  # all forwards come before the first backward, when there are no gradients
         block_peak = inside + max(activations, activations * (1 - 1 / live) + gradients)
         loss -= gradients * last
-    # FSDP reduces from another buffer; a shard group of one divides into one more, one rank into none.
-    buffers = 1 if shards > 1 else 2 if a.dp_replicate > 1 or a.ep > 1 else 0
+    # FSDP reduces from another buffer, where there is a shard group of more than one.
+    buffers = int(shards > 1 or (s.experts > 0 and shards * tp > a.ep))
     largest = max(block, matrix if first or last else 0.0)
     end = fixed + max(gradients, FP32 * local) + (BF16 + FP32 * buffers) * largest + (FP32 * block if a.pp == 1 else 0)
     if a.pp > 1:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtron.compat import cp_impl, planning
+from dtron.compat import cp_impl, units
 
 LAYERS = MODELS["small"].n_layers
 Event = tuple[str, int]
@@ -55,7 +55,7 @@ def record(case: Case) -> tuple[list[Event], list[Event]]:
     model.forward_backward(*batches[0], last=False)  # FSDP names its parameters then
     events.clear()
     numbers: dict[int, int] = {}
-    for one in planning.fsdp_groups(part):
+    for one in units.fsdp_groups(part):
         name = one.fsdp_params[0]._param_fqn or ""
         outside = -1 if name.startswith("embed") else LAYERS
         numbers[id(one)] = int(name.split(".")[1]) if name.startswith("layers.") else outside

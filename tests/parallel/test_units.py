@@ -10,7 +10,7 @@ import pytest
 import torch
 from parity.layout import Case, build, build_config, local_batches
 from parity.single import MODELS
-from parity.table import ALWAYS, FSDP2, FSDP2_TP2, NEVER, ONE, PP2_FSDP2
+from parity.table import ALWAYS, DDP2, FSDP2, FSDP2_TP2, NEVER, ONE, PP2_FSDP2
 from ranks import Ranks
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtron.config.sections import Parallelism
 from dtron.mesh import Degrees
+from dtron.models.llama import Llama
 from dtron.parallel.data import reshards_after_forward
 
 LAYERS = MODELS["small"].n_layers
@@ -102,8 +103,8 @@ def test_without_resharding_all_is_gathered_once(ranks: Ranks):
         assert seen.left == seen.left_by_evaluation == set()
 
 
-class Divisions(TorchDispatchMode):
-    """Elements of flat buffers, as FSDP reduces, that are divided out of place, or copied to other memory."""
+class Copies(TorchDispatchMode):
+    """Elements of flat tensors, as FSDP gathers and reduces, that are divided out of place, or copied, or cast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,52 +113,72 @@ class Divisions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         divides = func.overloadpacket is torch.ops.aten.div and not func._schema.is_mutable
         copies = func.overloadpacket is torch.ops.aten.copy_ and args[0].data_ptr() != args[1].data_ptr()
-        if args and (divides or copies) and args[0].ndim == 1:
+        casts = func.overloadpacket is torch.ops.aten._to_copy
+        if args and (divides or copies or casts) and args[0].ndim == 1:
             self.elements += args[0].numel()
         return func(*args, **(kwargs or {}))
 
 
-def per_microbatch(case: Case) -> list[tuple[int, int]]:
-    """Gathered units and divided or copied elements of each of a step's two microbatches; nothing is left gathered."""
+def per_microbatch(case: Case) -> list[tuple[int, int, int]]:
+    """Of each of a step's two microbatches: units that are gathered, and elements that gathering and reducing copy or
+    divide; nothing is left gathered.
+    """
     mesh, model = build(case, build_config(case))
     model.loss.valid_tokens, batches = local_batches(0, case, mesh, True)
-    seen, gathers, divisions = [], [], Divisions()
-    original, reduce = FSDPParamGroup._to_unsharded, FSDPParamGroup.post_backward
+    seen, gathers, gathering, reducing = [], [], Copies(), Copies()
 
-    def reduce_and_count(group: FSDPParamGroup, *args: Any) -> None:
-        with divisions:
-            reduce(group, *args)
+    def watched(function: Any, copies: Copies) -> Any:
+        def call(group: FSDPParamGroup, *args: Any) -> None:
+            with copies:
+                function(group, *args)
 
+        return call
+
+    original = FSDPParamGroup._to_unsharded
     with (
         patch.object(FSDPParamGroup, "_to_unsharded", lambda group: (gathers.append(group), original(group))),
-        patch.object(FSDPParamGroup, "post_backward", reduce_and_count),
+        patch.object(FSDPParamGroup, "wait_for_unshard", watched(FSDPParamGroup.wait_for_unshard, gathering)),
+        patch.object(FSDPParamGroup, "post_backward", watched(FSDPParamGroup.post_backward, reducing)),
     ):
         for i, batch in enumerate(batches):
             gathers.clear()
-            divisions.elements = 0
+            gathering.elements = reducing.elements = 0
             model.forward_backward(*batch, last=i == len(batches) - 1)
-            seen.append((len(gathers), divisions.elements))
+            seen.append((len(gathers), gathering.elements, reducing.elements))
     assert gathered(model.parts[0]) == set()
     return seen
+
+
+BF16 = {"training.mixed_precision_param": "bfloat16"}
+KEPT, GATHERED_TWICE = (LAYERS + 2, 0), (2 * LAYERS + 2, 2 * LAYERS + 2)
 
 
 @pytest.mark.parametrize(
     ("degrees", "keys", "gathers"),
     [
-        (ONE, {}, (LAYERS + 2, 0)),
-        (FSDP2, NEVER, (LAYERS + 2, 0)),
-        (FSDP2, {}, (2 * LAYERS + 2, 2 * LAYERS + 2)),
-        (ONE, ALWAYS, (2 * LAYERS + 2, 2 * LAYERS + 2)),
+        (ONE, {}, KEPT),
+        (ONE, BF16, KEPT),
+        (FSDP2, NEVER, KEPT),
+        (FSDP2, {}, GATHERED_TWICE),
+        (ONE, ALWAYS, GATHERED_TWICE),
+        (DDP2, {}, KEPT),
+        (DDP2, {**BF16, **ALWAYS}, GATHERED_TWICE),
     ],
 )
 def test_kept_weights_are_gathered_once_per_step(
     degrees: Degrees, keys: Any, gathers: tuple[int, int], ranks: Ranks
 ) -> None:
-    """One rank keeps them by default, and its reductions neither divide nor copy."""
+    """One rank and replicas keep them by default. Their reductions neither divide nor copy; nor do their weights, but
+    for the cast to bf16, which is one copy.
+    """
     seen = ranks.run(degrees.world, per_microbatch, Case("", degrees, keys, batches=2))[0]
-    assert tuple(n for n, _ in seen) == gathers
-    if degrees == ONE:
-        assert [elements for _, elements in seen] == [0, 0]
+    assert tuple(n for n, _, _ in seen) == gathers
+    if degrees != FSDP2:
+        assert [elements for *_, elements in seen] == [0, 0]
+        whole = Llama(MODELS["small"])
+        parts = [whole, whole.layers] if gathers == GATHERED_TWICE else [whole]
+        cast = sum(p.numel() for part in parts for p in part.parameters())
+        assert seen[0][1] == (cast if "training.mixed_precision_param" in keys else 0)
 
 
 @pytest.mark.parametrize(
