@@ -352,7 +352,9 @@ def _data_parallel(
         return messages + (message_s(bytes_each * sparse, spread, hw, c) if sparse else 0.0)
 
     gather, reduce, wait = gather_and_reduce(2, narrow), gather_and_reduce(style.gradient_bytes), gather_and_reduce(0)
-    copied = (GATHER * (dense + sparse) - 2 * narrow + CAST * (dense + sparse) / shards) / bandwidth
+    # One shard, the whole, is cast into what is gathered (`dtron/compat/units.py`).
+    gathered = GATHER * (dense + sparse) - 2 * narrow if shards > 1 else 0.0
+    copied = (gathered + CAST * (dense + sparse) / shards) / bandwidth
     added = (REDUCE * (dense + sparse)) / bandwidth
     once, slower = message_s(2 * ends, group, hw, c) + message_s(style.gradient_bytes * ends, group, hw, c), 1.0
     if a.dp_replicate > 1:
