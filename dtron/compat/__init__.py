@@ -54,6 +54,7 @@ __all__ = [
     "clean_name",
     "compile_without_autograd_cache",
     "cpu_flash_attention",
+    "cpu_flash_attention_backward",
     "copy_of_dtensor",
     "csv_actions",
     "divide_gradients_by",
@@ -135,7 +136,7 @@ splits_python_functions = TORCH >= (2, 13)
 # style below is the same ring without the patch.
 
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SEQUENCE = 2  # dimension of q, k, v [B, H, S, D]
 
 
@@ -157,9 +158,9 @@ def _register_cpu_ring() -> None:
     """Give the CPU flash operators the sharding rule and ring handler that the CUDA ones have."""
     shard = Shard(_SEQUENCE)
     register_sharding(cpu_flash_attention)(lambda *args, **kwargs: [([shard] * 2, [shard] * 3)])
-    register_sharding(_CPU_BACKWARD)(lambda *args, **kwargs: [([shard] * 3, [shard] * 6)])
+    register_sharding(cpu_flash_attention_backward)(lambda *args, **kwargs: [([shard] * 3, [shard] * 6)])
     handlers: dict[Any, Any] = cp_impl.custom_ops
-    handlers[cpu_flash_attention] = handlers[_CPU_BACKWARD] = _cpu_ring
+    handlers[cpu_flash_attention] = handlers[cpu_flash_attention_backward] = _cpu_ring
 
 
 def _cpu_ring(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,7 +185,7 @@ def _ring_backward(  # type: ignore[no-untyped-def]
     mesh, grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None
 ):
     return cp_impl._templated_ring_attention_backward(
-        mesh.get_group(), _SEQUENCE, _CPU_BACKWARD, grad, "grad_out", q, k, v, out, lse, is_causal,
+        mesh.get_group(), _SEQUENCE, cpu_flash_attention_backward, grad, "grad_out", q, k, v, out, lse, is_causal,
         dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
 

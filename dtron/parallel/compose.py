@@ -258,6 +258,7 @@ def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
     """Everything between the split and the initial values, on meta."""
     spec, config, mesh = meta.spec, meta.config, meta.mesh
     p, recompute = config.parallelism, config.activation_checkpoint
+    compiled = config.compile.enable and "model" in config.compile.components
     apply_expert_parallel(part, mesh)
     head = chunked_head(part, config, spec, meta.token_loss)
     if head is not None:
@@ -272,12 +273,11 @@ def _parallelize_part(part: nn.Module, meta: MetaParts) -> nn.Module:
             apply_gathered_attention(part, mesh.cp)
         else:
             head_tail = bool(p.context_parallel_load_balancer)
-            apply_context_parallel(part, mesh.cp, p.context_parallel_rotate_method, head_tail)
+            apply_context_parallel(part, mesh.cp, p.context_parallel_rotate_method, head_tail, compiled)
     if p.enable_async_tensor_parallel:
         compat.enable_async_tensor_parallel(mesh.tp)
     wrap = partial(apply_recompute, mode=recompute.mode, option=recompute.selective_ac_option)
     by_operation = recompute.mode == "selective" and recompute.selective_ac_option == "op"
-    compiled = config.compile.enable and "model" in config.compile.components
     options = compile_options(config.compile.backend) if mesh.cp is not None else None
     layers = layers_of(part)
     for name, block in layers.items():

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtron import compat
+from dtron.compat import ring
 from dtron.config.sections import Config
 from dtron.errors import UserError
 from dtron.mesh import Degrees
@@ -52,12 +53,32 @@ def uses_masks(c: Config, m: ModelConfig) -> bool:
     return c.training.attention_mask == "document" or needs_masks(m, longest)
 
 
-def apply_context_parallel(model: nn.Module, cp: DeviceMesh, rotate_method: str, head_tail: bool) -> None:
-    """Make every CausalAttention in `model`, which is given a part of the sequence, attend to all of it."""
+def apply_context_parallel(
+    model: nn.Module, cp: DeviceMesh, rotate_method: str, head_tail: bool, compiled: bool
+) -> None:
+    """Make every CausalAttention in `model`, which is given a part of the sequence, attend to all of it.
+
+    compiled: whether its blocks are. Their messages are then traced into them, but those of `alltoall` among three or
+    more ranks, which must not be: the ring is one operator.
+    """
     compat.enable_ring_attention(rotate_method, head_tail)
+    one_operator = compiled and rotate_method == "alltoall" and cp.size() > 2
     for module in model.modules():
-        if isinstance(module, CausalAttention):
+        if not isinstance(module, CausalAttention):
+            continue
+        if one_operator:
+            module.cp_mesh = cp  # type: ignore[assignment]
+            replace_forward(module, _attend_in_a_ring)
+        else:
             parallelize_module(module, cp, compat.ring_attention_style())
+
+
+def _attend_in_a_ring(
+    module: CausalAttention, q: Tensor, k: Tensor, v: Tensor, mask: None = None, sinks: None = None
+) -> Tensor:
+    group = cast(DeviceMesh, module.cp_mesh).get_group().group_name
+    out: Tensor = ring.ring_attention(q, k, v, module.scale, group)[0]
+    return out
 
 
 def compile_options(backend: str) -> dict[str, Any] | None:

@@ -54,9 +54,6 @@ FEATURES: dict[str, Callable[[Config], bool]] = {
     "CPU offload": lambda c: c.training.enable_cpu_offload,
     "Muon": lambda c: c.optimizer.name == "Muon",
     "ring attention": lambda c: c.parallelism.context_parallel_degree > 1 and c.training.attention_mask == "causal",
-    "alltoall among three or more": lambda c: (
-        c.parallelism.context_parallel_degree > 2 and c.parallelism.context_parallel_rotate_method == "alltoall"
-    ),
     "fp32 compute on CUDA": lambda c: c.training.device == "cuda" and c.training.mixed_precision_param == "float32",
     "loss in Triton": lambda c: c.training.loss_kernel == "triton",
     "device cpu": lambda c: c.training.device == "cpu",
@@ -115,11 +112,6 @@ RULES = [
         "ring attention", "fp32 compute on CUDA",
         "the flash and cudnn kernels of the ring take 16-bit inputs only",
         "set training.mixed_precision_param bfloat16", _TEST,
-    ),
-    Rule(
-        "alltoall among three or more", "compiled blocks",
-        "the compiled backwards of the ranks send different numbers of messages, and hang",
-        "set parallelism.context_parallel_rotate_method allgather, or compile.components = [\"loss\"]", _TEST,
     ),
     Rule(
         "Muon", "CPU offload",

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dtron import compat
+from dtron.compat import ring  # noqa: F401 dtron::ring_attention
 from dtron.models import moe  # and with it dtron::grouped_product
 from dtron.models.flops import matmul_parameters
 
@@ -42,6 +43,7 @@ _KEPT = {
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_grouped_mm.default,
     torch.ops.dtron.grouped_product.default,
+    torch.ops.dtron.ring_attention.default,
 }
 _RECOMPUTED_MATMULS = ("o_proj", "down_proj")
 

@@ -14,7 +14,7 @@ real allocator:
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dtron.compat import clean_name, planning
+from dtron.compat import clean_name, planning, ring
 from dtron.plan.record import Collective, Message, Peak
 
 __all__ = ["Allocation", "Recorder"]
@@ -252,6 +252,9 @@ class Recorder(TorchDispatchMode):
         packet = func._overloadpacket
         if packet is functional.wait_tensor:
             self._waiting.pop(args[0].untyped_storage()._cdata, None)
+        if packet in ring.OPERATORS and not self._muted:
+            with self._on_top():
+                return ring.OPERATORS[packet](*args, **kwargs)
         out = func(*args, **kwargs)
         if self._muted:
             return out
@@ -274,6 +277,15 @@ class Recorder(TorchDispatchMode):
             ):
                 self._track(tensor.untyped_storage(), packet.__name__)
         return out
+
+    @contextlib.contextmanager
+    def _on_top(self) -> Iterator[None]:
+        """Within an operator, see what it does."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def _add_message(self, packet: Any, args: tuple[Any, ...], out: Any) -> None:
         operation, group_at, counted = COLLECTIVES[packet]

@@ -28,7 +28,6 @@ ON = {
     "CPU offload": "--training.enable_cpu_offload",
     "Muon": "--optimizer.name Muon",
     "ring attention": "--cp 2",
-    "alltoall among three or more": "--cp 4 --parallelism.context_parallel_rotate_method alltoall",
     "fp32 compute on CUDA": "--training.device cuda --training.mixed_precision_param float32",
     "loss in Triton": "--training.loss_kernel triton",
     "device cpu": "--training.device cpu",
@@ -50,7 +49,7 @@ def arguments_of(rule: Rule, *on: str) -> str:
     """A configuration with the features `on` of a rule's two, and with everything else that is refused switched off."""
     wanted = [ON[name] for name in on]
     clear = [text for name, text in OFF.items() if name not in on]
-    if "compiled blocks" not in on and {"zero-bubble schedule", "alltoall among three or more"} & {*on}:
+    if "compiled blocks" not in on and "zero-bubble schedule" in on:
         clear.remove(OFF["eager blocks"])
     if "float8 all-gather" in on:
         clear.remove(OFF["no tensor parallel"])

@@ -172,3 +172,14 @@ def test_collectives_are_as_many_as_torch_counts(name: str) -> None:
     for packet, count in counted.get_comm_counts().items():
         seen[NAMES[packet.__name__]] += count
     assert +seen == +expected, counted.get_comm_counts()
+
+
+def test_a_compiled_ring_sends_what_an_eager_one_does() -> None:
+    """Of alltoall among more than two it is one operator to the compiler, into which the recorder looks."""
+    ring = "--cp 4 --model.n_layers 1 --parallelism.context_parallel_rotate_method alltoall"
+    eager, compiled = (
+        {c for c in dry_run(setup_of(f"{ring} {more}", 4), 0, gloo=True).collectives if c.operation == "all_to_all"}
+        for more in ("", f"{COMPILED} --compile.components model")
+    )
+    assert compiled == eager
+    assert sum(c.count for c in compiled) == 3 + 7
