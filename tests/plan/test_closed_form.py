@@ -245,6 +245,19 @@ def test_what_fits_but_for_the_margins_of_an_estimate_is_recorded(
     assert first["exact"] and not slower["exact"]
 
 
+def test_an_estimate_without_room_for_its_error_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(ROOT / "configs/llama3-8b.toml"), "--gpus", "64", "--exact", "0", "--top", "10"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for c in found:
+        low = c["needed_bytes"] + 0.2 * c["reserved_bytes"] > c["hardware"]["memory_bytes"]
+        assert not c["exact"] and c["may_not_fit"] == low
+    assert 0 < sum(c["may_not_fit"] for c in found) < len(found)
+    assert main(arguments) == 0
+    table, legend = capsys.readouterr().out.split("GiB: of ")
+    assert table.count("?") == sum(c["may_not_fit"] for c in found) and "estimates were up to 20% low" in legend
+
+
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     arguments = ["plan", DEBUG, "--gpus", "4", "--exact", "0", "--picture", str(tmp_path / "pictures"), "--pp", "2"]
