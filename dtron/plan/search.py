@@ -89,6 +89,7 @@ class Candidate:
             "fits": self.fits,
             "exact": self.exact,
             "estimated_peak_parts_bytes": {name: round(size) for name, size in self.memory.parts().items()},
+            "recorded_peak_parts_bytes": [{"stages": list(r.stages)} | r.peak.parts for r in self.records],
             "terms_s": {
                 k: v for k, v in dataclasses.asdict(t).items() if k.endswith("_s") and k[:4] not in ("step", "toke")
             },
@@ -207,14 +208,14 @@ def search(
     found.sort(key=lambda c: -c.time.tokens_per_s)
     nearest = sorted(too_big.items(), key=lambda item: item[1].needed_bytes)
     tried = _near_misses(near, found, exact)
-    legal, illegal = _legal(config, tried + found, gpus, hw, exact, exact if not found else top)
-    legal = [c for c in legal if c.fits]  # not so where there was no try left to record one of those
+    legal, illegal, gone = _legal(config, tried + found, gpus, hw, exact, exact if not found else top)
     families |= {(c.layout.pp, c.layout.tp, c.layout.cp) for c in legal}
     reasons = _too_big([c for family, c in nearest if family not in families], hw)
     smallest = min(too_big.values(), key=lambda c: c.needed_bytes, default=None)
     best: dict[tuple[int, int], float | None] = {(tp, pp): None for pp, tp, _ in too_big}
     best |= {(c.layout.tp, c.layout.pp): c.time.tokens_per_s for c in reversed(found)}
-    by_value = {name: {getattr(c.layout, name): c for c in reversed(found)} for name in FAMILIES}
+    known = [c for c in reversed(found) if c.layout not in gone and _degrees(c.layout) not in gone]
+    by_value = {name: {getattr(c.layout, name): c for c in known} for name in FAMILIES}
     return Search(legal, illegal + reasons, smallest, looked_at, best, by_value)
 
 
@@ -366,17 +367,22 @@ def with_keys(config: Config, layout: Layout) -> Config:
 
 def _legal(
     config: Config, found: Iterable[Candidate], gpus: int, hw: Hardware, exact: int, top: int
-) -> tuple[list[Candidate], list[str]]:
-    """The first `top` candidates that dtron's checks accept, `exact` of them recorded; why others are not there."""
+) -> tuple[list[Candidate], list[str], set[Layout | tuple[int, ...]]]:
+    """The first `top` candidates that dtron's checks accept, `exact` of them recorded; why others are not there; the
+    degrees that are refused, and layouts that do not fit by a record.
+
+    One that does not fit by its estimate is taken only if its record does.
+    """
     legal: list[Candidate] = []
     reasons: dict[str, int] = {}
     attempts = recorded = 0
+    too_big = set[Layout]()
     refused: set[tuple[int, ...]] = set()  # degrees; a check of a large model takes half a second
     for candidate in found:
         if len(legal) == top or len(refused) > MOST_REFUSED:
             break
         a = candidate.layout
-        degrees = a.pp, a.dp_replicate, a.dp_shard, a.cp, a.tp, a.ep
+        degrees = _degrees(a)
         if degrees in refused:
             continue
         try:
@@ -394,16 +400,21 @@ def _legal(
                 what = (str(error).splitlines() or [type(error).__name__])[0]
                 text = f"{describe(a)}: a dry run of it failed, so that its memory is an estimate: {what}"
                 print(f"warning: {text}", file=sys.stderr)  # stdout may be JSON
-                legal.append(candidate)
+                legal += [candidate] if candidate.fits else []
                 continue
             if not candidate.fits:
                 what = f"{describe(a)}, {a.microbatch} x {a.microbatches}, {a.recompute}"
                 line = f"recorded: {what} needs {candidate.needed_bytes / 2**30:.1f} GiB: does not fit"
                 reasons[line] = reasons.get(line, 0) + 1
+                too_big.add(a)
                 continue
             recorded += 1
-        legal.append(candidate)
-    return legal, [f"{count} of the fastest: {reason}" for reason, count in reasons.items()]
+        legal += [candidate] if candidate.fits else []
+    return legal, [f"{count} of the fastest: {reason}" for reason, count in reasons.items()], refused | too_big
+
+
+def _degrees(a: Layout) -> tuple[int, ...]:
+    return a.pp, a.dp_replicate, a.dp_shard, a.cp, a.tp, a.ep
 
 
 def record(candidate: Candidate, setup: Setup, hw: Hardware) -> Candidate:
