@@ -129,7 +129,13 @@ def recorded(name: str, rank: int) -> StepRecord:
     return dry_run(setup_of(arguments, world), rank, gloo=True)
 
 
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in LAYOUTS])
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    marks = [] if name in SHORT else [pytest.mark.long]
+    reason = "before torch 2.13 the experts' own unit is recorded too high, by 4%"
+    return marks + ([pytest.mark.xfail(not compat.has_units_of_two_meshes, reason=reason)] if name == "ep2" else [])
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks_of(n)) for n in LAYOUTS])
 def test_the_peak_is_that_of_the_allocator(ranks: Ranks, counter: str, name: str) -> None:
     world, arguments = LAYOUTS[name]
     real = ranks.run(world, real_peaks, counter, arguments)
@@ -139,15 +145,13 @@ def test_the_peak_is_that_of_the_allocator(ranks: Ranks, counter: str, name: str
     for rank in ranks_compared:
         record, peaks = recorded(name, rank), real[rank]
         constants = COMPILED_TENSOR_PARALLEL if COMPILED in arguments and "--tp" in arguments else 0
-        least = 4 * world
-        if "--ep" in arguments and not compat.has_units_of_two_meshes:  # the experts' own unit
-            constants += 4 * world
-            least -= record.peak.total // 20  # recorded too high: what is copied for its gradients is not all there
+        if "--ep" in arguments and not compat.has_units_of_two_meshes:
+            constants += 4 * world  # the experts' own unit
         # route_scale, which autograd saves as a tensor of a Python number: 8 bytes for each block that is in memory.
         numbers = 8 * sum(name.startswith("layers.") for name in record.peak.activations) if MOE in arguments else 0
         # A thread of gloo may be late to drop what it was given.
         more = min(peaks[1:]) - record.peak.total - numbers
-        assert least <= more <= mesh_bytes(world) + constants, (rank, peaks, record.peak)
+        assert 4 * world <= more <= mesh_bytes(world) + constants, (rank, peaks, record.peak)
         assert sum(record.peak.parts.values()) == record.peak.total
 
 
