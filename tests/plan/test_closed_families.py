@@ -11,7 +11,8 @@ from dtron.models.families import FAMILIES
 from dtron.plan.dryrun import dry_run
 from dtron.plan.layout import Layout, Sizes
 from dtron.plan.memory import closed_form_peak
-from dtron.plan.search import MARGIN, SLACK_BYTES, with_keys
+from dtron.plan.report import ESTIMATE_LOW
+from dtron.plan.search import FRAGMENTATION, MARGIN, SLACK_BYTES, with_keys
 from dtron.plan.single import check_sizes, layout_of
 from dtron.train.resolve import resolve
 
@@ -42,8 +43,12 @@ def test_no_random_layout_holds_more_than_the_closed_form_and_its_margin(seed: i
         setup, sizes, layout = next(drawn)
         closed = closed_form_peak(sizes, layout, setup.config.training.seq_len).peak
         ranks = sorted({0, min(1, layout.pp - 1), layout.pp - 1})
-        recorded = max(dry_run(setup, rank * setup.degrees.stage).peak.total for rank in ranks)
-        assert recorded <= closed * (1 + MARGIN) + SLACK_BYTES, (sizes, layout)
+        records = [dry_run(setup, rank * setup.degrees.stage) for rank in ranks]
+        estimate = closed * (1 + MARGIN) + SLACK_BYTES
+        assert max(record.peak.total for record in records) <= estimate, (sizes, layout)
+        # What the allocator reserves may be more than the estimate with its margins, but not by more than this.
+        most = estimate * (1 + FRAGMENTATION) * (1 + ESTIMATE_LOW)
+        assert max(record.reserved.expandable for record in records) <= most, (sizes, layout)
 
 
 @pytest.mark.parametrize(
